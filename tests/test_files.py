@@ -1,0 +1,191 @@
+"""Nothing half-written, whatever goes wrong and wherever it goes wrong; every refusal is one sentence."""
+
+import json
+import os
+import stat
+
+import fsspec
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from tomat.files import (TomatError, exists, is_remote, list_folder, local_copy, open_binary, read_json, read_text,
+                         write_aside, write_json, write_text)
+
+
+@pytest.fixture
+def bucket():
+    "A folder in fsspec's store in memory, empty before and after."
+    fs = fsspec.filesystem("memory")
+    fs.rm("/", recursive=True) if fs.ls("/") else None
+    yield "memory://bucket"
+    fs.rm("/", recursive=True) if fs.ls("/") else None
+
+
+def make(aside, *names):
+    "Write a folder with these files, each holding its own name."
+    for name in names:
+        (aside / name).parent.mkdir(parents=True, exist_ok=True)
+        (aside / name).write_text(name)
+
+
+def tree(folder):
+    "Every path below a folder."
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*"))
+
+
+@pytest.mark.parametrize("error", [ValueError, TomatError, KeyboardInterrupt, SystemExit, OSError, MemoryError])
+@pytest.mark.parametrize("as_folder", [False, True])
+@pytest.mark.parametrize("before", [False, True])
+def test_a_failed_write_changes_nothing(tmp_path, error, as_folder, before):
+    target = tmp_path / "out" / "x.zarr"
+    if before:
+        with write_aside(target) as aside:
+            make(aside, "zarr.json", "c/0") if as_folder else aside.write_text("old")
+    old = tree(tmp_path)
+    with pytest.raises(error), write_aside(target) as aside:
+        make(aside, "zarr.json", "c/1") if as_folder else aside.write_text("new")
+        raise error
+    assert tree(tmp_path) == old
+
+
+@settings(derandomize=True, deadline=None, max_examples=30)
+@given(steps=st.lists(st.tuples(st.sets(st.sampled_from("abcd"), min_size=1), st.booleans()), max_size=6))
+def test_a_folder_is_always_the_last_one_that_succeeded(tmp_path_factory, steps):
+    folder = tmp_path_factory.mktemp("steps")
+    expected = None
+    for names, fails in steps:
+        try:
+            with write_aside(folder / "x") as aside:
+                make(aside, "meta.json", *names)
+                if fails:
+                    raise RuntimeError
+            expected = sorted({"meta.json", *names})
+        except RuntimeError:
+            pass
+        assert list_folder(folder) == ([] if expected is None else ["x"])
+        assert len(os.listdir(folder)) == len(list_folder(folder))
+        if expected is not None:
+            assert list_folder(folder / "x") == expected
+
+
+def test_the_partial_name_keeps_the_suffixes_and_the_folder(tmp_path):
+    with write_aside(tmp_path / "CHGCAR.x.gz") as aside:
+        assert aside.parent == tmp_path and aside.suffixes[-2:] == [".x", ".gz"]
+        assert aside.name.startswith(".partial-") and list_folder(tmp_path) == []
+        aside.write_text("x")
+        assert list_folder(tmp_path) == []
+    assert tree(tmp_path) == ["CHGCAR.x.gz"]
+
+
+def test_two_writers_do_not_meet(tmp_path):
+    with write_aside(tmp_path / "a") as first, write_aside(tmp_path / "a") as second:
+        assert first != second
+        first.write_text("outer")
+        second.write_text("inner")
+    assert read_text(tmp_path / "a") == "outer" and tree(tmp_path) == ["a"]
+
+
+def test_a_new_file_has_ordinary_rights(tmp_path):
+    write_text(tmp_path / "a", "a")
+    (tmp_path / "b").write_text("b")
+    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == stat.S_IMODE((tmp_path / "b").stat().st_mode)
+
+
+def test_overwrite_false_refuses_before_the_work(tmp_path):
+    write_text(tmp_path / "a", "old")
+    with pytest.raises(TomatError, match="exists already"), write_aside(tmp_path / "a", overwrite=False):
+        pytest.fail("the block ran")
+    with pytest.raises(TomatError, match="exists already"), write_aside(tmp_path / "b", overwrite=False) as aside:
+        aside.write_text("mine")
+        (tmp_path / "b").write_text("somebody was faster")
+    assert read_text(tmp_path / "b") == "somebody was faster"
+
+
+def test_other_peoples_folders_are_never_replaced(tmp_path):
+    make(tmp_path / "home", "thesis.tex", "README.md")
+    for write in (lambda p: make(p, "zarr.json", "README.md"), lambda p: p.write_text("a file")):
+        with pytest.raises(TomatError, match="holds other things"), write_aside(tmp_path / "home") as aside:
+            write(aside)
+    assert tree(tmp_path) == ["home", "home/README.md", "home/thesis.tex"]
+    (tmp_path / "empty").mkdir()
+    with write_aside(tmp_path / "empty") as aside:
+        make(aside, "zarr.json")
+    assert tree(tmp_path / "empty") == ["zarr.json"]
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path):
+    write_text(tmp_path / "file", "x")
+    with pytest.raises(TomatError, match=r"file.*cannot be written"):
+        write_text(tmp_path / "file" / "below", "x")
+    assert tree(tmp_path) == ["file"]
+
+
+def test_an_error_about_another_file_keeps_its_traceback(tmp_path):
+    with pytest.raises(FileNotFoundError), write_aside(tmp_path / "a") as aside:
+        aside.write_text((tmp_path / "missing").read_text())
+    assert tree(tmp_path) == []
+
+
+def test_remote_files_and_folders(bucket):
+    write_text(f"{bucket}/a.txt", "ρ\n")
+    assert read_text(f"{bucket}/a.txt") == "ρ\n" and exists(f"{bucket}/a.txt") and not exists(f"{bucket}/b.txt")
+    for names in (["zarr.json", "c/0/0", "c/0/1"], ["zarr.json", "c/0/0"]):
+        with write_aside(f"{bucket}/x.zarr") as aside:
+            make(aside, *names)
+        with local_copy(f"{bucket}/x.zarr") as here:
+            assert here.name == "x.zarr" and [n for n in tree(here) if (here / n).is_file()] == sorted(names)
+    assert list_folder(bucket) == ["a.txt", "x.zarr"]
+    with open_binary(f"{bucket}/a.txt") as file:
+        file.seek(2)
+        assert file.read() == b"\n"
+    with pytest.raises(TomatError, match="exists already"), write_aside(f"{bucket}/a.txt", overwrite=False):
+        pass
+    with pytest.raises(TomatError, match="no such file"), open_binary(f"{bucket}/b"):
+        pass
+
+
+def test_a_failed_remote_write_sends_nothing(bucket):
+    with pytest.raises(RuntimeError), write_aside(f"{bucket}/x.zarr") as aside:
+        make(aside, "zarr.json")
+        raise RuntimeError
+    assert not exists(bucket)
+
+
+def test_the_root_file_of_a_folder_is_sent_last(bucket, monkeypatch):
+    sent = []
+    fs = fsspec.filesystem("memory")
+    put = type(fs).put_file
+    def put_file(self, source, key, **kwargs):
+        sent.append(key.split("/")[-1])
+        put(self, source, key, **kwargs)
+    monkeypatch.setattr(type(fs), "put_file", put_file)
+    with write_aside(f"{bucket}/data") as aside:
+        make(aside, "meta.json", "worker-00/meta.json", "a.parquet", "z.parquet")
+    assert sent[-1] == "meta.json" and len(sent) == 4 and sent[:3].count("meta.json") == 1
+
+
+def test_a_missing_client_is_named(monkeypatch):
+    def missing(*args, **kwargs):
+        raise ImportError("no s3fs")
+    monkeypatch.setattr(fsspec.core, "url_to_fs", missing)
+    with pytest.raises(TomatError, match=r"pip install 'tomat\[s3\]'"):
+        read_text("s3://bucket/a")
+    with pytest.raises(TomatError, match=r"pip install 'tomat\[gcs\]'"):
+        exists("gs://bucket/a")
+
+
+@settings(derandomize=True, deadline=None, max_examples=50)
+@given(obj=st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
+                        | st.text(st.characters(exclude_categories=["Cs"])),
+                        lambda inner: st.lists(inner) | st.dictionaries(st.text("abρ"), inner), max_leaves=8))
+def test_json_comes_back_and_is_the_same_bytes(tmp_path_factory, obj):
+    path = tmp_path_factory.mktemp("json") / "a.json"
+    write_json(path, obj)
+    first = path.read_bytes()
+    assert read_json(path) == obj and first.endswith(b"\n")
+    write_json(path, json.loads(first))
+    assert path.read_bytes() == first
+
+
+def test_what_is_remote():
+    assert [is_remote(p) for p in ("s3://a", "gs://a/b", "/a/b", "C:\\a", "a:b")] == [True, True, False, False, False]
