@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 
 from tomat.codecs import PUBLISHED_DENSITY
-from tomat.density import Density, read_density
+from tomat.density import Density
 from tomat.files import TomatError
+from tomat.formats import read_density
 from tomat.patches import cut, random_offsets
 from tomat.tokenizer import Tokenizer
 

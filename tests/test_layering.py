@@ -15,7 +15,7 @@ import fastcore.test
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-ORDER = """files density codecs patches tokenizer shards promolecule metrics schemes fidelity
+ORDER = """files density chgcar formats store codecs patches tokenizer shards promolecule metrics schemes fidelity
            model train predict evaluate demo scaling launch cli""".split()
 LATE = "modal levanter jax wandb s3fs gcsfs".split()  # heavy or remote: imported by what uses them, when it runs
 MODULES = sorted(path for path in (ROOT / "tomat").glob("*.py") if not path.name.startswith("_"))

@@ -1,0 +1,32 @@
+"""Run the demo and keep what README and site show of it: results/demo/scores.json and slices.png.
+
+    python scripts/make_demo_results.py
+"""
+import shutil
+import tempfile
+from pathlib import Path
+
+from tomat.demo import demo
+from tomat.evaluate import slices_png
+from tomat.files import write_aside
+from tomat.formats import read_density
+from tomat.store import sample_store
+
+RESULTS = Path(__file__).resolve().parents[1] / "results" / "demo"
+
+
+def main() -> None:
+    store = sample_store()
+    true = store.read(store.split("validation")[0])
+    with tempfile.TemporaryDirectory() as folder:
+        files = demo(folder)["files"]
+        shutil.copy(f"{folder}/scores.json", RESULTS / "scores.json")
+        chgcar = next(name for name in files if name.endswith(".CHGCAR"))
+        png = slices_png(true, read_density(chgcar))
+    with write_aside(RESULTS / "slices.png") as aside:
+        aside.write_bytes(png)
+    print(f"wrote {RESULTS / 'scores.json'} and {RESULTS / 'slices.png'}")
+
+
+if __name__ == "__main__":
+    main()

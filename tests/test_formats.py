@@ -1,0 +1,228 @@
+"""What cuts across the formats: nothing is dropped, nothing half-written, every bad file is one sentence."""
+
+import gzip
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+from crystals import SPIN_FILE, assert_same, crystal, noise, quick, refused
+from hypothesis import given, settings, strategies as st
+from monty.json import MontyEncoder
+from pymatgen.core import Lattice, Structure
+from pymatgen.io.vasp.outputs import Chgcar
+
+from tomat.density import Density, formula_of
+from tomat.files import TomatError, exists, list_folder
+from tomat.formats import density_info, format_of, read_density, read_structure, write_density
+
+FILES = Path(__file__).parent / "files"
+
+
+SPINS = st.sampled_from([(), ("diff",), ("diff_x", "diff_y", "diff_z")])
+NAMES = st.sampled_from(["noise-1.vasp", "CHGCAR.noise-1.gz", "noise-1.zarr", "noise-1.zarr.zip", "noise-1.json.gz"])
+
+
+@quick
+@given(seed=st.integers(0, 10**6), shape=st.tuples(*[st.integers(1, 6)] * 3), n_atoms=st.integers(1, 7), spin=SPINS,
+       augmented=st.booleans(), names=st.lists(NAMES, min_size=1, max_size=3))
+def test_no_chain_of_formats_drops_anything(tmp_path_factory, seed, shape, n_atoms, spin, augmented, names):
+    folder = tmp_path_factory.mktemp("chain")
+    first = noise(np.random.default_rng(seed), shape, n_atoms, spin, augmented)
+    now = first
+    for name in names:
+        write_density(now, folder / name)
+        now = read_density(folder / name)
+    assert_same(first, now)
+
+
+@pytest.mark.parametrize("name", ["CHGCAR.Li.gz", "CHGCAR.NaCl.gz"])
+def test_real_files_survive_zarr(tmp_path, name):
+    before = read_density(FILES / name)
+    write_density(before, tmp_path / "x.zarr")
+    write_density(read_density(tmp_path / "x.zarr"), tmp_path / name)
+    after = read_density(tmp_path / name)
+    assert_same(before, after)
+    assert after.augmentation and after.n_electrons == pytest.approx({"Li": 1, "NaCl": 8}[before.id], abs=5e-4)
+
+
+def test_the_old_and_the_new_json_of_pymatgen(tmp_path):
+    """Augmentation as VASP's lines with the moments at the end, as the Materials Project has it, and as numbers."""
+    (tmp_path / "CHGCAR").write_text(SPIN_FILE)
+    from_text = read_density(tmp_path / "CHGCAR")
+    new = Chgcar.from_file(tmp_path / "CHGCAR").as_dict()
+    lines = SPIN_FILE.splitlines(keepends=True)
+    old = {**new, "data_aug": {"total": lines[15:21], "diff": lines[25:]}}
+    for task, moments in (({"task_id": "mp-1", "fs_id": "f", "data": old}, True), (old, True), ({"data": new}, False)):
+        (tmp_path / "mp-1.json.gz").write_bytes(gzip.compress(json.dumps(task, cls=MontyEncoder).encode()))
+        got = read_density(tmp_path / "mp-1.json.gz")
+        assert_same(replace(from_text, id="mp-1", moments=from_text.moments if moments else {}), got)
+    assert format_of("mp-1.json.gz") == "mp-json"
+
+
+def test_a_cube_with_its_origin_elsewhere(tmp_path):
+    first = noise(np.random.default_rng(3))
+    write_density(first, tmp_path / "x.cube")
+    lines = (tmp_path / "x.cube").read_text().splitlines()
+    shifted = lines.copy()
+    shifted[2] = f"{len(first.structure):5d}{1:12.6f}{2:12.6f}{-3:12.6f}"
+    for i in range(6, 6 + len(first.structure)):
+        z, q, *xyz = lines[i].split()
+        shifted[i] = " ".join([z, q, *(f"{float(x) + d:.6f}" for x, d in zip(xyz, (1, 2, -3), strict=True))])
+    (tmp_path / "y.cub.gz").write_bytes(gzip.compress("\n".join(shifted).encode()))
+    a, b = read_density(tmp_path / "x.cube"), read_density(tmp_path / "y.cub.gz")
+    np.testing.assert_allclose(a.structure.cart_coords, b.structure.cart_coords, atol=2e-6)
+    np.testing.assert_array_equal(a.values, b.values)
+
+
+def test_the_same_density_is_the_same_bytes(tmp_path):
+    first = noise(np.random.default_rng(0), spin=("diff",), augmented=True)
+    for name in ("CHGCAR.gz", "x.cube.gz", "x.json.gz", "x.zarr.zip"):
+        write_density(first, tmp_path / name)
+        before = (tmp_path / name).read_bytes()
+        write_density(first, tmp_path / name)
+        assert (tmp_path / name).read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["x.cube", "x.json", "x.zarr.zip", "CHGCAR.gz"])
+def test_half_a_file_is_refused(tmp_path, name):
+    write_density(noise(np.random.default_rng(0), spin=("diff",), augmented=True), tmp_path / name)
+    content = (tmp_path / name).read_bytes()
+    for part in (0, 1, len(content) // 3, len(content) // 2, len(content) - 8):
+        (tmp_path / name).write_bytes(content[:part])
+        refused(tmp_path / name)
+
+
+@pytest.mark.parametrize("name, content, words", [
+    ("CHGCAR", "", ["empty"]),
+    ("CHGCAR", "Dear reader,\n\nnothing here.\n", ["CHGCAR"]),
+    ("POSCAR.vasp", SPIN_FILE[:SPIN_FILE.index("    2    2    3")], ["CHGCAR"]),
+    ("CHGCAR", SPIN_FILE.replace("   Fe   O\n", ""), ["elements are not named"]),
+    ("CHGCAR", SPIN_FILE.replace("   Fe   O\n", "   Xx   O\n"), ["unknown elements", "Xx"]),
+    ("CHGCAR", SPIN_FILE.replace("0.20000000000E+02", "NaN"), ["1 NaN"]),
+    ("CHGCAR", SPIN_FILE.replace("0.20000000000E+02", "*****************"), ["CHGCAR"]),
+    ("CHGCAR", SPIN_FILE[:SPIN_FILE.index("    2    2    3\n -.1")], ["announced"]),
+    ("CHGCAR", SPIN_FILE + SPIN_FILE[SPIN_FILE.index("    2    2    3\n -.1"):], ["3 blocks"]),
+    ("a.json", "[]", ["JSON"]), ("a.json", "{}", ["no density"]), ("a.json", "{", ["JSON"]),
+    ("a.json", '{"data": {"poscar": {}, "data": {}}}', ["JSON"]),
+    ("a.cube", "one\ntwo\n  1 0 0 0\n 2 1 0 0\n 2 0 1 0\n 2 0 0 1\n 999 0 0 0 0\n" + "1.0 " * 8, ["cube"]),
+    ("a.cube", "one\ntwo\n  1 0 0 0\n 2 1 0 0\n 2 0 1 0\n 2 0 0 1\n 1 0 0 0 0\n" + "1.0 " * 7, ["cube"]),
+    ("a.cube", "one\ntwo\n  1 0 0 0 2\n 1 1 0 0\n 1 0 1 0\n 1 0 0 1\n 1 0 0 0 0\n 1.0 2.0\n", ["2 fields"]),
+    ("a.zarr", "a file", ["zip"]), ("a.zip", "a file", ["zip"]), ("CHGCAR.gz", SPIN_FILE, ["unpacked"])])
+def test_a_bad_file_is_one_sentence(tmp_path, name, content, words):
+    (tmp_path / name).write_text(content)
+    refused(tmp_path / name, *words)
+
+
+def test_bad_names(tmp_path):
+    refused(tmp_path / "OUTCAR", "CHGCAR", "*.cube", "*.zarr")
+    refused(tmp_path / "CHGCAR", "does not exist")
+    (tmp_path / "CHGCAR.folder").mkdir()
+    refused(tmp_path / "CHGCAR.folder")
+    (tmp_path / "OUTCAR").write_text(SPIN_FILE)
+    assert read_density(tmp_path / "OUTCAR", format="chgcar").formula == "FeO"
+    with pytest.raises(TomatError, match="use one of"):
+        read_density(tmp_path / "OUTCAR", format="elk")
+
+
+def test_bad_zarr_groups(tmp_path):
+    good = noise(np.random.default_rng(0))
+    write_density(good, tmp_path / "a.zarr")
+    (tmp_path / "a.zarr" / "charge_density_total" / "c" / "0" / "0" / "0").unlink()
+    refused(tmp_path / "a.zarr", "lacks 1 of its 1 chunks")
+    (tmp_path / "a.zarr" / "zarr.json").unlink()
+    refused(tmp_path / "a.zarr")
+    structure = json.dumps(good.structure.as_dict())
+    for array, attributes, words in [
+            (np.ones((2, 2, 2, 2), "f4"), {"structure": structure}, "3-D grid"),
+            (np.ones((2, 2, 2), int), {"structure": structure}, "3-D grid"),
+            (np.full((2, 2, 2), np.inf), {"structure": structure}, "8 NaN or infinite"),
+            (np.ones((2, 2, 2)), {}, "structure"), (None, {"structure": structure}, "no array")]:
+        group = zarr.open_group(tmp_path / "b.zarr", mode="w")
+        group.attrs.update(attributes)
+        if array is not None:
+            group.create_array("charge_density_total", data=array)
+        refused(tmp_path / "b.zarr", words)
+
+
+def test_a_spin_block_of_zeros_may_be_left_out_on_disk(tmp_path):
+    good = noise(np.random.default_rng(0), spin=("diff",))
+    write_density(replace(good, spin={"diff": np.zeros(good.shape)}), tmp_path / "a.zarr")
+    (tmp_path / "a.zarr" / "charge_density_diff" / "c" / "0" / "0" / "0").unlink()
+    assert not read_density(tmp_path / "a.zarr").spin["diff"].any()
+
+
+def test_a_foreign_zarr_group_reads(tmp_path):
+    """Chunks of any size, attributes as objects, no id: the name gives it."""
+    group = zarr.open_group(tmp_path / "mp-7.zarr", mode="w")
+    good = noise(np.random.default_rng(0))
+    group.attrs.update({"structure": good.structure.as_dict(), "metadata": {}})
+    group.create_array("charge_density_total", data=good.values, chunks=(2, 2, 2))
+    assert_same(read_density(tmp_path / "mp-7.zarr"), Density(good.values, good.structure, id="mp-7"))
+
+
+def test_what_cannot_be_written_leaves_nothing(tmp_path):
+    mixed = Structure(Lattice.cubic(3), [{"Fe": 0.5, "Ni": 0.5}], [[0, 0, 0]])
+    alloy = Density(np.ones((2, 2, 2)), mixed, id="alloy")
+    for name in ("CHGCAR", "a.cube", "a.json"):
+        with pytest.raises(TomatError, match="one element at each site"):
+            write_density(alloy, tmp_path / name)
+    spoiled = noise(np.random.default_rng(0))
+    spoiled.values[0, 0, 0] = np.nan
+    for name in ("CHGCAR", "a.cube", "a.json", "a.zarr"):
+        with pytest.raises(TomatError, match="NaN"):
+            write_density(spoiled, tmp_path / name)
+    assert list(tmp_path.iterdir()) == []
+    write_density(alloy, tmp_path / "a.zarr")
+    assert not read_density(tmp_path / "a.zarr").structure.is_ordered
+
+
+def test_info_is_plain_json():
+    first = noise(np.random.default_rng(0), spin=("diff",), augmented=True)
+    info = json.loads(json.dumps(density_info(first, "chgcar")))
+    assert info["grid"] == [4, 3, 5] and info["spin"] == ["diff"] and info["augmentation"] is True
+    assert info["electrons"] == pytest.approx(first.values.mean(), rel=1e-6)
+    assert info["negative_share"] == pytest.approx((first.values < 0).mean())
+    assert info["max"] == pytest.approx(first.values.max() / first.volume, rel=1e-6)
+
+
+def test_densities_in_s3(s3):
+    first = noise(np.random.default_rng(0), spin=("diff",), augmented=True)
+    for name in ("x.zarr", "x.zarr.zip", "CHGCAR.x.gz", "x.json.gz", "sub/x.zarr"):
+        for _ in range(2):
+            write_density(first, f"{s3}/{name}")
+        assert_same(first, replace(read_density(f"{s3}/{name}"), id=first.id))
+    assert list_folder(s3) == ["CHGCAR.x.gz", "sub", "x.json.gz", "x.zarr", "x.zarr.zip"]
+    assert read_density(f"{s3}/CHGCAR.x.gz").id == "x"
+
+
+def test_a_failed_write_to_s3_leaves_nothing(s3, monkeypatch):
+    spoiled = noise(np.random.default_rng(0))
+    spoiled.values[0, 0, 0] = np.nan
+    for name in ("x.zarr", "CHGCAR.x.gz"):
+        with pytest.raises(TomatError, match="NaN"):
+            write_density(spoiled, f"{s3}/{name}")
+    import s3fs
+    put = s3fs.S3FileSystem._put_file
+    async def dead(self, source, key, *args, **kwargs):
+        if key.endswith("x.zarr/zarr.json") or key.endswith(".gz"):
+            raise OSError("the line went dead")
+        return await put(self, source, key, *args, **kwargs)
+    monkeypatch.setattr(s3fs.S3FileSystem, "_put_file", dead)
+    for name in ("x.zarr", "CHGCAR.x.gz"):
+        with pytest.raises(TomatError, match="the line went dead"):
+            write_density(noise(np.random.default_rng(0)), f"{s3}/{name}")
+        assert not exists(f"{s3}/{name}")
+    assert list_folder(s3) == []
+
+
+def test_what_s3_refuses_is_one_sentence(s3, monkeypatch):
+    for path in ("s3://no-such-bucket/x.zarr", f"{s3}/x.zarr", f"{s3}/CHGCAR"):
+        refused(path, "no such file")
+    with pytest.raises(TomatError, match="no such bucket"):
+        write_density(noise(np.random.default_rng(0)), "s3://no-such-bucket/CHGCAR")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    refused(f"{s3}/x.zarr", "endpoint")

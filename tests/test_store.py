@@ -1,0 +1,88 @@
+"""Stores come back whole, from a folder, an archive or a bucket, or not at all."""
+
+import zipfile
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from crystals import assert_same, refused
+
+from tomat.files import TomatError, list_folder, write_text
+from tomat.formats import write_density
+from tomat.store import RawStore, is_store, sample_store, write_store
+
+
+@pytest.mark.parametrize("name", ["store", "store.zip"])
+def test_a_store_comes_back(tmp_path, three, name):
+    write_store(three, {"train": ["m-1", "m-3"], "validation": ["m-2"], "test": []}, tmp_path / name, readme="Made up.")
+    store = RawStore(str(tmp_path / name))
+    assert store.ids == ["m-1", "m-2", "m-3"] and store.split("train") == ["m-1", "m-3"] and store.split("test") == []
+    for one in three:
+        got = store.read(one.id)
+        assert_same(one, got)
+        np.testing.assert_array_equal(got.baseline, one.baseline)
+    with pytest.raises(TomatError, match="m-9"):
+        store.read("m-9")
+    with pytest.raises(TomatError, match="it has test, train, validation"):
+        store.split("dev")
+
+
+def test_a_store_made_elsewhere(tmp_path, three):
+    """Split under another name, other keys in it, everything inside one more folder of the archive."""
+    write_store(three, {}, tmp_path / "a")
+    (tmp_path / "a" / "split.json").unlink()
+    (tmp_path / "a" / "split_limit_22M.json").write_text('{"seed": 42, "train": [2, 0], "validation": [1]}')
+    assert RawStore(str(tmp_path / "a")).splits == {"train": ["m-3", "m-1"], "validation": ["m-2"]}
+    with zipfile.ZipFile(tmp_path / "b.zip", "w", zipfile.ZIP_DEFLATED) as packed:
+        for path in (tmp_path / "a").rglob("*"):
+            packed.write(path, "top/" + path.relative_to(tmp_path / "a").as_posix())
+    store = RawStore(str(tmp_path / "b.zip"))
+    assert store.split("train") == ["m-3", "m-1"]
+    assert_same(store.read("m-2"), three[1])
+    refused(tmp_path / "b.zip", "RawStore")
+
+
+def test_bad_stores(tmp_path, three):
+    for splits, which, words in [({"train": ["m-8"]}, three, "m-8"), ({}, [three[0], three[0]], "used once"),
+                                 ({}, [replace(three[0], id="a/b")], "ids are names")]:
+        for name in ("s", "s.zip"):
+            with pytest.raises(TomatError, match=words):
+                write_store(which, splits, tmp_path / name)
+    assert list(tmp_path.iterdir()) == []
+    write_store(three, {"train": ["m-1"]}, tmp_path / "s")
+    for split in ('{"train": [3]}', '{"train": [-1]}', '{"train": ["m-1"]}', "[1]", "{"):
+        (tmp_path / "s" / "split.json").write_text(split)
+        with pytest.raises(TomatError, match="does not fit"):
+            RawStore(str(tmp_path / "s")).split("train")
+    (tmp_path / "broken.zip").write_text("no zip")
+    for root in ("missing", "broken.zip"):
+        with pytest.raises(TomatError, match=root):
+            RawStore(str(tmp_path / root)).split("train")
+
+
+def test_a_store_that_fails_on_the_way_leaves_nothing(tmp_path, three):
+    def some():
+        yield three[0]
+        raise KeyboardInterrupt
+    for name in ("s", "s.zip"):
+        with pytest.raises(KeyboardInterrupt):
+            write_store(some(), {}, tmp_path / name)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["store", "store.zip"])
+def test_a_store_in_s3(s3, three, name):
+    write_store(three, {"train": ["m-1"], "validation": ["m-2", "m-3"]}, f"{s3}/{name}")
+    store = RawStore(f"{s3}/{name}")
+    assert store.ids == ["m-1", "m-2", "m-3"]
+    for id in store.split("validation"):
+        assert_same(store.read(id), three[int(id[-1]) - 1])
+    with pytest.raises(TomatError, match="m-9"):
+        store.read("m-9")
+
+
+def test_other_things_in_a_bucket_stay(s3, three):
+    write_text(f"{s3}/thesis.tex", "years of work")
+    with pytest.raises(TomatError, match="holds other things"):
+        write_store(three, {}, s3)
+    assert list_folder(s3) == ["thesis.tex"]
