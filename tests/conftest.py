@@ -1,6 +1,12 @@
-"""An S3 server on loopback, for every test that wants one."""
+"""What several test files want: an S3 server on loopback, and a few densities."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
+
+pytest.register_assert_rewrite("crystals")
+from crystals import noise
 
 
 @pytest.fixture(scope="module")
@@ -29,5 +35,6 @@ def s3(server, monkeypatch):
 
 @pytest.fixture
 def three():
+    "Densities for a store."
     rng = np.random.default_rng(7)
     return [replace(noise(rng, (3, 4, 5), n, baseline=True), id=f"m-{n}", metadata={}) for n in (1, 2, 3)]

@@ -51,9 +51,42 @@ def assert_same(a, b):
             np.testing.assert_array_equal(atoms[atom], b.augmentation[name][atom])
 
 
-def refused(path, *words):
+SPIN_FILE = """\
+Fe  O
+   1.00000000000000
+     4.000000    0.000000    0.000000
+     0.000000    4.000000    0.000000
+     0.000000    0.000000    4.000000
+   Fe   O
+     1     1
+Direct
+  0.000000  0.000000  0.000000
+  0.500000  0.500000  0.500000
+
+    2    2    3
+ 0.10000000000E+02 0.20000000000E+02 0.30000000000E+02 0.40000000000E+02 0.50000000000E+02
+ 0.60000000000E+02 0.70000000000E+02 0.80000000000E+02 0.90000000000E+02 0.11000000000E+02
+ 0.12000000000E+02 0.13000000000E+02
+augmentation occupancies   1   6
+  0.2743786E+00 -0.3307158E-01  0.0000000E+00  0.1033253E-12 -0.1000000E+01
+  0.5000000E+00
+augmentation occupancies   2   1
+  0.1000000E+01
+  0.371234567890E+01 -0.100000000000E+00
+    2    2    3
+ -.10000000000E+01 0.20000000000E+00 0.30000000000E+00 0.40000000000E+00 0.50000000000E+00
+ 0.60000000000E+00 0.70000000000E+00 0.80000000000E+00 0.90000000000E+00 0.11000000000E+00
+ 0.12000000000E+00 0.13000000000E+00
+augmentation occupancies   1   1
+  0.4000000E+01
+augmentation occupancies   2   1
+  0.5000000E+01
+"""
+
+
+def refused(path, *words, read=read_density):
     "Reading gives one sentence that names the file."
     with pytest.raises(TomatError) as caught:
-        read_density(path)
+        read(path)
     text = str(caught.value)
     assert str(path) in text and "\n" not in text and text.endswith(".") and all(word in text for word in words), text

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from crystals import assert_same, noise
+from crystals import SPIN_FILE, assert_same, noise
 from pymatgen.core import Lattice, Structure
 
 from tomat.density import Density

@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zarr
-from crystals import SPIN_FILE, assert_same, crystal, noise, quick, refused
+from crystals import SPIN_FILE, assert_same, noise, quick, refused
 from hypothesis import given, settings, strategies as st
 from monty.json import MontyEncoder
-from pymatgen.core import Lattice, Structure
+from pymatgen.core import Element, Lattice, Structure
 from pymatgen.io.vasp.outputs import Chgcar
 
-from tomat.density import Density, formula_of
-from tomat.files import TomatError, exists, list_folder
+from tomat.density import RHO, Density, formula_of
+from tomat.files import TomatError, exists, list_folder, write_text
 from tomat.formats import density_info, format_of, read_density, read_structure, write_density
 
 FILES = Path(__file__).parent / "files"
@@ -226,3 +226,105 @@ def test_what_s3_refuses_is_one_sentence(s3, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     refused(f"{s3}/x.zarr", "endpoint")
+
+
+@settings(quick, max_examples=10)
+@given(seed=st.integers(0, 10**6))
+def test_electrons_survive_a_change_of_unit(tmp_path_factory, seed):
+    first = noise(np.random.default_rng(seed), spin=("diff",), baseline=True)
+    folder = tmp_path_factory.mktemp("units")
+    for name in ("x.vasp", "x.zarr", "x.cube", "x.json"):
+        write_density(first.as_units(RHO), folder / name)
+        assert read_density(folder / name).n_electrons == pytest.approx(first.n_electrons, rel=1e-4)
+
+
+@pytest.mark.filterwarnings("error:No Pauling electronegativity")
+def test_a_noble_gas_passes_without_a_warning(tmp_path):
+    neon = Density(np.ones((2, 2, 2)), Structure(Lattice.cubic(4), ["Ne", "Ne"], [[0, 0, 0], [0.5, 0.5, 0.5]]))
+    for name in ("CHGCAR.Ne.gz", "Ne.cube", "Ne.json", "Ne.zarr"):
+        Element("Ne").__dict__.pop("X", None)  # pymatgen warns once
+        write_density(neon, tmp_path / name)
+        assert density_info(read_density(tmp_path / name))["formula"] == "Ne"
+
+
+# Structures
+
+@pytest.fixture
+def fe_o():
+    return Structure(Lattice.from_parameters(3, 3.1, 3.2, 80, 95, 100), ["Fe", "Fe", "O"],
+                     [[0, 0, 0], [0.5, 0.5, 0.3], [0.1, 0.7, 0.6]])
+
+
+@pytest.mark.parametrize("name", ["POSCAR", "POSCAR.gz", "FeO.poscar", "CONTCAR_2", "FeO.vasp", "FeO.vasp.gz", "FeO.cif",
+                                  "FeO.cif.gz", "FeO.json", "FeO.json.gz", "FeO.yaml", "FeO.xsf"])
+def test_a_structure_file_gives_its_structure_and_no_grid(tmp_path, fe_o, name):
+    plain = name.removesuffix(".gz")
+    ending = plain.split(".")[-1]
+    fe_o.to(tmp_path / plain, fmt=ending if ending in ("cif", "json", "yaml", "xsf") else "poscar")
+    if name != plain:
+        (tmp_path / name).write_bytes(gzip.compress((tmp_path / plain).read_bytes()))
+    got, shape = read_structure(tmp_path / name)
+    assert shape is None and [s.symbol for s in got.species] == ["Fe", "Fe", "O"]
+    if not plain.endswith(".cif"):  # keeps lengths and angles alone: the cell may turn
+        np.testing.assert_allclose(got.lattice.matrix, fe_o.lattice.matrix, atol=1e-5)
+    np.testing.assert_allclose(got.frac_coords, fe_o.frac_coords, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["CHGCAR", "x.vasp", "x.vasp.gz", "POSCAR.vasp", "POSCAR.cube", "x.json.gz", "x.zarr",
+                                  "x.zarr.zip"])
+def test_a_density_gives_its_structure_and_its_grid(tmp_path, name):
+    first = noise(np.random.default_rng(0), augmented=True)
+    write_density(first, tmp_path / name)
+    got, shape = read_structure(tmp_path / name)
+    assert shape == first.shape and got.species == first.structure.species
+    np.testing.assert_allclose(got.frac_coords, first.structure.frac_coords, atol=1e-5)
+
+
+HEADER = SPIN_FILE[:SPIN_FILE.index("    2    2    3")]
+
+
+@pytest.mark.filterwarnings("ignore:Elements in POSCAR", "ignore:No ", "ignore:Issues")
+@pytest.mark.parametrize("name, content, words", [
+    ("POSCAR", "", ["empty"]), ("POSCAR", "Dear reader,\n", ["structure file"]), ("a.json", "{", ["JSON"]),
+    ("a.json", "[]", ["JSON"]), ("a.json", '{"lattice": 1, "sites": 2}', ["structure file"]),
+    ("a.cif", "data_x\n", ["structure file"]),
+    ("POSCAR", HEADER.replace("   Fe   O\n", ""), ["elements are not named"]),
+    ("POSCAR", HEADER.replace("   Fe   O\n", "   Xx   O\n"), ["unknown elements", "Xx"]),
+    ("POSCAR", HEADER.replace("0.500000  0.500000  0.500000", "0.500000  nan  0.500000"), ["nowhere"]),
+    ("POSCAR", HEADER.replace("4.000000    0.000000    0.000000", "0.000000    0.000000    0.000000"), [""]),
+    ("POSCAR.gz", HEADER, ["unpacked"]), ("a.cif.gz", HEADER, ["a.cif.gz"]), ("a.xyz", HEADER, ["*.cif", "POSCAR"]),
+    ("a.zip", "x", ["zip"]),
+    ("a.vasp", SPIN_FILE[:len(HEADER) + 100], ["CHGCAR"]), ("CHGCAR", HEADER, ["CHGCAR"])])
+def test_a_bad_structure_file_is_one_sentence(tmp_path, name, content, words):
+    (tmp_path / name).write_text(content)
+    refused(tmp_path / name, *words, read=read_structure)
+
+
+def test_names_that_are_not_there(tmp_path):
+    for name in ("POSCAR", "CHGCAR", "a.vasp", "a.json", "a.zarr"):
+        refused(tmp_path / name, "does not exist", read=read_structure)
+    refused(tmp_path, "no known format", read=read_structure)
+    (tmp_path / "POSCAR.folder").mkdir()
+    refused(tmp_path / "POSCAR.folder", read=read_structure)
+
+
+def test_velocities_are_no_grid(tmp_path):
+    (tmp_path / "a.vasp").write_text(HEADER + "  0.1 0.2 0.3\n  0.1 0.2 0.3\n")
+    assert read_structure(tmp_path / "a.vasp")[1] is None
+
+
+def test_shared_sites_are_refused(tmp_path):
+    mixed = Structure(Lattice.cubic(3), [{"Fe": 0.5, "Ni": 0.5}], [[0, 0, 0]])
+    mixed.to(tmp_path / "a.cif")
+    write_density(Density(np.ones((2, 2, 2)), mixed), tmp_path / "a.zarr")
+    for name in ("a.cif", "a.zarr"):
+        refused(tmp_path / name, "Fe0.5Ni0.5", "one element", read=read_structure)
+
+
+def test_structures_in_s3(s3, fe_o):
+    write_text(f"{s3}/POSCAR", fe_o.to(fmt="poscar"))
+    write_density(noise(np.random.default_rng(0)), f"{s3}/x.zarr")
+    assert formula_of(read_structure(f"{s3}/POSCAR")[0]) == formula_of(fe_o)
+    assert read_structure(f"{s3}/x.zarr")[1] == (4, 3, 5)
+    refused(f"{s3}/a.cif", "no such file", read=read_structure)
+    refused(f"{s3}/a.xyz", "no known format", read=read_structure)

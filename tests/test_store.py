@@ -86,3 +86,51 @@ def test_other_things_in_a_bucket_stay(s3, three):
     with pytest.raises(TomatError, match="holds other things"):
         write_store(three, {}, s3)
     assert list_folder(s3) == ["thesis.tex"]
+
+
+def test_what_a_store_is(tmp_path, three):
+    for name in ("s", "s.zip"):
+        write_store(three, {}, tmp_path / name)
+    for name in ("one.zarr", "one.zarr.zip", "one.vasp", "one.json"):
+        write_density(three[0], tmp_path / name)
+    (tmp_path / "folder.zip").mkdir()
+    (tmp_path / "broken.zip").write_bytes((tmp_path / "s.zip").read_bytes()[:-30])
+    with zipfile.ZipFile(tmp_path / "top.zip", "w") as packed:
+        packed.writestr("top/mp_filelist.txt", "")
+    yes = ["s", "s/", "s.zip", "top.zip"]
+    no = ["one.zarr", "one.zarr.zip", "one.vasp", "one.json", "folder.zip", "broken.zip", "s/mp_filelist.txt", "s/label",
+          "nothing", "nothing.zip", "."]
+    assert [name for name in yes + no if is_store(f"{tmp_path}/{name}")] == yes and is_store(tmp_path / "s")
+
+
+def test_what_a_store_is_in_s3(s3, three):
+    for name in ("s", "deep/s", "s.zip"):
+        write_store(three, {"train": ["m-1"]}, f"{s3}/{name}")
+    write_density(three[0], f"{s3}/one.zarr")
+    yes, no = ["s", "s/", "deep/s", "s.zip"], ["one.zarr", "nothing", "nothing.zip", "deep"]
+    assert [name for name in yes + no if is_store(f"{s3}/{name}")] == yes
+    slash = RawStore(f"{s3}/s/")
+    assert slash.split("train") == ["m-1"] and slash.read("m-1").id == "m-1"
+    assert not is_store("s3://no-such-bucket/s")
+
+
+def test_a_folder_that_is_no_store(tmp_path):
+    with pytest.raises(TomatError, match=r"has no file mp_filelist\.txt: give a raw store"):
+        RawStore(tmp_path).ids  # noqa: B018
+    (tmp_path / "mp_filelist.txt").write_text("m-1\n")
+    with pytest.raises(TomatError, match=r"has no file split\*.json"):
+        RawStore(tmp_path).split("train")
+
+
+def test_the_sample():
+    """36 materials and 8 held out; electrons whole, the free atoms' too; no chemical system on both sides."""
+    store = sample_store()
+    assert is_store(store.root) and {part: len(ids) for part, ids in store.splits.items()} == {"train": 36, "validation": 8}
+    systems = {"train": set(), "validation": set()}
+    for part, ids in store.splits.items():
+        for id in ids:
+            one = store.read(id)
+            assert one.id == id and one.n_electrons == pytest.approx(round(one.n_electrons), abs=1e-4)
+            assert one.baseline.mean(dtype=float) == pytest.approx(one.n_electrons, abs=1e-4)
+            systems[part].add(one.structure.composition.chemical_system)
+    assert not systems["train"] & systems["validation"]

@@ -21,7 +21,6 @@ from tomat.patches import as_size, cut, random_offsets
 from tomat.tokenizer import Tokenizer, tokenizer_from_dict
 
 ROOT = Path(__file__).parents[1]
-pytestmark = pytest.mark.filterwarnings("ignore:No Pauling electronegativity")  # pymatgen, naming a noble gas
 
 
 def quick(n):

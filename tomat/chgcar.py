@@ -207,7 +207,7 @@ def as_chgcar(density: Density,  # with an ordered structure
     return Chgcar(Poscar(density.structure, _comment(density)), data,
                   data_aug={name: lines for name, lines in extra.items() if lines})
 
-# %% ../nbs/00a_chgcar.ipynb #9d9320ea
+# %% ../nbs/00a_chgcar.ipynb #b0774bb1
 def _header(structure: Structure,  # ordered
             comment: str,          # the first line
             ) -> str:
@@ -224,8 +224,11 @@ def write_chgcar(density: Density,  # with an ordered structure
                  path: Path,        # .gz or plain; local
                  ) -> None:
     "Every block of a density as a VASP file."
+    chgcar = as_chgcar(density)
+    # the header is ours, so any structure does here: pymatgen warns of a noble gas in it
+    chgcar.structure = Structure(density.structure.lattice, ["H"], [[0, 0, 0]])
     with tempfile.TemporaryDirectory() as folder:
-        as_chgcar(density).write_file(Path(folder) / "CHGCAR")
+        chgcar.write_file(Path(folder) / "CHGCAR")
         text = (Path(folder) / "CHGCAR").read_text()
     grids = text[text.index("   {}   {}   {}\n".format(*density.shape)):]
     write_bytes(path, (_header(density.structure, _comment(density)) + grids).encode())

@@ -20,7 +20,7 @@ from .files import TomatError
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# %% ../nbs/00_density.ipynb #0f225dce
+# %% ../nbs/00_density.ipynb #01902a8d
 _ELECTRONEGATIVITY = {element.symbol: element.data.get("X") or math.inf for element in Element}
 
 def formula_of(structure: Structure,  # any crystal
@@ -32,7 +32,7 @@ def formula_of(structure: Structure,  # any crystal
         return structure.composition.reduced_formula
     whole = all(n == int(n) for n in amounts.values())
     divisor = math.gcd(*map(int, amounts.values())) if whole else 1
-    return "".join(f"{symbol}{formula_double_format(amounts[symbol] / divisor)}" for symbol in order)
+    return "".join(f"{symbol}{formula_double_format(amounts[symbol] / divisor, whole)}" for symbol in order)
 
 # %% ../nbs/00_density.ipynb #7974a94a
 def check_structure(structure: Structure,  # just read

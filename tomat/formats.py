@@ -148,10 +148,10 @@ def _whole(array: zarr.Array,  # in a group that is being read
         raise TomatError(f"the Zarr array {array.name} lacks {missing} of its {array.nchunks} chunks: copy it again.")
     return np.asarray(array[:])
 
-# %% ../nbs/00b_formats.ipynb #a107c84b
+# %% ../nbs/00b_formats.ipynb #8b32e1e3
 def pack_folder(folder: Path,   # its files become entries
-         archive: Path,  # the zip file to write
-         ) -> None:
+                archive: Path,  # the zip file to write
+                ) -> None:
     "Zip a folder, byte for byte reproducible."
     with zipfile.ZipFile(archive, "w") as packed:
         for path in sorted(p for p in folder.rglob("*") if p.is_file()):
@@ -160,8 +160,8 @@ def pack_folder(folder: Path,   # its files become entries
             packed.writestr(entry, path.read_bytes())
 
 def zip_entries(packed: zipfile.ZipFile,  # an open archive
-           prefix: str,              # a folder in it, with its slash; "" for all
-           ) -> dict[str, bytes]:
+                prefix: str,              # a folder in it, with its slash; "" for all
+                ) -> dict[str, bytes]:
     "Entries below `prefix`, by their path from there."
     return {n.removeprefix(prefix): packed.read(n) for n in packed.namelist() if n.startswith(prefix) and n[-1] != "/"}
 
@@ -272,7 +272,7 @@ def write_density(density: Density,           # what to write
     with write_aside(path) as aside:
         known.write(density, aside)
 
-# %% ../nbs/00b_formats.ipynb #9d6c7dc4
+# %% ../nbs/00b_formats.ipynb #87f29c15
 _STRUCTURES = re.compile(r".*(poscar|contcar).*|.*\.(vasp|cif|mcif|json|yaml|xsf|cssr|res)|vasprun.*\.xml")
 _GRID_SIZES = re.compile(rb"\n[ \t]*\r?\n[ \t]*\d+[ \t]+\d+[ \t]+\d+[ \t]*\r?\n")
 
@@ -280,12 +280,12 @@ def _holds_grid(path: Path,  # a local file
                 ) -> bool:
     "Whether a file is a density, by its name, and by its content where the name may mean a structure as well."
     name = path.name.lower().removesuffix(".gz")
-    if not _STRUCTURES.fullmatch(name) or name.startswith(FORMATS["chgcar"].prefixes):
-        return _known(path) is not None
     if name.endswith(".json"):
         with parsing("JSON file"):
             return not {"lattice", "sites"} <= json.loads(read_bytes(path)).keys()
-    return name.endswith(".vasp") and bool(_GRID_SIZES.search(read_bytes(path)))
+    if name.endswith(".vasp") and not name.startswith(FORMATS["chgcar"].prefixes):
+        return bool(_GRID_SIZES.search(read_bytes(path)))
+    return _known(path) is not None
 
 def _read_crystal(path: Path,  # a local file, .gz or plain
                   ) -> Structure:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CHOICES', 'ReservedLayer', 'best_choice', 'free_run', 'predict']
 
-# %% ../nbs/11_predict.ipynb #9285d1b2
+# %% ../nbs/11_predict.ipynb #aa5c043f
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,7 +15,7 @@ from pymatgen.core import Structure
 from transformers import Qwen3ForCausalLM
 from transformers.cache_utils import Cache, DynamicLayer
 
-from .density import Density
+from .density import Density, formula_of
 from .files import TomatError
 from .patches import cover, stitch
 from .promolecule import promolecule, valence_electrons
@@ -142,11 +142,11 @@ def predict(structure: Structure,         # the crystal
     return Density(total_xyz.astype(np.float32), structure, metadata={
         "made_by": "tomat, free-running", "electrons_before_rescaling": electrons, "rescaled": rescale})
 
-# %% ../nbs/11_predict.ipynb #54ff84f0
+# %% ../nbs/11_predict.ipynb #2efcbbe3
 def _scale(structure: Structure,
            electrons: float,  # what the model wrote
            ) -> float:  # the factor that makes them exact
     if not electrons > 0:
-        raise TomatError(f"The model writes {electrons:.3g} electrons for {structure.composition.reduced_formula}, which no "
+        raise TomatError(f"The model writes {electrons:.3g} electrons for {formula_of(structure)}, which no "
                          "factor can mend: train it for longer, or predict without rescaling.")
     return valence_electrons(structure) / electrons

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FreeAtom', 'free_atom', 'valence_electrons', 'promolecule', 'with_promolecule']
 
-# %% ../nbs/05_promolecule.ipynb #7be06f9e
+# %% ../nbs/05_promolecule.ipynb #f45ebadb
 import json
 from dataclasses import dataclass, replace
 from functools import cache
@@ -15,7 +15,7 @@ import numpy as np
 from pymatgen.core import Structure
 from scipy.interpolate import CubicSpline
 
-from .density import Density
+from .density import Density, formula_of
 from .files import TomatError
 
 # %% ../nbs/05_promolecule.ipynb #76f40294
@@ -84,13 +84,13 @@ def valence_electrons(structure: Structure,  # a crystal
     "How many valence electrons the free atoms of a cell bring."
     return sum(free_atom(site.specie.symbol).n_valence for site in structure)
 
-# %% ../nbs/05_promolecule.ipynb #98b6cce7
+# %% ../nbs/05_promolecule.ipynb #b2f24515
 def promolecule(structure: Structure,         # a crystal; ordered sites only
                 shape: tuple[int, int, int],  # (nx, ny, nz)
                 ) -> np.ndarray:  # (nx, ny, nz) float64, density × cell volume, electrons
     "The sum of free atoms on a periodic grid; its mean is the number of valence electrons."
     if not structure.is_ordered:
-        raise TomatError(f"{structure.formula} has partly occupied sites: free atoms need one element a site.")
+        raise TomatError(f"{formula_of(structure)} has partly occupied sites: free atoms need one element a site.")
     total_n = np.zeros(int(np.prod(shape)))
     for site in structure:
         atom = free_atom(site.specie.symbol)

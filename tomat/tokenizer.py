@@ -6,7 +6,7 @@
 __all__ = ['LAYOUTS', 'MAX_INTEGER', 'LATTICE_STEPS', 'TARGETS', 'PAD', 'BOS', 'EOS', 'Vocabulary', 'atomic_numbers', 'in_frame',
            'lattice_integers', 'Row', 'Tokenizer', 'tokenizer_from_dict']
 
-# %% ../nbs/03_tokenizer.ipynb #3769e5d4
+# %% ../nbs/03_tokenizer.ipynb #9e43513d
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,7 +21,7 @@ from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import models, pre_tokenizers
 
 from .codecs import POSITIONS, Codec, codec_from_dict
-from .density import TOTAL, Density
+from .density import TOTAL, Density, formula_of
 from .files import TomatError, write_aside, write_json
 from .patches import Size, as_offsets, as_size, cut, windows
 
@@ -90,15 +90,15 @@ class Vocabulary:
         starts = codec.offsets + self.blocks[kind].start
         return tuple(range(int(a), int(a) + n) for a, n in zip(starts, codec.vocab_sizes, strict=True))
 
-# %% ../nbs/03_tokenizer.ipynb #c7929927
+# %% ../nbs/03_tokenizer.ipynb #bd15da0b
 def atomic_numbers(structure: Structure,  # any crystal
                    ) -> tuple[int, ...]:
     "Atomic number of each site; raises `TomatError` for a disordered site or an element beyond 118."
     if not structure.is_ordered:
-        raise TomatError(f"{structure.formula} has sites shared by several elements: choose an ordered structure.")
+        raise TomatError(f"{formula_of(structure)} has sites shared by several elements: choose an ordered structure.")
     numbers = tuple(int(site.specie.Z) for site in structure)
     if unknown := [site.specie for site, z in zip(structure, numbers, strict=True) if not 1 <= z <= _N_ELEMENTS]:
-        raise TomatError(f"{structure.formula} holds {unknown[0]}, which is no element from H to Og: rename it.")
+        raise TomatError(f"{formula_of(structure)} holds {unknown[0]}, which is no element from H to Og: rename it.")
     return numbers
 
 # %% ../nbs/03_tokenizer.ipynb #afa195a2
@@ -112,7 +112,7 @@ def in_frame(frac_Ax3: np.ndarray,      # (A, 3) fractional coordinates of the a
     moved = (frac_Ax3 - (offsets_Nx3 / np.asarray(shape))[:, None, :]) % 1.0
     return np.where((moved < _SNAP) | (moved > 1 - _SNAP), 0.0, moved)
 
-# %% ../nbs/03_tokenizer.ipynb #96abfeae
+# %% ../nbs/03_tokenizer.ipynb #a2f90149
 LATTICE_STEPS = np.array([0.05, 0.05, 0.05, 0.2, 0.2, 0.2])  # Å, Å, Å, degrees, degrees, degrees
 
 def lattice_integers(structure: Structure,  # any crystal
@@ -121,7 +121,7 @@ def lattice_integers(structure: Structure,  # any crystal
     integers = np.rint(np.array(structure.lattice.parameters) / LATTICE_STEPS).astype(np.int64)
     if integers.min() < 1 or integers.max() > MAX_INTEGER:
         a, b, c = structure.lattice.abc
-        raise TomatError(f"The cell of {structure.formula}, {a:.2f} × {b:.2f} × {c:.2f} Å, cannot be framed: "
+        raise TomatError(f"The cell of {formula_of(structure)}, {a:.2f} × {b:.2f} × {c:.2f} Å, cannot be framed: "
                          "its lengths must lie between 0.05 and 51.15 Å.")
     return integers
 
@@ -301,18 +301,18 @@ def _prompt_columns(tok: Tokenizer,           # whose rows
         yield from _block(vocab, "HI", (offsets_Nx3 + np.array(tok.size) - 1) % np.array(shape) + number)
     yield np.array([vocab.id("DENS_START")])
 
-# %% ../nbs/03_tokenizer.ipynb #971337f1
+# %% ../nbs/03_tokenizer.ipynb #da216491
 def _refuse_what_does_not_fit(tok: Tokenizer,        # whose rows
                               structure: Structure,  # the crystal
                               shape: Sequence[int],  # (nx, ny, nz) of the grid
                               ) -> None:
     "A grid side no integer can name, or a row longer than its frame."
     if min(shape) < 1 or max(shape) > MAX_INTEGER:
-        raise TomatError(f"The {' × '.join(map(str, shape))} grid of {structure.formula} cannot be written: "
+        raise TomatError(f"The {' × '.join(map(str, shape))} grid of {formula_of(structure)} cannot be written: "
                          f"a side may have at most {MAX_INTEGER:,} points, so skip the material or resample it.")
     length = tok.row_length(len(structure))
     if tok.pad_to is not None and length > tok.pad_to:
-        raise TomatError(f"A row of {structure.formula} with a patch of {' × '.join(map(str, tok.size))} needs "
+        raise TomatError(f"A row of {formula_of(structure)} with a patch of {' × '.join(map(str, tok.size))} needs "
                          f"{length:,} tokens, but pad_to is {tok.pad_to:,}: raise it or cut smaller patches.")
 
 def _position_ids(tok: Tokenizer,           # whose rows
