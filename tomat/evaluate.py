@@ -83,7 +83,7 @@ def summary(scores: Sequence[Score],  # of several materials
     return {f"{name}_{kind}": float(middle(values[kind])) for kind in kinds for name, middle in
             (("mean", np.mean), ("median", np.median))}
 
-# %% ../nbs/12_evaluate.ipynb #21eb7d37
+# %% ../nbs/12_evaluate.ipynb #d65acd41
 def slices_png(true: Density,       # the converged density
                predicted: Density,  # on the same grid
                ) -> bytes:  # a PNG
@@ -92,7 +92,7 @@ def slices_png(true: Density,       # the converged density
     figure = Figure(figsize=(7.5, 2.3), layout="constrained", dpi=90)
     top = float(np.percentile(true.rho, 99.5))
     views = (("predicted", predicted.rho, 0.0, top, "viridis"), ("true", true.rho, 0.0, top, "viridis"),
-             ("predicted - true", predicted.rho - true.rho, -top / 5, top / 5, "RdBu"))
+             ("predicted - true, × 20", predicted.rho - true.rho, -top / 20, top / 20, "RdBu"))
     for ax, (title, values_xyz, low, high, colours) in zip(figure.subplots(1, 3), views, strict=True):
         plot_slice(values_xyz, ax=ax, vmin=low, vmax=high, cmap=colours)
         ax.set_title(title, fontsize=9)
