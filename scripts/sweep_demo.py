@@ -13,7 +13,7 @@ from pathlib import Path
 from tomat.demo import DemoConfig, demo
 from tomat.files import write_aside
 
-BASE = DemoConfig()
+BASE = DemoConfig(threads=1)  # several of these may share a machine
 VARIANTS = {
     "the demo": BASE,
     "tokens of the density itself": replace(BASE, target="total"),

@@ -1,5 +1,6 @@
 """Nothing half-written, whatever goes wrong and wherever it goes wrong; every refusal is one sentence."""
 
+import errno
 import json
 import os
 import stat
@@ -118,6 +119,37 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
     with pytest.raises(TomatError, match=r"file.*cannot be written"):
         write_text(tmp_path / "file" / "below", "x")
     assert tree(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("name", [".", "..", "", "x/.."])
+def test_a_place_without_a_name_is_refused(tmp_path, monkeypatch, name):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(TomatError, match="no name for something new"), write_aside(name) as aside:
+        make(aside, "zarr.json")
+    assert tree(tmp_path) == ["here"]
+
+
+@pytest.mark.parametrize("as_folder", [False, True])
+def test_a_link_is_followed_and_stays(tmp_path, as_folder):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "home").mkdir()
+    link = tmp_path / "home" / "x"
+    link.symlink_to(tmp_path / "disk" / "y")
+    for text in ("one", "two"):
+        with write_aside(link) as aside:
+            make(aside, "zarr.json", text) if as_folder else aside.write_text(text)
+    assert link.is_symlink() and os.listdir(tmp_path / "home") == ["x"] and os.listdir(tmp_path / "disk") == ["y"]
+    assert tree(tmp_path / "disk" / "y") == ["two", "zarr.json"] if as_folder else read_text(tmp_path / "disk" / "y") == "two"
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG])
+def test_a_full_disk_names_the_place(tmp_path, number):
+    sentence = r"a cannot be written, choose another place or free it: .+\.$"
+    with pytest.raises(TomatError, match=sentence), write_aside(tmp_path / "a") as aside:
+        aside.write_text("half")
+        raise OSError(number, os.strerror(number))
+    assert tree(tmp_path) == []
 
 
 def test_an_error_about_another_file_keeps_its_traceback(tmp_path):

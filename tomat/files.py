@@ -30,7 +30,7 @@ def is_remote(path: str | Path,  # a local path or a URL
     "Whether `path` names an object store (`s3://`, `gs://`, …) and not a file of this machine."
     return "://" in str(path)
 
-# %% ../nbs/000_files.ipynb #563224f2
+# %% ../nbs/000_files.ipynb #b99ab9dd
 _EXTRAS = {"s3": "tomat[s3]", "s3a": "tomat[s3]", "gs": "tomat[gcs]", "gcs": "tomat[gcs]"}
 
 def remote_fs(url: str | Path,  # `s3://bucket/key`, `gs://bucket/key`, …
@@ -45,7 +45,7 @@ def remote_fs(url: str | Path,  # `s3://bucket/key`, `gs://bucket/key`, …
     except ImportError as err:
         extra = _EXTRAS.get(scheme, f"the fsspec client for {scheme}")
         raise TomatError(f"{url} needs a client that is not installed: pip install '{extra}'.") from err
-    except ValueError as err:
+    except (ValueError, OSError) as err:  # ftp connects at once
         raise TomatError(f"{url} cannot be opened, use s3://, gs:// or a local path: {err}.") from err
     return fs, key.rstrip("/")
 
@@ -198,18 +198,22 @@ def _rename_onto(aside: Path,   # the finished file or folder
     finally:
         os.close(handle)
 
-# %% ../nbs/000_files.ipynb #9fe1ea01
+# %% ../nbs/000_files.ipynb #d0d6947c
 def _is_about(err: OSError,  # raised while writing
               aside: Path,   # the partial path
               ) -> bool:
     "Whether an `OSError` is about the place we write to, not about something else the caller opened."
-    full = err.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+    full = err.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
     return full or str(err.filename or "").startswith(str(aside)) or err.filename in map(str, aside.parents)
 
 @contextmanager
 def _aside_local(target: Path,  # the final name
                  ) -> Iterator[Path]:
     "`write_aside` for a local path."
+    if target.name in ("", ".."):
+        raise TomatError(f"{target} is no name for something new: give one, such as {target / 'out'}.")
+    if target.is_symlink():
+        target = Path(os.path.realpath(target))
     aside = target.with_name(f".partial-{uuid4().hex[:8]}-{target.name}")
     missing = [p for p in target.parents if not p.exists()]
     try:
@@ -218,7 +222,7 @@ def _aside_local(target: Path,  # the final name
         _fsync(aside)
         _rename_onto(aside, target)
     except BaseException as err:
-        with suppress(NotADirectoryError, PermissionError):
+        with suppress(OSError):  # where nothing can be written, nothing can be removed either
             _remove(aside)
         with suppress(OSError):
             for parent in missing:

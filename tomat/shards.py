@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['T', 'SCHEMA', 'track', 'material_rng', 'material_rows', 'tokenize', 'Rows', 'read_meta', 'read_shard', 'read_rows',
-           'row_of']
+           'row_of', 'verify']
 
 # %% ../nbs/04_shards.ipynb #809d7d81
 import hashlib
@@ -108,7 +108,7 @@ def _tables(densities: Iterable[Density],  # materials
         tally.add(density.id, table, n_clipped)
         yield table
 
-# %% ../nbs/04_shards.ipynb #aa5326f4
+# %% ../nbs/04_shards.ipynb #31d3b92a
 def _groups(tables: Iterable[pa.Table],  # one a material
             rows_per_shard: int,         # a new group starts when this many rows are in the last
             ) -> Iterator[list[pa.Table]]:
@@ -135,7 +135,12 @@ def _write_shards(tables: Iterable[pa.Table],  # one a material
                 writer.write_table(table)
     return names
 
-# %% ../nbs/04_shards.ipynb #5294a1d1
+def _digest(path: Path,  # a local file
+            ) -> str:  # SHA-256, hexadecimal
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+# %% ../nbs/04_shards.ipynb #bf0ed7d9
 def tokenize(densities: Iterable[Density],  # materials, read one at a time
              tokenizer: Tokenizer,          # how to write them
              out: str | Path,               # the folder to make, local or remote
@@ -157,7 +162,8 @@ def tokenize(densities: Iterable[Density],  # materials, read one at a time
         meta = {"format": "tomat-rows-1", "label": label, "seed": seed, "patches_per_material": patches_per_material,
                 "tokenizer": tokenizer.to_dict(), "rows": sum(m["rows"] for m in tally.materials.values()),
                 "tokens": tally.tokens, "tokens_padded": tally.tokens_padded,
-                "materials": tally.materials, "skipped": tally.skipped, "shards": shards}
+                "materials": tally.materials, "skipped": tally.skipped, "shards": shards,
+                "sha256": {name: _digest(folder / name) for name in shards}}
         write_json(folder / "meta.json", meta)
     return meta
 
@@ -227,3 +233,39 @@ def row_of(path: str | Path,  # a folder that `tokenize` wrote, or one of its sh
             return tokenizer_from_dict(meta["tokenizer"]), np.array(table["input_ids"][number].as_py(), np.int32)
         number -= table.num_rows
     raise TomatError(f"{path} has no such row: it holds {meta['rows']}, counted from 0.")
+
+# %% ../nbs/04_shards.ipynb #3a190bd4
+def _shard_faults(path: Path,            # a local shard
+                  tokenizer: Tokenizer,  # what its ids mean
+                  sha256: str,           # what its hash should be
+                  rows: dict[str, int],  # counted up: rows of each material
+                  ) -> Iterator[str]:  # one sentence a fault
+    "What is wrong with one shard."
+    if _digest(path) != sha256:
+        yield "its bytes are not those that were written"
+    try:
+        table = read_shard(path)
+    except TomatError as err:
+        yield str(err)
+        return
+    for number, (id, ids) in enumerate(zip(table["task_id"].to_pylist(), table["input_ids"], strict=True)):
+        rows[id] = rows.get(id, 0) + 1
+        try:
+            tokenizer.decode(ids.values.to_numpy())
+        except TomatError as err:
+            yield f"row {number} of {id}: {err}"
+
+def verify(path: str | Path,  # a folder that `tokenize` wrote, local or remote
+           ) -> list[str]:  # one sentence a fault; empty where all is well
+    "Read a data set again and compare it with its `meta.json`."
+    meta, faults = read_meta(path), []
+    tokenizer, rows = tokenizer_from_dict(meta["tokenizer"]), dict[str, int]()
+    for name in track(meta["shards"], "verify", unit="shards"):
+        try:
+            with local_copy(f"{path}/{name}") as file:
+                faults += [f"{name}: {fault}" for fault in _shard_faults(file, tokenizer, meta["sha256"][name], rows)]
+        except TomatError as err:
+            faults.append(str(err))
+    written = {id: material["rows"] for id, material in meta["materials"].items()}
+    wrong = sorted(id for id in written.keys() | rows.keys() if written.get(id) != rows.get(id))
+    return faults + [f"{id}: meta.json counts {written.get(id, 0)} rows, the shards hold {rows.get(id, 0)}" for id in wrong]

@@ -301,7 +301,7 @@ def _prompt_columns(tok: Tokenizer,           # whose rows
         yield from _block(vocab, "HI", (offsets_Nx3 + np.array(tok.size) - 1) % np.array(shape) + number)
     yield np.array([vocab.id("DENS_START")])
 
-# %% ../nbs/03_tokenizer.ipynb #da216491
+# %% ../nbs/03_tokenizer.ipynb #d40138a1
 def _refuse_what_does_not_fit(tok: Tokenizer,        # whose rows
                               structure: Structure,  # the crystal
                               shape: Sequence[int],  # (nx, ny, nz) of the grid
@@ -309,7 +309,7 @@ def _refuse_what_does_not_fit(tok: Tokenizer,        # whose rows
     "A grid side no integer can name, or a row longer than its frame."
     if min(shape) < 1 or max(shape) > MAX_INTEGER:
         raise TomatError(f"The {' × '.join(map(str, shape))} grid of {formula_of(structure)} cannot be written: "
-                         f"a side may have at most {MAX_INTEGER:,} points, so skip the material or resample it.")
+                         f"a side has at least 1 and at most {MAX_INTEGER:,} points, so skip the material or resample it.")
     length = tok.row_length(len(structure))
     if tok.pad_to is not None and length > tok.pad_to:
         raise TomatError(f"A row of {formula_of(structure)} with a patch of {' × '.join(map(str, tok.size))} needs "
@@ -549,10 +549,12 @@ def _show(vocab: Vocabulary,   # whose ids
         shown += [f"[PAD] × {n:,}"] if text == "[PAD]" else [text] * n
     return "\n".join(shown)
 
-# %% ../nbs/03_tokenizer.ipynb #24b91c0b
+# %% ../nbs/03_tokenizer.ipynb #071a5e8c
 def tokenizer_from_dict(settings: Mapping[str, Any],  # what `Tokenizer.to_dict` wrote
                         ) -> Tokenizer:
     "The inverse of `Tokenizer.to_dict`; raises `TomatError` where a setting is missing."
+    if not isinstance(settings, Mapping):
+        raise TomatError(f"The tokenizer's settings are {settings!r}: read them from a whole meta.json.")
     needed = ("layout", "patch_size", "pad_to", "position_codec", "density_codec")
     if missing := [key for key in needed if key not in settings]:
         raise TomatError(f"The tokenizer's settings lack {', '.join(missing)}: read them from a whole meta.json.")

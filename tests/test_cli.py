@@ -1,0 +1,656 @@
+"""The command line as a stranger uses it: every command works, and every wrong input is one sentence and exit code 2."""
+
+import gzip
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import zarr
+from pymatgen.core import Lattice, Structure
+from pymatgen.io.vasp.outputs import Chgcar
+from transformers.utils.logging import enable_progress_bar
+
+from tomat import cli
+from tomat.codecs import fit_levels, save_levels
+from tomat.density import Density
+from tomat.files import TomatError
+from tomat.formats import read_density, write_density
+from tomat.model import load_checkpoint, save_checkpoint
+from tomat.promolecule import valence_electrons
+from tomat.store import sample_store, write_store
+from tomat.tokenizer import tokenizer_from_dict
+
+NACL = Path(__file__).parent / "files" / "CHGCAR.NaCl.gz"
+TOMAT = Path(sys.executable).parent / "tomat"
+COMMANDS = ("info", "convert", "tokenize", "verify", "show-tokens", "train", "predict", "evaluate", "demo")
+ROWS = ("--patch-size", "3", "--pad-to", "0", "--patches-per-material", "4")  # small rows
+GRID = ("--grid", "4", "4", "4")
+
+
+@dataclass(frozen=True)
+class Done:
+    "What a command left behind."
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def tomat(monkeypatch, capsys):
+    "Run the command line in this process, with the state of a fresh one."
+    threads = torch.get_num_threads()
+    def run(*args):
+        enable_progress_bar()  # saving a model switches it off for good
+        monkeypatch.setattr(sys, "argv", ["tomat", *map(str, args)])
+        monkeypatch.setenv("TOMAT_PROGRESS", "0")
+        monkeypatch.setenv("COLUMNS", "200")
+        capsys.readouterr()
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = stop.code or 0
+        got = capsys.readouterr()
+        return Done(code, got.out, got.err)
+    torch.set_num_threads(1)
+    yield run
+    torch.set_num_threads(threads)
+
+
+def process(*args, **options):
+    "Start the installed command."
+    quiet = {"TOMAT_PROGRESS": "0", "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"}
+    env = os.environ | quiet | options.pop("env", {})
+    return subprocess.Popen([TOMAT, *map(str, args)], env=env, text=True, stdin=subprocess.DEVNULL,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+
+
+def finished(started):
+    "Wait for a process."
+    out, err = started.communicate(timeout=120)
+    return Done(started.returncode, out, err)
+
+
+def tree(folder):
+    "Everything below a folder, partial paths included, with what would change if it were touched."
+    return {p.relative_to(folder).as_posix(): (p.lstat().st_mtime_ns, p.lstat().st_size) for p in folder.rglob("*")
+            if not p.is_dir() or p.is_symlink()} | {p.relative_to(folder).as_posix(): None for p in folder.rglob("*/")}
+
+
+def is_one_sentence(done, *words):
+    "Exit code 2, and one line with all of `words` on standard error."
+    assert done.code == 2, done
+    assert done.err.count("\n") == 1 and done.err.startswith("tomat: "), done.err
+    assert done.err.endswith(".\n") and not done.err.endswith("..\n"), done.err
+    assert all(str(word) in done.err for word in words), (words, done.err)
+    assert done.out == ""
+
+
+def a_density(seed, id, elements, shape=(6, 7, 8), positive=True):
+    "Noise over a few decades in a skewed cell."
+    rng = np.random.default_rng(seed)
+    values = rng.lognormal(0, 2, shape) * (1 if positive else rng.choice([-1, 1], shape))
+    cell = Lattice.from_parameters(4, 5, 6, 80, 95, 105)
+    return Density(values.astype(np.float32), Structure(cell, elements, rng.random((len(elements), 3))), id=id)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    "A store, rows and a checkpoint, made by the command line; tests read them and write elsewhere."
+    folder = tmp_path_factory.mktemp("made")
+    densities = [a_density(0, "salt", ["Na", "Cl"]), a_density(1, "metal", ["Li"]), a_density(2, "oxide", ["Fe", "O"])]
+    write_store(densities, {"train": ["salt", "metal"], "validation": ["oxide"], "test": []}, folder / "store")
+    for density in densities:
+        write_density(density, folder / f"CHGCAR.{density.id}")
+    densities[0].structure.to(str(folder / "POSCAR"), fmt="poscar")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TOMAT_PROGRESS", "0")
+        for line in (["tokenize", folder / "store", "--out", folder / "rows", *ROWS],
+                     ["train", folder / "rows", "--out", folder / "run", "--steps", "3", "--batch-size", "2"]):
+            cli.app([str(word) for word in line], standalone_mode=False)
+    return folder
+
+
+@contextmanager
+def nothing_changes(*folders):
+    "What is in the folders stays as it is."
+    before = [tree(folder) for folder in folders]
+    yield
+    for folder, was in zip(folders, before, strict=True):
+        now = tree(folder)
+        assert now == was, f"left behind or touched: {sorted(now.items() ^ was.items(), key=str)}"
+
+
+@contextmanager
+def limited(what, amount):
+    "Lower a limit of this process for a while: of the size of a file, of the memory."
+    old = resource.getrlimit(what)
+    resource.setrlimit(what, (amount, old[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(what, old)
+
+
+# What works
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_an_example(tomat, command):
+    done = tomat(command, "--help")
+    assert done.code == 0 and done.err == ""
+    assert f"tomat {command}" in done.out.split("Example:")[1]
+
+
+def test_help_lists_every_command(tomat):
+    done = tomat("--help")
+    assert done.code == 0 and all(f" {command} " in done.out for command in COMMANDS)
+    assert {info.name or info.callback.__name__.replace("_", "-") for info in cli.app.registered_commands} == set(COMMANDS)
+
+
+def test_the_installed_command():
+    "The real thing once: exit code 0 and JSON; exit code 2 and one sentence."
+    good, bad = process("info", NACL, "--json"), process("info", NACL.with_name("CHGCAR.nowhere"))
+    good, bad = finished(good), finished(bad)
+    assert good.code == 0 and good.err == "" and f"{json.loads(good.out)['electrons']:.3f}" == "8.000"
+    is_one_sentence(bad, "CHGCAR.nowhere", "does not exist")
+
+
+def test_info(tomat):
+    facts = json.loads(tomat("info", NACL, "--json").out)
+    assert facts["formula"] == "NaCl" and facts["grid"] == [56, 56, 56] and f"{facts['electrons']:.3f}" == "8.000"
+    assert {"spacing", "min", "max", "negative_share"} <= facts.keys() and facts["min"] < facts["max"]
+    lines = tomat("info", NACL).out.splitlines()
+    shown = {line.split()[0]: line.split()[1:] for line in lines}
+    assert shown["formula"] == ["NaCl"] and shown["grid"] == ["56"] * 3
+    assert [float(x) for x in shown["electrons"]] == pytest.approx([8], abs=5e-4)
+    assert float(shown["max"][0]) == pytest.approx(facts["max"], rel=1e-5)
+
+
+def test_convert_chains(tomat, tmp_path):
+    first = read_density(NACL)
+    chain = [NACL, tmp_path / "x.zarr", tmp_path / "CHGCAR", tmp_path / "y.zarr.zip", tmp_path / "z.vasp"]
+    for source, target in pairwise(chain):
+        assert tomat("convert", source, target) == Done(0, "", "")
+        got = read_density(target)
+        np.testing.assert_array_equal(got.values.astype(np.float32), first.values.astype(np.float32))
+        np.testing.assert_array_equal(got.structure.lattice.matrix, first.structure.lattice.matrix)
+        np.testing.assert_array_equal(got.structure.frac_coords, first.structure.frac_coords)
+        assert got.structure.species == first.structure.species and f"{got.n_electrons:.3f}" == "8.000"
+        assert list(got.augmentation) == list(first.augmentation)
+    assert (tmp_path / "CHGCAR").read_bytes() == (tmp_path / "z.vasp").read_bytes()
+    assert tomat("convert", tmp_path / "x.zarr", tmp_path / "NaCl.cube.gz").code == 0
+    cube = read_density(tmp_path / "NaCl.cube.gz")
+    assert cube.n_electrons == pytest.approx(8, abs=1e-3)
+    np.testing.assert_allclose(cube.total, first.total, rtol=1e-4, atol=1e-3)
+    assert tomat("convert", NACL, tmp_path / "density", "--format", "zarr").code == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["CHGCAR", "NaCl.cube.gz", "density", "x.zarr", "y.zarr.zip", "z.vasp"]
+
+
+@pytest.mark.parametrize("layout", ["framed", "anchored"])
+@pytest.mark.parametrize("target", ["total", "difference"])
+def test_tokenize_a_store(tomat, tmp_path, made, layout, target):
+    done = tomat("tokenize", made / "store", "--out", tmp_path / "rows", "--layout", layout, "--target", target,
+                 "--label", "small", "--seed", 7, *ROWS)
+    assert done.code == 0 and done.err == ""
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["rows"]
+    meta = json.loads((tmp_path / "rows" / "meta.json").read_text())
+    assert (meta["label"], meta["seed"], meta["rows"], list(meta["materials"])) == ("small", 7, 8, ["metal", "salt"])
+    tokenizer = tokenizer_from_dict(meta["tokenizer"])
+    assert (tokenizer.layout, tokenizer.target, tokenizer.size, tokenizer.pad_to) == (layout, target, (3, 3, 3), None)
+    shown = tomat("show-tokens", tmp_path / "rows", "--row", 7)
+    assert shown.code == 0 and shown.out.startswith("[BOS]\n[GRID_START] 6 7 8 [GRID_END]\n") and "] Li [" in shown.out
+    assert ("[LATTICE_START]" in shown.out, "[OFFSET_START]" in shown.out) == (layout == "framed", layout == "anchored")
+
+
+def test_tokenize_one_file_with_fitted_levels(tomat, tmp_path, made):
+    save_levels(fit_levels(read_density(made / "CHGCAR.salt").total, 64), tmp_path / "levels.npz")
+    done = tomat("tokenize", made / "CHGCAR.salt", "--out", tmp_path / "deep" / "rows", "--density-codec",
+                 tmp_path / "levels.npz", *ROWS)
+    assert done.code == 0
+    meta = json.loads((tmp_path / "deep" / "rows" / "meta.json").read_text())
+    assert list(meta["materials"]) == ["salt"] and meta["tokenizer"]["density_codec"]["codec"] == "levels"
+    again = tomat("tokenize", made / "CHGCAR.metal", "--out", tmp_path / "deep" / "rows", "--overwrite", *ROWS)
+    assert again.code == 0
+    assert list(json.loads((tmp_path / "deep" / "rows" / "meta.json").read_text())["materials"]) == ["metal"]
+    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["rows"]
+
+
+def test_tokenize_the_packaged_sample(tomat, tmp_path):
+    done = tomat("tokenize", sample_store().root, "--split", "validation", "--out", tmp_path / "rows", "--target",
+                 "difference", "--patch-size", 4, "--pad-to", 256, "--patches-per-material", 2)
+    assert done.code == 0
+    table = pq.read_table(tmp_path / "rows" / "rows-00000.parquet")
+    assert table.num_rows == 16 and set(map(len, table["input_ids"].to_pylist())) == {256}
+
+
+def test_show_tokens_of_everything(tomat, made):
+    sheet = tomat("show-tokens", NACL, "--offset", 5, 9, 44).out.splitlines()
+    assert sheet[:2] == ["[BOS]", "[GRID_START] 56 56 56 [GRID_END]"] and "[ATOMS_START] Na Cl [ATOMS_END]" in sheet
+    assert sheet[-1].startswith("[PAD] × ")
+    anchored = tomat("show-tokens", NACL, "--offset", 5, 9, 50, "--layout", "anchored").out.splitlines()
+    assert "[OFFSET_START] 5 9 50 [OFFSET_END]" in anchored and "[HI_START] 18 22 7 [HI_END]" in anchored
+    full = tomat("show-tokens", NACL, "--patch-size", 5, "--full").out
+    assert "…" not in full and sum(word.startswith("d") for word in full.split()) == 250
+    rows, shard = (tomat("show-tokens", made / name, "--row", 5) for name in ("rows", "rows/rows-00000.parquet"))
+    assert rows == shard and rows.code == 0 and "[ATOMS_START] Li [ATOMS_END]" in rows.out
+    assert tomat("show-tokens", made / "rows", "--row", 6) != rows
+
+
+def test_train_predict_evaluate(tomat, tmp_path, made):
+    """A structure and a density of the same grid give the same prediction, in any format."""
+    assert tomat("train", made / "rows", "--out", tmp_path / "run", "--steps", 3, "--batch-size", 2) == Done(
+        0, f"{tmp_path}/run/model\n", "")
+    weights = [folder / "model" / "model.safetensors" for folder in (tmp_path / "run", made / "run")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    model = ("--checkpoint", made / "run" / "model")
+    assert tomat("predict", made / "POSCAR", "--grid", 6, 7, 8, *model, "--out", tmp_path / "a.zarr") == Done(0, "", "")
+    assert tomat("predict", made / "CHGCAR.salt", *model, "--out", tmp_path / "CHGCAR.b") == Done(0, "", "")
+    assert tomat("predict", made / "store/label/salt.zarr", *model, "--out", tmp_path / "c.cube").code == 0
+    ours, (a, b, c) = Chgcar.from_file(tmp_path / "CHGCAR.b"), map(read_density, (
+        tmp_path / "a.zarr", tmp_path / "CHGCAR.b", tmp_path / "c.cube"))
+    np.testing.assert_array_equal(a.values, b.values.astype(np.float32))
+    np.testing.assert_allclose(c.total, a.total, rtol=1e-4, atol=1e-3)
+    assert ours.dim == a.shape == (6, 7, 8) and ours.structure.formula == "Na1 Cl1"
+    assert a.n_electrons == pytest.approx(valence_electrons(ours.structure), abs=1e-4)
+    done = tomat("evaluate", made / "store", *model, "--out", tmp_path / "scores", "--json")
+    assert done.code == 0 and done.err == ""
+    means, scores = json.loads(done.out), json.loads((tmp_path / "scores" / "scores.json").read_text())
+    assert means == scores["summary"] and [m["id"] for m in scores["materials"]] == ["oxide"]
+    assert means["mean_nmae_codec_floor"] < 1e-4 < means["mean_nmae_free_running"]
+    assert "codec floor" in (tmp_path / "scores" / "report.html").read_text()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["CHGCAR.b", "a.zarr", "c.cube", "run", "scores"]
+
+
+def test_the_values_of_a_density_do_not_reach_its_prediction(tomat, tmp_path, made):
+    density = read_density(made / "CHGCAR.salt")
+    other = Density(np.ones_like(density.values), density.structure, id="salt")
+    write_density(other, tmp_path / "CHGCAR.salt")
+    for name, source in (("a", made), ("b", tmp_path)):
+        done = tomat("predict", source / "CHGCAR.salt", "--checkpoint", made / "run/model", "--out", tmp_path / f"{name}.zarr.zip")
+        assert done.code == 0
+    assert (tmp_path / "a.zarr.zip").read_bytes() == (tmp_path / "b.zarr.zip").read_bytes()
+
+
+# What is refused: a file that is not what it should be
+
+
+@pytest.fixture(scope="module")
+def bad(made, tmp_path_factory):
+    "One wrong file of every kind."
+    folder = tmp_path_factory.mktemp("bad")
+    whole = (made / "CHGCAR.salt").read_text()
+    packed, lines = gzip.compress(whole.encode()), whole.splitlines(keepends=True)
+    (folder / "CHGCAR.empty").write_text("")
+    (folder / "CHGCAR.cut").write_text(whole[:len(whole) // 2])
+    (folder / "CHGCAR.cut.gz").write_bytes(packed[:len(packed) // 2])
+    (folder / "CHGCAR.nan").write_text("".join([*lines[:14], lines[14].replace(lines[14].split()[0], "NaN", 1), *lines[15:]]))
+    (folder / "CHGCAR.poscar").write_text((made / "POSCAR").read_text())
+    (folder / "CHGCAR.text").write_text("Dear reader,\n" * 20)
+    (folder / "CHGCAR.unknown").write_text(whole.replace("Na", "Xx"))
+    (folder / "letter.txt").write_text("Dear reader,\n")
+    (folder / "nothing.json").write_text('{"a": 1}')
+    (folder / "POSCAR").write_text((made / "POSCAR").read_text())
+    (folder / "CHGCAR.folder").mkdir()
+    shutil.copytree(made / "store/label/salt.zarr", folder / "nan.zarr")
+    array = zarr.open_group(folder / "nan.zarr")["charge_density_total"]
+    array[0, 0, 0] = np.nan
+    write_density(Density(np.ones((1, 1, 1200)), read_density(made / "CHGCAR.metal").structure, id="long"), folder / "long.zarr")
+    (folder / "text.npz").write_text("Dear reader,\n")
+    (folder / "empty.npz").write_bytes(b"")
+    np.savez(folder / "other.npz", a=np.ones(3))
+    for name, species in (("shared", {"Fe": 0.5, "Ni": 0.5}), ("Tc", "Tc")):
+        structure = Structure(Lattice.cubic(4), [species], [[0, 0, 0]])
+        write_density(Density(np.ones((4, 4, 4)), structure, id=name), folder / f"{name}.zarr")
+        structure.to(str(folder / f"{name}.cif"))
+    return folder
+
+
+# file → what the sentence says beside its name
+BAD = {"CHGCAR.empty": "empty", "CHGCAR.cut": "whole CHGCAR", "CHGCAR.cut.gz": "unpacked", "CHGCAR.nan": "NaN", "nan.zarr": "NaN",
+       "CHGCAR.poscar": "whole CHGCAR", "CHGCAR.text": "whole CHGCAR", "CHGCAR.unknown": "Xx", "nothing.json": "no density",
+       "CHGCAR.missing": "does not exist", "missing.zarr": "does not exist", "CHGCAR.folder": "CHGCAR",
+       "letter.txt": "no known format", "POSCAR": ""}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_density_is_refused_by_every_command_that_reads_one(tomat, tmp_path, made, bad, name):
+    model = ("--checkpoint", made / "run/model")
+    for command in (["info", bad / name], ["convert", bad / name, tmp_path / "x.zarr"], ["show-tokens", bad / name],
+                    ["tokenize", bad / name, "--out", tmp_path / "new" / "rows"],
+                    ["predict", bad / name, *model, "--out", tmp_path / "x.cube"]):
+        with nothing_changes(tmp_path, bad):
+            is_one_sentence(tomat(*command), name, "--grid" if name == "POSCAR" and "predict" in command else BAD[name])
+    for command in (["evaluate", bad / name, *model, "--out", tmp_path / "scores"],
+                    ["train", bad / name, "--out", tmp_path / "run"],
+                    ["predict", made / "POSCAR", *GRID, "--checkpoint", bad / name, "--out", tmp_path / "x.cube"]):
+        with nothing_changes(tmp_path, bad):
+            is_one_sentence(tomat(*command), name)
+
+
+# command | words of its one sentence
+WRONG = """
+tokenize {bad}/long.zarr --out {tmp}/rows | 1200 Li 1,023
+show-tokens {bad}/long.zarr | 1200 Li 1,023
+predict {bad}/long.zarr --checkpoint {run}/model --out {tmp}/x.cube | 1200 Li 1,023
+tokenize {salt} --out {tmp}/rows --pad-to 100 | 5,529 pad_to
+show-tokens {salt} --pad-to 100 | 5,529 pad_to
+tokenize {bad}/shared.zarr --out {tmp}/rows | Fe shared
+show-tokens {bad}/shared.zarr | Fe shared
+convert {bad}/shared.zarr {tmp}/CHGCAR | Fe shared
+convert {bad}/shared.zarr {tmp}/x.cube | Fe shared
+convert {bad}/shared.zarr {tmp}/x.json | Fe shared
+predict {bad}/shared.zarr --checkpoint {run}/model --out {tmp}/x.cube | shared.zarr Fe
+predict {bad}/shared.cif --grid 4 4 4 --checkpoint {run}/model --out {tmp}/x.cube | shared.cif Fe
+tokenize {bad}/Tc.zarr --out {tmp}/rows --pad-to 0 --patch-size 3 --target difference | Tc
+predict {bad}/Tc.cif --grid 4 4 4 --checkpoint {run}/model --out {tmp}/x.cube | Tc
+
+tokenize {salt} --out {tmp}/rows --patch-size 0 | patch 0
+tokenize {salt} --out {tmp}/rows --patch-size -1 | patch -1
+tokenize {salt} --out {tmp}/rows --patch-size 2000 | patch 2000
+tokenize {salt} --out {tmp}/rows --patch-size 1000 | pad_to
+show-tokens {salt} --patch-size 0 | patch 0
+show-tokens {salt} --patch-size -1 | patch -1
+show-tokens {salt} --patch-size 2000 | patch 2000
+tokenize {salt} --out {tmp}/rows --pad-to -5 | pad_to
+tokenize {salt} --out {tmp}/rows --patches-per-material 0 | patch
+tokenize {salt} --out {tmp}/rows --patches-per-material -3 | patch
+tokenize {salt} --out {tmp}/rows --seed -3 | seed -3
+tokenize {salt} --out {tmp}/rows --layout spiral | spiral framed
+tokenize {salt} --out {tmp}/rows --target spin | spin difference
+tokenize {salt} --out {tmp}/rows --density-codec mp3 | mp3 fp16_1token
+tokenize {salt} --out {tmp}/rows --density-codec {bad}/text.npz | text.npz
+tokenize {salt} --out {tmp}/rows --density-codec {bad}/empty.npz | empty.npz
+tokenize {salt} --out {tmp}/rows --density-codec {bad}/other.npz | other.npz boundaries
+tokenize {salt} --out {tmp}/rows --density-codec {bad}/missing.npz | missing.npz
+show-tokens {salt} --offset 1 2 99999999999999999999 | ffset
+show-tokens {made}/rows --row -1 | rows
+show-tokens {made}/rows --row 8 | rows 8
+show-tokens {made}/rows/rows-00000.parquet --row -1 | rows-00000.parquet
+show-tokens {made}/rows/rows-00001.parquet | rows-00001.parquet
+
+train {made}/rows --out {tmp}/run --steps 0 | step
+train {made}/rows --out {tmp}/run --steps -1 | step
+train {made}/rows --out {tmp}/run --batch-size 0 | batch
+train {made}/rows --out {tmp}/run --lr 0 | lr
+train {made}/rows --out {tmp}/run --lr nan | lr
+train {made}/rows --out {tmp}/run --lr inf |
+train {made}/rows --out {tmp}/run --seed -1 | seed -1
+train {made}/rows --out {tmp}/run --seed 99999999999999999999 | seed
+train {made}/rows --out {tmp}/run --model 7T | 7T nano
+train {made}/rows --out {tmp}/run --loss-on luck | luck
+
+predict {made}/POSCAR --checkpoint {run}/model --out {tmp}/x.cube | POSCAR --grid
+predict {made}/POSCAR --checkpoint {run}/model --out {tmp}/x.cube --grid 0 4 4 | 0 1,023
+predict {made}/POSCAR --checkpoint {run}/model --out {tmp}/x.cube --grid -4 4 4 | -4 1,023
+predict {made}/POSCAR --checkpoint {run}/model --out {tmp}/x.cube --grid 4 4 1200 | 1200 1,023
+predict {made}/POSCAR --checkpoint {run}/model --out {tmp}/x.cube --grid 4 4 4 --choose luck | luck median
+predict {made}/POSCAR --checkpoint {run}/model --out {tmp}/x.cube --grid 4 4 4 --choose median | median argmax
+predict {made}/POSCAR --checkpoint {run}/model --out {tmp}/x.cube --grid 4 4 4 --overlap -1 | overlap -1
+predict {made}/POSCAR --checkpoint {run}/model --out {tmp}/x.cube --grid 4 4 4 --overlap 3 | overlap 3
+predict {made}/POSCAR --checkpoint {run}/model --out {tmp}/x.xyz --grid 4 4 4 | x.xyz format
+predict {made}/POSCAR --checkpoint {made}/store --out {tmp}/x.cube --grid 4 4 4 | store checkpoint
+predict {made}/POSCAR --checkpoint {made}/rows --out {tmp}/x.cube --grid 4 4 4 | rows checkpoint
+predict {made}/POSCAR --checkpoint {run} --out {tmp}/x.cube --grid 4 4 4 | run checkpoint
+predict {made}/POSCAR --checkpoint {made}/nowhere --out {tmp}/x.cube --grid 4 4 4 | nowhere
+
+convert {salt} {tmp}/x.xyz | x.xyz format
+convert {salt} {tmp}/x --format xyz | xyz cube
+convert {salt} {made}/store --format zarr | store other
+convert {salt} {bad}/letter.txt/x.zarr | letter.txt/x.zarr
+convert {salt} {bad}/letter.txt/x.cube | letter.txt/x.cube
+tokenize {salt} --out {bad}/letter.txt/rows | letter.txt/rows
+tokenize {salt} --out {made}/rows | rows exists
+tokenize {salt} --out {made}/store | store exists
+tokenize {salt} --out {made}/store --overwrite | store other
+tokenize {salt} --out . --overwrite --patch-size 3 | .
+train {made}/rows --out {bad}/letter.txt/run | letter.txt/run
+train {made}/rows --out {run} --steps 9 | run another
+train {made}/rows --out {made}/rows --steps 1 | rows
+train {made}/store --out {tmp}/run | store tokenize
+predict {made}/POSCAR --checkpoint {run}/model --out {bad}/letter.txt/x.cube --grid 4 4 4 | letter.txt/x.cube
+evaluate {made}/store --checkpoint {run}/model --out {bad}/letter.txt | letter.txt
+evaluate {made}/rows --checkpoint {run}/model --out {tmp}/scores | rows
+demo --out {bad}/letter.txt | letter.txt
+
+tokenize {made}/store --out {tmp}/rows --split holiday | holiday validation
+tokenize {made}/store --out {tmp}/rows --split test | test
+evaluate {made}/store --checkpoint {run}/model --out {tmp}/scores --split holiday | holiday validation
+evaluate {made}/store --checkpoint {run}/model --out {tmp}/scores --split test | test
+"""
+
+
+@pytest.mark.parametrize("line", [line for line in WRONG.splitlines() if line])
+def test_a_wrong_word_is_one_sentence(tomat, tmp_path, made, bad, monkeypatch, line):
+    command, words = line.split("|")
+    names = {"made": made, "bad": bad, "tmp": tmp_path / "new", "run": made / "run", "salt": made / "CHGCAR.salt"}
+    monkeypatch.chdir(tmp_path)
+    with nothing_changes(tmp_path, made, bad):
+        is_one_sentence(tomat(*[word.format(**names) for word in command.split()]), *words.split())
+
+
+@pytest.mark.parametrize("line", ["paint", "info", "info a b", "info a --colour", "tokenize x", "predict x", "train x",
+                                  "predict POSCAR --grid 4 4", "tokenize x --out y --patch-size three",
+                                  "train x --out y --lr fast"])
+def test_a_wrong_command_has_exit_code_2(tomat, tmp_path, monkeypatch, line):
+    monkeypatch.chdir(tmp_path)
+    done = tomat(*line.split())
+    assert done.code == 2 and done.out == "" and "Traceback" not in done.err
+    assert list(tmp_path.iterdir()) == []
+
+
+# What is refused: damaged folders
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+
+
+def zeros(path, at):
+    "Twenty zeros somewhere in a file, counted from its end where negative."
+    content = bytearray(path.read_bytes())
+    at %= len(content)
+    content[at:at + 20] = bytes(20)
+    path.write_bytes(content)
+
+
+def edited(path, **changes):
+    "Change entries of a JSON file; None removes one."
+    old = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in old.items() if value is not None}))
+
+
+def with_rows(path, ids):
+    "Replace the rows of a shard."
+    table = pq.read_table(path)
+    pq.write_table(table.set_column(4, table.schema.field(4), pa.array([ids] * len(table), pa.list_(pa.int32()))), path)
+
+
+SHARD = "rows-00000.parquet"
+ROWS_DAMAGE = {
+    "cut": lambda f: cut(f / SHARD), "empty": lambda f: (f / SHARD).write_bytes(b""), "missing": lambda f: (f / SHARD).unlink(),
+    "header": lambda f: zeros(f / SHARD, 100), "page": lambda f: zeros(f / SHARD, 300), "footer": lambda f: zeros(f / SHARD, -300),
+    "end": lambda f: zeros(f / SHARD, -10), "columns": lambda f: pq.write_table(pa.table({"a": [1]}), f / SHARD),
+    "fewer rows": lambda f: pq.write_table(pq.read_table(f / SHARD).slice(0, 5), f / SHARD),
+    "ids": lambda f: with_rows(f / SHARD, [1, 99_999_999, 2]), "no ids": lambda f: with_rows(f / SHARD, []),
+    "null ids": lambda f: with_rows(f / SHARD, None),
+    **{f"meta {text or 'empty'}": lambda f, text=text: (f / "meta.json").write_text(text) for text in ("", "{", "[]", "{}", "3")},
+    **{f"no {key}": lambda f, key=key: edited(f / "meta.json", **{key: None}) for key in ("format", "shards", "tokenizer", "rows")},
+    "form": lambda f: edited(f / "meta.json", format="tomat-rows-9"), "no shards": lambda f: edited(f / "meta.json", shards=[]),
+    "tokenizer": lambda f: edited(f / "meta.json", tokenizer=3), "settings": lambda f: edited(f / "meta.json", tokenizer={}),
+}
+
+
+@pytest.mark.parametrize("damage", ROWS_DAMAGE)
+def test_damaged_rows_are_refused(tomat, tmp_path, made, damage):
+    shutil.copytree(made / "rows", tmp_path / "rows")
+    ROWS_DAMAGE[damage](tmp_path / "rows")
+    for command in (["show-tokens", tmp_path / "rows", "--row", 6], ["show-tokens", tmp_path / "rows" / SHARD, "--row", 6],
+                    ["train", tmp_path / "rows", "--out", tmp_path / "run", "--steps", 1]):
+        if command[0] == "show-tokens" and damage == "no shards" and str(command[1]).endswith(SHARD):
+            continue  # a shard can be shown where meta.json does not list it
+        with nothing_changes(tmp_path):
+            is_one_sentence(tomat(*command), "rows")
+    with nothing_changes(tmp_path):
+        seen = tomat("verify", tmp_path / "rows")
+    assert seen.code in (1, 2) and seen.out + seen.err and "all is well" not in seen.out
+
+
+def test_verify(tomat, made):
+    assert tomat("verify", made / "rows") == Done(0, f"{made}/rows: all is well\n", "")
+    assert json.loads(tomat("verify", made / "rows", "--json").out)["faults"] == []
+    is_one_sentence(tomat("verify", made / "store"), "store", "tokenize")
+
+
+MODEL_DAMAGE = {
+    "weights cut": lambda f: cut(f / "model.safetensors"), "weights empty": lambda f: (f / "model.safetensors").write_bytes(b""),
+    "weights of text": lambda f: (f / "model.safetensors").write_text("Dear reader,\n" * 20),
+    "weights gone": lambda f: (f / "model.safetensors").unlink(), "weights header": lambda f: zeros(f / "model.safetensors", 9),
+    "weights NaN": lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-4000] + b"\xff" * 4000),
+    **{f"{name} {text or 'empty'}": lambda f, name=name, text=text: (f / f"{name}.json").write_text(text)
+       for name in ("tomat", "config") for text in ("", "{", "[]", "{}", "3")},
+    "tomat.json gone": lambda f: (f / "tomat.json").unlink(), "config.json gone": lambda f: (f / "config.json").unlink(),
+    "tokenizer": lambda f: edited(f / "tomat.json", tokenizer=3), "settings": lambda f: edited(f / "tomat.json", tokenizer={}),
+    "layout": lambda f: (f / "tomat.json").write_text((f / "tomat.json").read_text().replace("framed", "anchored")),
+    "layers": lambda f: edited(f / "config.json", num_hidden_layers=2, layer_types=["full_attention"] * 2),
+    "width": lambda f: edited(f / "config.json", hidden_size=64),
+}
+
+
+@pytest.mark.parametrize("damage", MODEL_DAMAGE)
+def test_a_damaged_checkpoint_is_refused(tomat, tmp_path, made, damage, monkeypatch):
+    shutil.copytree(made / "run/model", tmp_path / "model")
+    MODEL_DAMAGE[damage](tmp_path / "model")
+    in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    with limited(resource.RLIMIT_AS, in_use + 2**31):  # without its config.json it would be a model of 8 B parameters
+        line = ["predict", made / "POSCAR", *GRID, "--checkpoint", tmp_path / "model", "--out", tmp_path / "x.cube"]
+        with nothing_changes(tmp_path):
+            is_one_sentence(tomat(*line), "model")
+
+
+def test_a_damaged_material_of_a_store_is_named(tomat, tmp_path, made):
+    shutil.copytree(made / "store", tmp_path / "store")
+    cut(next((tmp_path / "store/label/metal.zarr/charge_density_total").rglob("c/0/0/0")))
+    with nothing_changes(tmp_path):
+        is_one_sentence(tomat("tokenize", tmp_path / "store", "--out", tmp_path / "rows", *ROWS), "metal.zarr")
+    (tmp_path / "store/split.json").write_text('{"train": [7]}')
+    with nothing_changes(tmp_path):
+        is_one_sentence(tomat("tokenize", tmp_path / "store", "--out", tmp_path / "rows", *ROWS), "store", "split")
+
+
+def test_what_a_row_cannot_hold_is_skipped_and_named(tomat, tmp_path, made):
+    good = read_density(made / "CHGCAR.salt")
+    cell = Lattice.cubic(4)
+    others = [Density(np.ones((1, 1, 1200)), good.structure, id="long"),
+              Density(np.ones((4, 4, 4)), Structure(cell, [{"Fe": 0.5, "Ni": 0.5}], [[0, 0, 0]]), id="shared"),
+              Density(np.ones((4, 4, 4)), Structure(cell, ["Tc"], [[0, 0, 0]]), id="no-atom")]
+    ids = ["long", "shared", "no-atom", "salt"]
+    write_store([*others, good], {"train": ids}, tmp_path / "store")
+    for target, skipped in (("total", ids[:2]), ("difference", ids[:3])):
+        done = tomat("tokenize", tmp_path / "store", "--out", tmp_path / target, "--target", target, *ROWS)
+        assert done.code == 0, done.err
+        meta = json.loads((tmp_path / target / "meta.json").read_text())
+        assert sorted(meta["skipped"]) == sorted(skipped) and "1200" in meta["skipped"]["long"] and "salt" in meta["materials"]
+
+
+def test_a_run_that_failed_can_be_started_again_with_better_options(tomat, tmp_path, made):
+    train = ("train", made / "rows", "--out", tmp_path / "run", "--steps", 3, "--batch-size", 2)
+    is_one_sentence(tomat(*train, "--lr", "1e10"), "learning rate")
+    assert tomat(*train, "--lr", "1e-3").code == 0
+
+
+# A machine that does not do what it should
+
+
+@pytest.mark.parametrize("limit", [20_000, 5_000_000])
+def test_a_file_that_cannot_grow_is_one_sentence(tomat, tmp_path, made, limit):
+    """20 kB stop every writer; 5 MB let the model of a training run pass, and stop the state beside it."""
+    place = tmp_path / "new"
+    lines = [["convert", NACL, place / "x.zarr"], ["convert", NACL, place / "CHGCAR"], ["tokenize", NACL, "--out", place / "rows"]]
+    lines += [["train", made / "rows", "--out", place / "run", "--steps", 1, "--batch-size", 1]]
+    for line in lines[3 * (limit > 100_000):]:
+        with limited(resource.RLIMIT_FSIZE, limit):
+            done = tomat(*line)
+        is_one_sentence(done, place)
+    assert {p.relative_to(place).as_posix() for p in place.rglob("*")} <= {"run", "run/config.json", "run/log.jsonl"}
+
+
+def test_weights_that_do_not_fit_are_one_sentence(tmp_path, made):
+    model, tokenizer = load_checkpoint(made / "run/model")
+    with limited(resource.RLIMIT_FSIZE, 1_000_000), pytest.raises(TomatError, match=r"model cannot be written.*[^.]\.$"):
+        save_checkpoint(model, tokenizer, tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def tiny_disk(tmp_path):
+    "A file system of 64 kB, where the user may mount one."
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = shutil.which("mount")
+    if not mount or subprocess.run([mount, "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("this user may not mount a tmpfs")
+    yield disk
+    subprocess.run([shutil.which("umount"), disk], check=True)
+
+
+def test_a_full_disk_is_one_sentence(tomat, tiny_disk, made):
+    lines = [["convert", NACL, tiny_disk / name] for name in ("x.zarr", "x.zarr.zip", "CHGCAR", "x.cube", "x.json.gz")]
+    for line in [*lines, ["tokenize", NACL, "--out", tiny_disk / "rows"]]:
+        with nothing_changes(tiny_disk):
+            is_one_sentence(tomat(*line), tiny_disk)
+    is_one_sentence(tomat("train", made / "rows", "--out", tiny_disk / "run", "--steps", 1), tiny_disk)
+    assert not [p for p in tiny_disk.rglob("*") if "partial" in p.name or p.name in ("state.pt", "model")]
+
+
+def test_two_runs_into_one_folder_leave_one_whole_folder(tmp_path, made):
+    options = ["--out", tmp_path / "rows", "--overwrite", "--patch-size", 8, "--pad-to", 0, "--patches-per-material", 100]
+    runs = [process("tokenize", made / f"CHGCAR.{name}", *options) for name in ("salt", "oxide")]
+    done = [finished(run) for run in runs]
+    for one in done:
+        assert one.code == 0 or is_one_sentence(one, "rows") is None
+    assert 0 in [one.code for one in done]
+    assert [p.name for p in tmp_path.iterdir()] == ["rows"]
+    meta = json.loads((tmp_path / "rows" / "meta.json").read_text())
+    assert set(pq.read_table(tmp_path / "rows" / SHARD)["task_id"].to_pylist()) == set(meta["materials"]) and meta["rows"] == 100
+
+
+def test_a_folder_without_permission_is_one_sentence(tomat, tmp_path, made):
+    folder = tmp_path / "closed"
+    folder.mkdir()
+    folder.chmod(0o500)
+    if os.access(folder, os.W_OK):
+        pytest.skip("this user may write everywhere")
+    with nothing_changes(tmp_path):
+        for line in (["convert", NACL, folder / "x.zarr"], ["tokenize", made / "CHGCAR.salt", "--out", folder / "rows", *ROWS]):
+            is_one_sentence(tomat(*line), folder)
+
+
+@pytest.mark.parametrize("name", ["a b.zarr", "ρ–Å³.vasp", "[x]{y}%s.json.gz", "-n.cube", "'quote\".zarr.zip", "tab\there.chgcar"])
+def test_names_of_any_kind(tomat, tmp_path, made, name):
+    electrons = read_density(made / "CHGCAR.salt").n_electrons
+    for place in (tmp_path / name, tmp_path / "a folder [bold] {0} ß" / name):
+        assert tomat("convert", made / "CHGCAR.salt", place) == Done(0, "", "")
+        assert json.loads(tomat("info", place, "--json").out)["electrons"] == pytest.approx(electrons, rel=1e-4)
+        is_one_sentence(tomat("info", f"{place}.missing.zarr"), name)
+
+
+def test_output_into_a_closed_pipe_is_no_traceback(made):
+    read, write = os.pipe()
+    os.close(read)
+    line = [TOMAT, "show-tokens", made / "CHGCAR.salt", "--full"]
+    started = subprocess.Popen(line, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert started.communicate(timeout=60)[1] == ""

@@ -1,0 +1,250 @@
+"""Rows on disk: the same bytes every time, each material by itself, nothing half-written, and exactly the published columns."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pymatgen.core import Lattice, Structure
+
+from tomat.codecs import POSITIONS, PUBLISHED_DENSITY, fit_levels, log_codec
+from tomat.density import Density
+from tomat.files import TomatError
+from tomat.patches import as_size, cut
+from tomat.promolecule import with_promolecule
+from tomat.shards import SCHEMA, material_rng, read_rows, row_of, tokenize
+from tomat.store import sample_store, write_store
+from tomat.tokenizer import Tokenizer, tokenizer_from_dict
+
+TOMAT = Path(sys.executable).parent / "tomat"
+ELEMENTS = ("H", "Li", "O", "Na", "Fe", "Cs", "Au")  # all with a free atom
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch):
+    monkeypatch.setenv("TOMAT_PROGRESS", "0")
+
+
+def real_looking(rng, shape):
+    "Electrons over many decades, some of them below zero."
+    return (rng.lognormal(0, 2.5, shape) * np.where(rng.random(shape) < 0.1, -1, 1)).astype(np.float32)
+
+
+def a_density(seed, id="", shape=(6, 7, 8), n_atoms=2):
+    "A skewed cell with atoms anywhere."
+    rng = np.random.default_rng(seed)
+    matrix = np.diag(rng.uniform(3, 9, 3)) + rng.uniform(-1.2, 1.2, (3, 3))
+    structure = Structure(Lattice(matrix), rng.choice(ELEMENTS, n_atoms).tolist(), rng.random((n_atoms, 3)))
+    return Density(real_looking(rng, shape), structure, id=id or f"m-{seed}")
+
+
+CODECS = {
+    "two_token_9_12": PUBLISHED_DENSITY,
+    "tomol_3byte": log_codec("tomol_3byte", -4.13, 4.97),
+    "fp16_1token": log_codec("fp16_1token", -4.13, 4.97),
+    "levels": fit_levels(real_looking(np.random.default_rng(7), 20_000), 256),
+}
+
+
+@cache
+def tokenizer(layout="framed", codec="two_token_9_12", size=3, pad_to=None, target="total"):
+    return Tokenizer(layout, CODECS[codec], patch_size=size, pad_to=pad_to, target=target)
+
+
+def contents(folder):
+    "Every file of a data set."
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_the_same_data_set_is_the_same_bytes(tmp_path):
+    densities = [a_density(seed) for seed in range(5)]
+    for name in ("one", "two"):
+        tokenize(iter(densities), tokenizer(), tmp_path / name, 6, seed=3, label="x", rows_per_shard=10)
+    one, two = contents(tmp_path / "one"), contents(tmp_path / "two")
+    assert one == two and len(one) == 4
+    tokenize(densities, tokenizer(), tmp_path / "other", 6, seed=4, label="x", rows_per_shard=10)
+    assert all(contents(tmp_path / "other")[name] != content for name, content in one.items())
+
+
+def rows_of(folder, id):
+    rows = read_rows(folder)
+    return [(ids.tolist(), offset.tolist()) for ids, whose, offset in zip(rows.ids, rows.materials, rows.offsets_Nx3, strict=True)
+            if whose == id]
+
+
+def test_a_material_does_not_feel_the_others(tmp_path):
+    densities = [a_density(seed) for seed in range(4)]
+    sets = {"all": densities, "reversed": densities[::-1], "alone": [densities[2]], "without": densities[2:]}
+    for name, some in sets.items():
+        tokenize(some, tokenizer(), tmp_path / name, 7, rows_per_shard=10)
+    want = rows_of(tmp_path / "all", "m-2")
+    assert len(want) == 7 and all(rows_of(tmp_path / name, "m-2") == want for name in sets)
+    offsets = {id: str([offset for _, offset in rows_of(tmp_path / "all", id)]) for id in ("m-0", "m-1", "m-2", "m-3")}
+    assert len(set(offsets.values())) == 4, "two materials share their random places"
+
+
+def test_more_patches_begin_with_the_fewer(tmp_path):
+    """Drawing more of them extends a data set, and leaves what was drawn."""
+    for n in (4, 9):
+        tokenize([a_density(1)], tokenizer(), tmp_path / str(n), n)
+    assert rows_of(tmp_path / "9", "m-1")[:4] == rows_of(tmp_path / "4", "m-1")
+
+
+def test_seeds_are_what_they_were():
+    """A change here changes every data set made from now on."""
+    assert material_rng(42, "mp-2282417").integers(0, 1000, 6).tolist() == [21, 979, 338, 988, 64, 89]
+    assert material_rng(42, "mp-2282417").integers(0, 10**9) != material_rng(43, "mp-2282417").integers(0, 10**9)
+
+
+def test_the_columns_are_the_published_ones(tmp_path):
+    meta = tokenize([a_density(seed) for seed in range(3)], tokenizer(), tmp_path / "rows", 4, rows_per_shard=8)
+    assert meta["shards"] == ["rows-00000.parquet", "rows-00001.parquet"]
+    published = pa.schema([("task_id", pa.string()), ("offset_x", pa.int32()), ("offset_y", pa.int32()), ("offset_z", pa.int32()),
+                           ("input_ids", pa.list_(pa.int32()))])
+    assert SCHEMA.equals(published)
+    for name, groups in zip(meta["shards"], (2, 1), strict=True):
+        file = pq.ParquetFile(tmp_path / "rows" / name)
+        assert file.schema_arrow.equals(published) and file.num_row_groups == groups
+        columns = [file.metadata.row_group(0).column(i) for i in range(5)]
+        assert {column.compression for column in columns} == {"ZSTD"} and file.metadata.row_group(0).num_rows == 4
+    assert sorted(p.name for p in (tmp_path / "rows").iterdir()) == ["meta.json", *meta["shards"]]
+
+
+def test_published_rows_have_8192_tokens(tmp_path):
+    for layout in ("anchored", "framed"):
+        meta = tokenize([a_density(0, n_atoms=9)], Tokenizer(layout, PUBLISHED_DENSITY), tmp_path / layout, 3)
+        lists = pq.read_table(tmp_path / layout / "rows-00000.parquet")["input_ids"].to_pylist()
+        assert [len(ids) for ids in lists] == [8192] * 3 and meta["tokens_padded"] == 3 * 8192
+        assert meta["tokens"] == 3 * {"anchored": 5606, "framed": 5599}[layout] == sum(np.count_nonzero(ids) for ids in lists)
+
+
+def test_meta_counts_what_is_there(tmp_path):
+    long = Density(np.ones((1, 1, 1200)), a_density(0).structure, id="long")
+    huge = Density(np.full((4, 4, 4), 1e7), a_density(0).structure, id="huge")  # above the published range: all clipped
+    many = a_density(9, "many", n_atoms=60)
+    densities = [a_density(0), long, huge, many, a_density(1)]
+    tok = tokenizer(pad_to=300)
+    meta = tokenize(densities, tok, tmp_path / "rows", 5, seed=1, label="counted", rows_per_shard=7)
+    assert meta == json.loads((tmp_path / "rows" / "meta.json").read_text())
+    tables = [pq.read_table(tmp_path / "rows" / name) for name in meta["shards"]]
+    ids = [row for table in tables for row in table["input_ids"].to_pylist()]
+    whose = [id for table in tables for id in table["task_id"].to_pylist()]
+    assert whose == ["m-0"] * 5 + ["huge"] * 5 + ["m-1"] * 5 and [len(t) for t in tables] == [10, 5]
+    assert (meta["rows"], meta["tokens_padded"]) == (15, 15 * 300) == (len(ids), sum(map(len, ids)))
+    assert meta["tokens"] == sum(np.count_nonzero(row) for row in ids) == 15 * tok.row_length(2)
+    assert list(meta["skipped"]) == ["long", "many"] and "1200" in meta["skipped"]["long"] and "300" in meta["skipped"]["many"]
+    assert meta["materials"]["huge"] == {"rows": 5, "clipped": 5 * 27} and meta["materials"]["m-0"] == {"rows": 5, "clipped": 0}
+    assert (meta["seed"], meta["label"], meta["patches_per_material"]) == (1, "counted", 5)
+    assert tokenizer_from_dict(meta["tokenizer"]) == tok
+
+
+sides = st.integers(1, 6)
+
+
+@settings(derandomize=True, deadline=None, max_examples=60)
+@given(layout=st.sampled_from(["anchored", "framed"]), codec=st.sampled_from(sorted(CODECS)),
+       shape=st.tuples(*[st.integers(1, 12)] * 3), size=st.one_of(sides, st.tuples(sides, sides, sides)),
+       n_atoms=st.one_of(st.integers(1, 12), st.sampled_from([1, 60, 200])),
+       target=st.sampled_from(["total", "total", "difference"]), seed=st.integers(0, 10**6))
+def test_rows_decode_to_the_patches_they_were_cut_from(tmp_path_factory, layout, codec, shape, size, n_atoms, target, seed):
+    """Any codec, layout, cell and patch; grids smaller than the patch among them. Read with pyarrow alone."""
+    folder, density = tmp_path_factory.mktemp("rows"), a_density(seed, shape=shape, n_atoms=n_atoms)
+    if target == "difference":
+        density = with_promolecule(density)
+    tok = tokenizer(layout, codec, size, target=target)
+    tokenize([density], tok, folder / "rows", 3)
+    table = pq.read_table(folder / "rows" / "rows-00000.parquet")
+    reader = tokenizer_from_dict(json.loads((folder / "rows" / "meta.json").read_text())["tokenizer"])
+    offsets = np.stack([table[f"offset_{axis}"].to_numpy() for axis in "xyz"], axis=1)
+    assert (offsets >= 0).all() and (offsets < shape).all()
+    for ids, offset, patch in zip(table["input_ids"].to_pylist(), offsets, cut(tok.target_of(density), offsets, size), strict=True):
+        row = reader.decode(ids)
+        assert (row.shape, row.size) == (shape, as_size(size)) and len(ids) == tok.row_length(n_atoms)
+        assert row.species == tuple(site.specie.Z for site in density.structure)
+        assert (np.abs(row.values - patch) <= CODECS[codec].bound(patch)).all()
+        frac = density.structure.frac_coords - (offset / np.array(shape) if layout == "framed" else 0)
+        off = row.frac_coords - frac
+        assert (np.abs(off - np.rint(off)) <= POSITIONS.bound(frac % 1.0) + 1e-15).all()
+
+
+def test_the_sample_through_the_shards(tmp_path):
+    store = sample_store()
+    densities = [store.read(id) for id in store.split("validation")[:3]]
+    tok = tokenizer(codec="levels", size=4, target="difference")
+    tokenize(densities, tok, tmp_path / "rows", 5, rows_per_shard=6)
+    rows = read_rows(tmp_path / "rows")
+    assert len(rows) == 15 and rows.tokenizer == tok and list(dict.fromkeys(rows.materials)) == [d.id for d in densities]
+    for number in (0, 7, 14):
+        reader, ids = row_of(tmp_path / "rows", number)
+        assert ids.tolist() == rows.ids[number].tolist()
+        density = next(d for d in densities if d.id == rows.materials[number])
+        patch = cut(density.total - density.baseline, rows.offsets_Nx3[[number]], 4)[0]
+        assert (np.abs(reader.decode(ids).values - patch) <= tok.density_codec.bound(patch)).all()
+    with pytest.raises(TomatError, match="it holds 15"):
+        row_of(tmp_path / "rows", 15)
+
+
+def test_materials_are_read_one_at_a_time(tmp_path):
+    """The next one is asked for when the last one lies on disk."""
+    asked = []
+    def densities():
+        for seed in range(4):
+            asked.append([p.stat().st_size > 100 for p in sorted(tmp_path.rglob("*.parquet"))])
+            yield a_density(seed)
+    tokenize(densities(), tokenizer(), tmp_path / "rows", 2, rows_per_shard=2)
+    assert [len(sizes) for sizes in asked] == [0, 1, 2, 3] and all(map(all, asked))
+
+
+def test_a_source_that_fails_leaves_nothing(tmp_path):
+    def densities():
+        yield a_density(0)
+        raise TomatError("the disk is gone.")
+    with pytest.raises(TomatError, match="the disk is gone"):
+        tokenize(densities(), tokenizer(), tmp_path / "deep" / "rows", 2)
+    for bad in ({"patches_per_material": 0}, {"rows_per_shard": 0}, {"seed": -1}):
+        with pytest.raises(TomatError):
+            tokenize([a_density(0)], tokenizer(), tmp_path / "rows", **bad)
+    with pytest.raises(TomatError, match="no material"):
+        tokenize([], tokenizer(), tmp_path / "rows", 2)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_folder_stays_unless_asked(tmp_path):
+    tokenize([a_density(0)], tokenizer(), tmp_path / "rows", 2)
+    before = contents(tmp_path / "rows")
+    with pytest.raises(TomatError, match="exists already"):
+        tokenize([a_density(1)], tokenizer(), tmp_path / "rows", 2)
+    with pytest.raises(TomatError, match="at most 1,023"):
+        tokenize([Density(np.ones((1, 1, 1200)), a_density(0).structure)], tokenizer(), tmp_path / "rows", 2, overwrite=True)
+    assert contents(tmp_path / "rows") == before and [p.name for p in tmp_path.iterdir()] == ["rows"]
+    tokenize([a_density(1)], tokenizer(), tmp_path / "rows", 2, overwrite=True)
+    assert read_rows(tmp_path / "rows").materials == ["m-1", "m-1"] and [p.name for p in tmp_path.iterdir()] == ["rows"]
+
+
+def test_a_killed_run_leaves_no_folder_and_the_next_one_gives_the_same_bytes(tmp_path):
+    densities = [a_density(seed, shape=(16, 16, 16)) for seed in range(6)]
+    write_store(densities, {"train": [d.id for d in densities]}, tmp_path / "store")
+    out = tmp_path / "out" / "rows"
+    command = [TOMAT, "tokenize", tmp_path / "store", "--out", out, "--patches-per-material", "400", "--patch-size", "10"]
+    run = subprocess.Popen([*map(str, command)], env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL,
+                           stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not any(p.stat().st_size > 4 for p in out.parent.glob(".partial-*/*.parquet")):  # the first rows are on disk
+        assert run.poll() is None and time.monotonic() < deadline, "the run ended before it could be killed"
+        time.sleep(0.002)
+    run.send_signal(signal.SIGKILL)
+    assert run.wait() == -signal.SIGKILL
+    assert not out.exists() and all(p.name.startswith(".partial-") for p in out.parent.iterdir())
+    for folder in (out, tmp_path / "whole"):
+        tokenize(densities, Tokenizer("framed", PUBLISHED_DENSITY, patch_size=10), folder, 400)
+    assert contents(out) == contents(tmp_path / "whole")
