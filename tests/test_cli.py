@@ -20,7 +20,6 @@ import torch
 import zarr
 from pymatgen.core import Lattice, Structure
 from pymatgen.io.vasp.outputs import Chgcar
-from transformers.utils.logging import enable_progress_bar
 
 from tomat import cli
 from tomat.codecs import fit_levels, save_levels
@@ -49,10 +48,9 @@ class Done:
 
 @pytest.fixture
 def tomat(monkeypatch, capsys):
-    "Run the command line in this process, with the state of a fresh one."
+    "Run the command line in this process, on one thread."
     threads = torch.get_num_threads()
     def run(*args):
-        enable_progress_bar()  # saving a model switches it off for good
         monkeypatch.setattr(sys, "argv", ["tomat", *map(str, args)])
         monkeypatch.setenv("TOMAT_PROGRESS", "0")
         monkeypatch.setenv("COLUMNS", "200")
@@ -103,7 +101,10 @@ def a_density(seed, id, elements, shape=(6, 7, 8), positive=True):
     rng = np.random.default_rng(seed)
     values = rng.lognormal(0, 2, shape) * (1 if positive else rng.choice([-1, 1], shape))
     cell = Lattice.from_parameters(4, 5, 6, 80, 95, 105)
-    return Density(values.astype(np.float32), Structure(cell, elements, rng.random((len(elements), 3))), id=id)
+    structure = Structure(cell, elements, rng.random((len(elements), 3)))
+    if positive:
+        values *= valence_electrons(structure) / values.mean()
+    return Density(values.astype(np.float32), structure, id=id)
 
 
 @pytest.fixture(scope="module")
@@ -160,12 +161,14 @@ def test_help_lists_every_command(tomat):
     assert {info.name or info.callback.__name__.replace("_", "-") for info in cli.app.registered_commands} == set(COMMANDS)
 
 
-def test_the_installed_command():
-    "The real thing once: exit code 0 and JSON; exit code 2 and one sentence."
-    good, bad = process("info", NACL, "--json"), process("info", NACL.with_name("CHGCAR.nowhere"))
-    good, bad = finished(good), finished(bad)
+def test_the_installed_command(tmp_path, made):
+    "The real thing: exit code 0 and JSON; exit code 2 and one sentence; a prediction in a process that never trained."
+    lines = (["info", NACL, "--json"], ["info", NACL.with_name("CHGCAR.nowhere")],
+             ["predict", made / "POSCAR", *GRID, "--checkpoint", made / "run/model", "--out", tmp_path / "x.cube"])
+    good, bad, predicted = map(finished, [process(*line) for line in lines])
     assert good.code == 0 and good.err == "" and f"{json.loads(good.out)['electrons']:.3f}" == "8.000"
     is_one_sentence(bad, "CHGCAR.nowhere", "does not exist")
+    assert predicted == Done(0, "", "") and [p.name for p in tmp_path.iterdir()] == ["x.cube"]
 
 
 def test_info(tomat):
@@ -594,25 +597,35 @@ def test_weights_that_do_not_fit_are_one_sentence(tmp_path, made):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.fixture
-def tiny_disk(tmp_path):
-    "A file system of 64 kB, where the user may mount one."
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = shutil.which("mount")
-    if not mount or subprocess.run([mount, "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], capture_output=True).returncode:
-        pytest.skip("this user may not mount a tmpfs")
-    yield disk
-    subprocess.run([shutil.which("umount"), disk], check=True)
+FULL_DISK = """
+import contextlib, io, json, os, sys
+from tomat import cli
+done = []
+for line in json.loads(sys.argv[1]):
+    sys.argv, err, code = ["tomat", *line], io.StringIO(), 0
+    with contextlib.redirect_stderr(err):
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = stop.code
+    done.append([code, err.getvalue(), os.listdir("disk")])
+print(json.dumps(done))
+"""
 
 
-def test_a_full_disk_is_one_sentence(tomat, tiny_disk, made):
-    lines = [["convert", NACL, tiny_disk / name] for name in ("x.zarr", "x.zarr.zip", "CHGCAR", "x.cube", "x.json.gz")]
-    for line in [*lines, ["tokenize", NACL, "--out", tiny_disk / "rows"]]:
-        with nothing_changes(tiny_disk):
-            is_one_sentence(tomat(*line), tiny_disk)
-    is_one_sentence(tomat("train", made / "rows", "--out", tiny_disk / "run", "--steps", 1), tiny_disk)
-    assert not [p for p in tiny_disk.rglob("*") if "partial" in p.name or p.name in ("state.pt", "model")]
+def test_a_full_disk_is_one_sentence(tmp_path, made):
+    """On a file system of 64 kB, in a mount namespace of its own, where the machine lets the user have one."""
+    (tmp_path / "disk").mkdir()
+    mount = ["unshare", "-rm", "sh", "-c", 'mount -t tmpfs -o size=64k tmpfs disk && exec "$@"', "sh"]
+    if not shutil.which("unshare") or subprocess.run([*mount, "true"], cwd=tmp_path, capture_output=True).returncode:
+        pytest.skip("this user may not mount a file system")
+    names = ["x.zarr", "x.zarr.zip", "CHGCAR", "x.cube", "x.json.gz"]
+    lines = [["convert", str(NACL), f"disk/{name}"] for name in names] + [["tokenize", str(NACL), "--out", "disk/rows"]]
+    run = subprocess.run([*mount, sys.executable, "-c", FULL_DISK, json.dumps(lines)], cwd=tmp_path, capture_output=True, text=True,
+                         env=os.environ | {"TOMAT_PROGRESS": "0"}, check=True)
+    for (code, err, left), name in zip(json.loads(run.stdout), [*names, "rows"], strict=True):
+        is_one_sentence(Done(code, "", err), f"disk/{name}", "No space left")
+        assert left == []
 
 
 def test_two_runs_into_one_folder_leave_one_whole_folder(tmp_path, made):

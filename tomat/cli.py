@@ -6,7 +6,7 @@
 __all__ = ['app', 'Json', 'Layout', 'PatchSize', 'CodecName', 'Target', 'info', 'convert', 'tokenize', 'verify', 'show_tokens',
            'train', 'predict', 'evaluate', 'demo', 'main']
 
-# %% ../nbs/15_cli.ipynb #d04cb42d
+# %% ../nbs/15_cli.ipynb #18130a47
 import json
 import os
 import sys
@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .files import TomatError
+from .files import TomatError, is_remote
 
 if TYPE_CHECKING:
     from tomat.tokenizer import Tokenizer
@@ -43,7 +43,7 @@ def _tell(facts: dict[str, Any],  # what to print
         table.add_row(name, " ".join(f"{v:.6g}" if isinstance(v, float) else str(v) for v in values))
     Console(soft_wrap=True).print(table)
 
-# %% ../nbs/15_cli.ipynb #72cd6619
+# %% ../nbs/15_cli.ipynb #4ee8c92f
 @app.command()
 def info(file: Annotated[str, typer.Argument(help="CHGCAR, cube, Materials Project JSON or Zarr; .gz too.")],
          as_json: Json = False,
@@ -52,8 +52,8 @@ def info(file: Annotated[str, typer.Argument(help="CHGCAR, cube, Materials Proje
 
     Example: `tomat info CHGCAR.gz`
     """
-    from tomat.formats import density_info, read_density
-    _tell(density_info(read_density(file)), as_json)
+    from tomat.formats import density_info, format_of, read_density
+    _tell(density_info(read_density(file), format_of(file)), as_json)
 
 # %% ../nbs/15_cli.ipynb #fa4f7f03
 @app.command()
@@ -82,7 +82,7 @@ def _tokenizer(layout: str,
         codec, PUBLISHED_DENSITY.log_min, PUBLISHED_DENSITY.log_max)
     return Tokenizer(layout, density_codec, patch_size=patch_size, pad_to=pad_to or None, target=target)
 
-# %% ../nbs/15_cli.ipynb #8c184ece
+# %% ../nbs/15_cli.ipynb #13273492
 @app.command()
 def tokenize(source: Annotated[str, typer.Argument(help="A raw store, or one density file.")],
              out: Annotated[str, typer.Option(help="Folder to write.")],
@@ -109,9 +109,9 @@ def tokenize(source: Annotated[str, typer.Argument(help="A raw store, or one den
     store = RawStore(source) if is_store(source) else None
     ids = store.split(split) if store else [source]
     read = store.read if store else read_density
-    prepare = with_promolecule if target == "difference" else (lambda density: density)
-    densities = (prepare(read(id)) for id in shards.track(ids, "tokenize", unit="materials"))
-    meta = shards.tokenize(densities, tokenizer, out, patches_per_material, seed, label, overwrite=overwrite)
+    densities = (read(id) for id in shards.track(ids, "tokenize", unit="materials"))
+    meta = shards.tokenize(densities, tokenizer, out, patches_per_material, seed, label, overwrite=overwrite,
+                           prepare=with_promolecule if target == "difference" else None)
     clipped = sum(m["clipped"] for m in meta["materials"].values())
     _tell({"rows": meta["rows"], "materials": len(meta["materials"]), "skipped": len(meta["skipped"]),
            "clipped values": clipped, "folder": out}, False)
@@ -134,7 +134,7 @@ def verify(data: Annotated[str, typer.Argument(help="A folder of rows.")],
     if faults:
         raise typer.Exit(1)
 
-# %% ../nbs/15_cli.ipynb #3541d7a2
+# %% ../nbs/15_cli.ipynb #4cac8234
 @app.command()
 def show_tokens(file: Annotated[str, typer.Argument(help="A folder of rows, one of its shards, or a density file.")],
                 row: Annotated[int, typer.Option(help="Which row of the data set.")] = 0,
@@ -158,7 +158,10 @@ def show_tokens(file: Annotated[str, typer.Argument(help="A folder of rows, one 
     else:
         tokenizer = _tokenizer(layout, density_codec, patch_size, pad_to, "total")
         ids = tokenizer.encode(read_density(file), [offset])[0][0]
-    tokenizer.decode(ids)
+    try:
+        tokenizer.decode(ids)
+    except TomatError as err:
+        raise TomatError(f"{file}, row {row}: {err}.") from err
     print(tokenizer.show(ids, full))
 
 # %% ../nbs/15_cli.ipynb #fddeeeaa
@@ -206,7 +209,7 @@ def predict(structure: Annotated[str, typer.Argument(help="POSCAR, CIF, or a den
     density = room.predict(crystal, shape, model, tokenizer, choose, overlap, show=True)
     write_density(density, out)
 
-# %% ../nbs/15_cli.ipynb #8328a442
+# %% ../nbs/15_cli.ipynb #e7042990
 @app.command()
 def evaluate(source: Annotated[str, typer.Argument(help="A raw store of true densities.")],
              checkpoint: Annotated[str, typer.Option(help="A folder that `tomat train` wrote: OUT/model.")],
@@ -223,8 +226,12 @@ def evaluate(source: Annotated[str, typer.Argument(help="A raw store of true den
     from tomat.predict import best_choice
     from tomat.promolecule import with_promolecule
     from tomat.store import RawStore
-    model, tokenizer = load_checkpoint(checkpoint)
     store = RawStore(source)
+    if not store.split(split):
+        raise TomatError(f"{source} has no material in its part {split!r}: choose another part.")
+    if not is_remote(out) and os.path.isfile(out):
+        raise TomatError(f"{out} is a file: give the name of a folder.")
+    model, tokenizer = load_checkpoint(checkpoint)
     trues = [with_promolecule(store.read(id)) for id in store.split(split)]
     scores, predictions = room.evaluate(trues, model, tokenizer, choose=best_choice(tokenizer))
     room.write_report(out, f"{source}, {split}", scores, trues, predictions)
@@ -255,7 +262,7 @@ def demo(out: Annotated[str, typer.Option(help="Folder to write.")] = "demo-out"
     else:
         _print_demo(result)
 
-# %% ../nbs/15_cli.ipynb #b619cabd
+# %% ../nbs/15_cli.ipynb #6942cdbf
 def main() -> None:
     "Run the command line; a `TomatError` becomes one sentence and exit code 2."
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here comes from a hub
@@ -268,5 +275,5 @@ def main() -> None:
         print(f"tomat: {err.filename or 'the system'}: {err.strerror or err}.", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("tomat: stopped; run the same command again to go on.", file=sys.stderr)
+        print("tomat: stopped.", file=sys.stderr)
         sys.exit(130)

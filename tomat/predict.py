@@ -118,12 +118,12 @@ def _written(model: Qwen3ForCausalLM,
     local = ids_NxM - tokenizer.vocab.blocks["density"].start
     return codec.decode_ids(local.reshape(len(local), *tokenizer.size, codec.tokens_per_value))
 
-# %% ../nbs/11_predict.ipynb #ff424cae
+# %% ../nbs/11_predict.ipynb #5fed6220
 def predict(structure: Structure,         # the crystal
             shape: tuple[int, int, int],  # (nx, ny, nz) of the grid to fill
             model: Qwen3ForCausalLM,
             tokenizer: Tokenizer,         # the model's own
-            choose: str = "argmax",       # one of CHOICES
+            choose: str | None = None,    # one of CHOICES; None: `best_choice`
             overlap: int = 0,             # voxels that neighbouring patches share and average
             batch_size: int = 256,        # patches written together
             rescale: bool = True,         # to the exact number of valence electrons
@@ -132,21 +132,22 @@ def predict(structure: Structure,         # the crystal
     "The density of a structure, free-running: every voxel written by the model, none read."
     offsets_Nx3 = cover(shape, tokenizer.size, overlap)
     prompts_NxL = tokenizer.prompt(structure, shape, offsets_Nx3)
-    patches = _written(model, tokenizer, prompts_NxL, choose, batch_size, show)
-    total_xyz = stitch(patches, offsets_Nx3, shape)
-    if tokenizer.target == "difference":
-        total_xyz = total_xyz + promolecule(structure, shape)
+    known_xyz = promolecule(structure, shape) if tokenizer.target == "difference" else np.zeros(shape)
+    exact = valence_electrons(structure) if rescale else None
+    patches = _written(model, tokenizer, prompts_NxL, choose or best_choice(tokenizer), batch_size, show)
+    total_xyz = stitch(patches, offsets_Nx3, shape) + known_xyz
     electrons = float(total_xyz.mean())
-    if rescale:
-        total_xyz = total_xyz * _scale(structure, electrons)
+    if exact is not None:
+        total_xyz = total_xyz * _scale(structure, electrons, exact)
     return Density(total_xyz.astype(np.float32), structure, metadata={
         "made_by": "tomat, free-running", "electrons_before_rescaling": electrons, "rescaled": rescale})
 
-# %% ../nbs/11_predict.ipynb #2efcbbe3
+# %% ../nbs/11_predict.ipynb #958cfe25
 def _scale(structure: Structure,
            electrons: float,  # what the model wrote
+           exact: float,      # what the structure has
            ) -> float:  # the factor that makes them exact
     if not electrons > 0:
         raise TomatError(f"The model writes {electrons:.3g} electrons for {formula_of(structure)}, which no "
                          "factor can mend: train it for longer, or predict without rescaling.")
-    return valence_electrons(structure) / electrons
+    return exact / electrons

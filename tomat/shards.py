@@ -6,16 +6,17 @@
 __all__ = ['T', 'SCHEMA', 'track', 'material_rng', 'material_rows', 'tokenize', 'Rows', 'read_meta', 'read_shard', 'read_rows',
            'row_of', 'verify']
 
-# %% ../nbs/04_shards.ipynb #809d7d81
+# %% ../nbs/04_shards.ipynb #ac8693cc
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -90,17 +91,19 @@ class _Tally:
         self.tokens += int(np.count_nonzero(ids))  # PAD is 0
         self.tokens_padded += ids.size
 
-# %% ../nbs/04_shards.ipynb #1afb2064
+# %% ../nbs/04_shards.ipynb #06e1d2a7
 def _tables(densities: Iterable[Density],  # materials
             tokenizer: Tokenizer,          # how to write them
             n_patches: int,                # rows a material
             seed: int,
             tally: _Tally,                 # filled in on the way
+            prepare: Callable[[Density], Density] | None,  # done to each material first
             ) -> Iterator[pa.Table]:
     "The rows of one material after the other."
     for density in densities:
         try:
             tokenizer.prompt(density.structure, density.shape, np.zeros((1, 3), int))
+            density = prepare(density) if prepare else density
         except TomatError as reason:
             tally.skipped[density.id] = str(reason)
             continue
@@ -140,7 +143,7 @@ def _digest(path: Path,  # a local file
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
-# %% ../nbs/04_shards.ipynb #bf0ed7d9
+# %% ../nbs/04_shards.ipynb #10134644
 def tokenize(densities: Iterable[Density],  # materials, read one at a time
              tokenizer: Tokenizer,          # how to write them
              out: str | Path,               # the folder to make, local or remote
@@ -149,14 +152,17 @@ def tokenize(densities: Iterable[Density],  # materials, read one at a time
              label: str = "",               # the data set's name
              rows_per_shard: int = 4096,
              overwrite: bool = False,       # replace `out` if it is there
+             prepare: Callable[[Density], Density] | None = None,  # done to each material first, as `with_promolecule`
              ) -> dict[str, Any]:  # what was written to meta.json
     "Write a data set of rows; the folder appears complete or not at all."
     if patches_per_material < 1 or rows_per_shard < 1:
         raise TomatError("A data set needs at least one patch a material and one row a shard.")
+    if seed < 0:
+        raise TomatError(f"A seed is a whole number from 0 on, not {seed}.")
     tally = _Tally()
     with write_aside(out, overwrite=overwrite) as folder:
         folder.mkdir()
-        shards = _write_shards(_tables(densities, tokenizer, patches_per_material, seed, tally), folder, rows_per_shard)
+        shards = _write_shards(_tables(densities, tokenizer, patches_per_material, seed, tally, prepare), folder, rows_per_shard)
         if not shards:
             raise TomatError(next(iter(tally.skipped.values()), f"{out}: there is no material to tokenize: check the source."))
         meta = {"format": "tomat-rows-1", "label": label, "seed": seed, "patches_per_material": patches_per_material,
@@ -180,30 +186,43 @@ class Rows:
     def __len__(self) -> int:
         return len(self.ids)
 
-# %% ../nbs/04_shards.ipynb #4fb19c77
+# %% ../nbs/04_shards.ipynb #71905e7d
 def read_meta(path: str | Path,  # a folder that `tokenize` wrote
               ) -> dict[str, Any]:
     "What `meta.json` says; raises `TomatError` where there is none."
     if not exists(f"{path}/meta.json"):
         raise TomatError(f"{path} holds no meta.json: give a folder that `tomat tokenize` wrote.")
     meta = read_json(f"{path}/meta.json")
-    if meta.get("format") != "tomat-rows-1":
+    needed = {"format", "label", "seed", "tokenizer", "rows", "tokens", "materials", "shards", "sha256"}
+    if not isinstance(meta, dict) or meta.get("format") != "tomat-rows-1" or needed - meta.keys() or not meta["shards"]:
         raise TomatError(f"{path}/meta.json is not of the form tomat-rows-1: write the rows again with `tomat tokenize`.")
     return meta
 
-# %% ../nbs/04_shards.ipynb #93f74c0f
+def _tokenizer_of(path: str | Path,      # a folder of rows
+                  meta: dict[str, Any],  # its meta.json
+                  ) -> Tokenizer:
+    try:
+        return tokenizer_from_dict(meta["tokenizer"])
+    except TomatError as err:
+        raise TomatError(f"{path}/meta.json: {err}") from err
+
+# %% ../nbs/04_shards.ipynb #a8af87b4
 def read_shard(path: Path,  # a local Parquet file
                ) -> pa.Table:
     "One file of rows; raises `TomatError` for a damaged file or another schema."
     try:
         table = pq.read_table(path)
-    except (OSError, pa.ArrowInvalid) as err:
-        raise TomatError(f"{path} cannot be read as Parquet, write the rows again with `tomat tokenize`: {err}.") from err
+    except (OSError, pa.ArrowException) as err:
+        why = " ".join(str(err).split()).rstrip(".")
+        raise TomatError(f"{path} cannot be read as Parquet, write the rows again with `tomat tokenize`: {why}.") from err
     if not table.schema.equals(SCHEMA):
         raise TomatError(f"{path} has the columns {table.schema.names}, not those of a shard: {SCHEMA.names}.")
+    lengths = table["input_ids"].combine_chunks().value_lengths()
+    if lengths.null_count or (len(lengths) and not pc.min(lengths).as_py()):
+        raise TomatError(f"{path} holds rows without tokens: write the rows again with `tomat tokenize`.")
     return table
 
-# %% ../nbs/04_shards.ipynb #2ceb3e73
+# %% ../nbs/04_shards.ipynb #f4529632
 def read_rows(path: str | Path,  # a folder that `tokenize` wrote, local or remote
               ) -> Rows:
     "Read a whole data set into memory."
@@ -212,13 +231,15 @@ def read_rows(path: str | Path,  # a folder that `tokenize` wrote, local or remo
         table = pa.concat_tables([read_shard(folder / name) for name in meta["shards"]]).combine_chunks()
     if table.num_rows != meta["rows"]:
         raise TomatError(f"{path}: meta.json counts {meta['rows']} rows and the shards hold {table.num_rows}: write them again.")
-    lists = table["input_ids"].combine_chunks()
+    tokenizer, lists = _tokenizer_of(path, meta), table["input_ids"].combine_chunks()
+    if lists.values.to_numpy().min() < 0 or lists.values.to_numpy().max() >= tokenizer.vocab.size:
+        raise TomatError(f"{path} holds ids that are not in its vocabulary: write the rows again with `tomat tokenize`.")
     rows = np.split(lists.values.to_numpy(), lists.offsets.to_numpy()[1:-1])
     offsets = np.stack([table[f"offset_{axis}"].to_numpy() for axis in "xyz"], axis=1)
-    return Rows(tokenizer_from_dict(meta["tokenizer"]), meta, [row[:np.count_nonzero(row)] for row in rows],
+    return Rows(tokenizer, meta, [row[:np.count_nonzero(row)] for row in rows],
                 table["task_id"].to_pylist(), offsets)
 
-# %% ../nbs/04_shards.ipynb #8f45b1a8
+# %% ../nbs/04_shards.ipynb #d04f9884
 def row_of(path: str | Path,  # a folder that `tokenize` wrote, or one of its shards
            number: int,       # of the row in it, from 0
            ) -> tuple[Tokenizer, np.ndarray]:  # what the ids mean, and the row's int32 ids, padding included
@@ -230,11 +251,11 @@ def row_of(path: str | Path,  # a folder that `tokenize` wrote, or one of its sh
         with local_copy(f"{folder}/{name}") as file:
             table = read_shard(file)
         if 0 <= number < table.num_rows:
-            return tokenizer_from_dict(meta["tokenizer"]), np.array(table["input_ids"][number].as_py(), np.int32)
+            return _tokenizer_of(folder, meta), np.array(table["input_ids"][number].as_py(), np.int32)
         number -= table.num_rows
     raise TomatError(f"{path} has no such row: it holds {meta['rows']}, counted from 0.")
 
-# %% ../nbs/04_shards.ipynb #3a190bd4
+# %% ../nbs/04_shards.ipynb #d45ab1fd
 def _shard_faults(path: Path,            # a local shard
                   tokenizer: Tokenizer,  # what its ids mean
                   sha256: str,           # what its hash should be
@@ -259,7 +280,7 @@ def verify(path: str | Path,  # a folder that `tokenize` wrote, local or remote
            ) -> list[str]:  # one sentence a fault; empty where all is well
     "Read a data set again and compare it with its `meta.json`."
     meta, faults = read_meta(path), []
-    tokenizer, rows = tokenizer_from_dict(meta["tokenizer"]), dict[str, int]()
+    tokenizer, rows = _tokenizer_of(path, meta), dict[str, int]()
     for name in track(meta["shards"], "verify", unit="shards"):
         try:
             with local_copy(f"{path}/{name}") as file:

@@ -21,7 +21,7 @@ from .model import make_model, model_size, save_checkpoint
 from .shards import Rows, read_rows, track
 from .tokenizer import PAD
 
-# %% ../nbs/10_train.ipynb #1f29fd6a
+# %% ../nbs/10_train.ipynb #d9e99161
 @dataclass(frozen=True)
 class TrainConfig:
     "Everything that decides a run, beside the data."
@@ -42,6 +42,8 @@ class TrainConfig:
             raise TomatError(f"The loss is on 'density' or 'all' tokens, not on {self.loss_on!r}.")
         if min(self.steps, self.batch_size, self.save_every) < 1 or not self.lr > 0:
             raise TomatError("A run needs at least one step, one row a batch, one step between saves, and lr above 0.")
+        if not 0 <= self.seed < 2**63:
+            raise TomatError(f"A seed is a whole number from 0 to 2^63 - 1, not {self.seed}.")
 
 # %% ../nbs/10_train.ipynb #bc3a0cbe
 def learning_rate(step: int,            # from 0
@@ -88,7 +90,7 @@ def token_loss(model: Qwen3ForCausalLM,
     target_T = target_BxL[counts_BxL] - counted.start
     return torch.nn.functional.cross_entropy(logits_TxV.float(), target_T), len(target_T)
 
-# %% ../nbs/10_train.ipynb #6be883a1
+# %% ../nbs/10_train.ipynb #ad2febc7
 @dataclass
 class _State:
     "Where a run stands."
@@ -98,9 +100,13 @@ class _State:
     tokens: int = 0
 
     def save(self, path: str) -> None:
+        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+                 "step": self.step, "tokens": self.tokens}
         with write_aside(path) as file:
-            torch.save({"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-                        "step": self.step, "tokens": self.tokens}, file)
+            try:
+                torch.save(state, file)
+            except RuntimeError as err:  # PyTorch's way to say that the disk is full
+                raise TomatError(f"{path} cannot be written, free some space; the last save is whole.") from err
 
     def load(self, path: str) -> None:
         saved = torch.load(path, weights_only=True)
@@ -108,22 +114,25 @@ class _State:
         self.optimizer.load_state_dict(saved["optimizer"])
         self.step, self.tokens = saved["step"], saved["tokens"]
 
-# %% ../nbs/10_train.ipynb #ddbf2220
+# %% ../nbs/10_train.ipynb #9ff4b724
 def _start(out: str | Path,      # folder of the run
            rows: Rows,           # the data
            config: TrainConfig,  # the run
            ) -> _State:
     "A fresh run, or the one that `out` holds."
     data = {key: rows.meta[key] for key in ("label", "seed", "rows", "tokens", "tokenizer", "materials")}
+    if exists(f"{out}/meta.json"):
+        raise TomatError(f"{out} holds a data set of rows: give the run a folder of its own.")
     facts = json.loads(json.dumps({"config": asdict(config), "data": data}))
-    if exists(f"{out}/config.json") and read_json(f"{out}/config.json") != facts:
+    begun = exists(f"{out}/state.pt")
+    if begun and exists(f"{out}/config.json") and read_json(f"{out}/config.json") != facts:
         raise TomatError(f"{out} holds a run with another configuration or other data: give another folder or remove it.")
     write_json(f"{out}/config.json", facts)
     size = model_size(config.model)
     model = make_model(size, rows.tokenizer.vocab, config.seed, context=max(8192, max(map(len, rows.ids))))
     adamw = torch.optim.AdamW(model.parameters(), config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay)
     state = _State(model, adamw)
-    if exists(f"{out}/state.pt"):
+    if begun:
         state.load(f"{out}/state.pt")
     return state
 
