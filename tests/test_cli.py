@@ -1,13 +1,15 @@
 """The command line as a stranger uses it: every command works, and every wrong input is one sentence and exit code 2."""
 
 import gzip
+import io
 import json
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -21,7 +23,7 @@ import zarr
 from pymatgen.core import Lattice, Structure
 from pymatgen.io.vasp.outputs import Chgcar
 
-from tomat import cli
+from tomat import cli, formats
 from tomat.codecs import fit_levels, save_levels
 from tomat.density import Density
 from tomat.files import TomatError
@@ -528,7 +530,7 @@ MODEL_DAMAGE = {
     "tokenizer": lambda f: edited(f / "tomat.json", tokenizer=3), "settings": lambda f: edited(f / "tomat.json", tokenizer={}),
     "layout": lambda f: (f / "tomat.json").write_text((f / "tomat.json").read_text().replace("framed", "anchored")),
     "layers": lambda f: edited(f / "config.json", num_hidden_layers=2, layer_types=["full_attention"] * 2),
-    "width": lambda f: edited(f / "config.json", hidden_size=64),
+    "width": lambda f: edited(f / "config.json", hidden_size=64), "type": lambda f: edited(f / "config.json", head_dim="wide"),
 }
 
 
@@ -541,6 +543,16 @@ def test_a_damaged_checkpoint_is_refused(tomat, tmp_path, made, damage, monkeypa
         line = ["predict", made / "POSCAR", *GRID, "--checkpoint", tmp_path / "model", "--out", tmp_path / "x.cube"]
         with nothing_changes(tmp_path):
             is_one_sentence(tomat(*line), "model")
+
+
+@pytest.mark.parametrize("name, text", [("state.pt", None), ("state.pt", ""), ("state.pt", "Dear reader,\n"), ("state.pt", "{}"),
+                                        ("log.jsonl", "Dear reader,\n"), ("log.jsonl", "{}\n"), ("config.json", "{")])
+def test_a_damaged_run_is_refused(tomat, tmp_path, made, name, text):
+    shutil.copytree(made / "run", tmp_path / "run")
+    cut(tmp_path / "run" / name) if text is None else (tmp_path / "run" / name).write_text(text)
+    before = tree(tmp_path / "run" / "model")
+    is_one_sentence(tomat("train", made / "rows", "--out", tmp_path / "run", "--steps", 3, "--batch-size", 2), f"run/{name}")
+    assert tree(tmp_path / "run" / "model") == before and not list(tmp_path.rglob(".partial-*"))
 
 
 def test_a_damaged_material_of_a_store_is_named(tomat, tmp_path, made):
@@ -658,6 +670,40 @@ def test_names_of_any_kind(tomat, tmp_path, made, name):
         assert tomat("convert", made / "CHGCAR.salt", place) == Done(0, "", "")
         assert json.loads(tomat("info", place, "--json").out)["electrons"] == pytest.approx(electrons, rel=1e-4)
         is_one_sentence(tomat("info", f"{place}.missing.zarr"), name)
+
+
+@pytest.mark.parametrize("raised, code, words", [
+    (KeyboardInterrupt(), 130, "stopped"), (MemoryError("Unable to allocate 7.45 GiB for an array"), 2, "memory 7.45 GiB"),
+    (OSError(5, "Input/output error", "x.cube"), 2, "x.cube Input/output"),
+    (PermissionError(13, "Permission denied", "x.cube"), 2, "x.cube denied")])
+def test_what_the_machine_raises_is_one_sentence(tomat, monkeypatch, raised, code, words):
+    def fails(*args):
+        raise raised
+    monkeypatch.setattr(formats, "read_density", fails)
+    done = tomat("info", "x.cube")
+    assert done.code == code
+    is_one_sentence(Done(2, done.out, done.err), *words.split())
+
+
+def test_a_terminal_without_special_letters(made, monkeypatch):
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "argv", ["tomat", "show-tokens", str(made / "CHGCAR.salt")])
+    with suppress(SystemExit):
+        cli.main()
+    out.flush()
+    assert out.buffer.getvalue().startswith(b"[BOS]\n") and b"[EOS]\n[PAD]" in out.buffer.getvalue()
+
+
+def test_a_terminated_run_tidies_up(tmp_path, made):
+    """As a batch system stops a job, or `timeout` a command."""
+    place = tmp_path / "new"
+    run = process("tokenize", made / "CHGCAR.salt", "--out", place / "rows", "--patches-per-material", 30_000)
+    while not list(place.glob(".partial-*")):
+        assert run.poll() is None, finished(run)
+    run.send_signal(signal.SIGTERM)
+    done = finished(run)
+    assert done.code == 143 and "Traceback" not in done.err and list(tmp_path.iterdir()) == []
 
 
 def test_output_into_a_closed_pipe_is_no_traceback(made):

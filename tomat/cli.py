@@ -6,9 +6,11 @@
 __all__ = ['app', 'Json', 'Layout', 'PatchSize', 'CodecName', 'Target', 'info', 'convert', 'tokenize', 'verify', 'show_tokens',
            'train', 'predict', 'evaluate', 'demo', 'main']
 
-# %% ../nbs/15_cli.ipynb #18130a47
+# %% ../nbs/15_cli.ipynb #610fb61c
+import io
 import json
 import os
+import signal
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -262,10 +264,13 @@ def demo(out: Annotated[str, typer.Option(help="Folder to write.")] = "demo-out"
     else:
         _print_demo(result)
 
-# %% ../nbs/15_cli.ipynb #6942cdbf
+# %% ../nbs/15_cli.ipynb #0a4457df
 def main() -> None:
     "Run the command line; a `TomatError` becomes one sentence and exit code 2."
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here comes from a hub
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is half-written is removed
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without × and Å
     try:
         app()
     except TomatError as err:
@@ -274,6 +279,10 @@ def main() -> None:
     except OSError as err:
         print(f"tomat: {err.filename or 'the system'}: {err.strerror or err}.", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("tomat: stopped.", file=sys.stderr)
-        sys.exit(130)
+    except MemoryError as err:
+        print(f"tomat: this needs more memory than there is: {str(err).rstrip('.') or 'a smaller grid may fit'}.", file=sys.stderr)
+        sys.exit(2)
+    except SystemExit as end:
+        if end.code == 130:  # how typer hands on a Ctrl-C
+            print("tomat: stopped.", file=sys.stderr)
+        raise

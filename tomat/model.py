@@ -6,12 +6,13 @@
 __all__ = ['MODELS', 'ModelSize', 'model_size', 'n_parameters', 'flops_per_token', 'qwen3_config', 'rank_code', 'numeric_slices',
            'make_model', 'save_checkpoint', 'load_checkpoint']
 
-# %% ../nbs/09_model.ipynb #7664daef
+# %% ../nbs/09_model.ipynb #ca1bdf7b
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -140,7 +141,7 @@ def save_checkpoint(model: Qwen3ForCausalLM,  # what to save
         tokenizer.save_hf(folder)
         write_json(folder / "tomat.json", {"tokenizer": tokenizer.to_dict(), "training": training or {}})
 
-# %% ../nbs/09_model.ipynb #556ef70b
+# %% ../nbs/09_model.ipynb #064398ee
 def _read_model(folder: Path,       # with config.json and model.safetensors
                 vocab: Vocabulary,  # what its ids should be
                 ) -> Qwen3ForCausalLM:
@@ -167,5 +168,6 @@ def load_checkpoint(path: str | Path,  # a folder or URL that `save_checkpoint` 
         try:
             tokenizer = tokenizer_from_dict(read_json(folder / "tomat.json")["tokenizer"])
             return _read_model(folder, tokenizer.vocab).eval(), tokenizer
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError, AttributeError) as err:
+        except (SafetensorError, StrictDataclassError, OSError, KeyError, TypeError, ValueError, RuntimeError,
+                AttributeError) as err:
             raise TomatError(f"{path} is a damaged checkpoint, copy or train it again: {_line(err)}.") from err

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['TrainConfig', 'learning_rate', 'batch_rows', 'collate', 'token_loss', 'train', 'read_log']
 
-# %% ../nbs/10_train.ipynb #0875b91a
+# %% ../nbs/10_train.ipynb #3743114f
 import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -90,7 +91,7 @@ def token_loss(model: Qwen3ForCausalLM,
     target_T = target_BxL[counts_BxL] - counted.start
     return torch.nn.functional.cross_entropy(logits_TxV.float(), target_T), len(target_T)
 
-# %% ../nbs/10_train.ipynb #ad2febc7
+# %% ../nbs/10_train.ipynb #7289cd0a
 @dataclass
 class _State:
     "Where a run stands."
@@ -109,10 +110,13 @@ class _State:
                 raise TomatError(f"{path} cannot be written, free some space; the last save is whole.") from err
 
     def load(self, path: str) -> None:
-        saved = torch.load(path, weights_only=True)
-        self.model.load_state_dict(saved["model"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.step, self.tokens = saved["step"], saved["tokens"]
+        try:
+            saved = torch.load(path, weights_only=True)
+            self.model.load_state_dict(saved["model"])
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.step, self.tokens = saved["step"], saved["tokens"]
+        except (RuntimeError, EOFError, UnpicklingError, KeyError, TypeError, ValueError) as err:
+            raise TomatError(f"{path} is damaged ({type(err).__name__}): remove the run's folder and start it again.") from err
 
 # %% ../nbs/10_train.ipynb #9ff4b724
 def _start(out: str | Path,      # folder of the run
@@ -157,13 +161,16 @@ def _update(state: _State,          # changed in place
     state.tokens += int((ids_BxL != PAD).sum())
     return {"step": state.step, "loss": round(loss.item(), 6), "lr": lr, "tokens": state.tokens}
 
-# %% ../nbs/10_train.ipynb #7841c28f
+# %% ../nbs/10_train.ipynb #2f404f8a
 def _log_lines(out: str | Path,  # folder of a run
                step: int,        # lines after this step are dropped
                ) -> list[dict[str, Any]]:
     "The log up to a step."
     lines = read_text(f"{out}/log.jsonl").splitlines() if exists(f"{out}/log.jsonl") else []
-    return [line for line in map(json.loads, lines) if line["step"] <= step]
+    try:
+        return [line for line in map(json.loads, lines) if line["step"] <= step]
+    except (json.JSONDecodeError, KeyError, TypeError) as err:
+        raise TomatError(f"{out}/log.jsonl is damaged: remove the run's folder and start it again.") from err
 
 # %% ../nbs/10_train.ipynb #d2236001
 def train(data: str | Path,            # a folder that `tokenize` wrote
