@@ -5,10 +5,22 @@ import pytest
 from hypothesis import settings
 from pymatgen.core import Lattice, Structure
 
+from tomat.codecs import PUBLISHED_DENSITY, fit_levels, log_codec
 from tomat.density import Density
 from tomat.files import TomatError
 from tomat.formats import read_density
 
+def real_looking(rng, shape):
+    "Electrons over many decades, some of them below zero."
+    return rng.lognormal(0, 2.5, shape) * np.where(rng.random(shape) < 0.1, -1, 1)
+
+
+CODECS = {
+    "two_token_9_12": PUBLISHED_DENSITY,
+    "tomol_3byte": log_codec("tomol_3byte", -4.13, 4.97),
+    "fp16_1token": log_codec("fp16_1token", -4.13, 4.97),
+    "levels": fit_levels(real_looking(np.random.default_rng(7), 20_000), 256),
+}
 quick = settings(derandomize=True, deadline=None, max_examples=25)
 
 

@@ -15,11 +15,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from crystals import CODECS, real_looking
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pymatgen.core import Lattice, Structure
 
-from tomat.codecs import POSITIONS, PUBLISHED_DENSITY, fit_levels, log_codec
+from tomat.codecs import POSITIONS, PUBLISHED_DENSITY
 from tomat.density import Density
 from tomat.files import TomatError
 from tomat.patches import as_size, cut
@@ -37,11 +38,6 @@ def quiet(monkeypatch):
     monkeypatch.setenv("TOMAT_PROGRESS", "0")
 
 
-def real_looking(rng, shape):
-    "Electrons over many decades, some of them below zero."
-    return (rng.lognormal(0, 2.5, shape) * np.where(rng.random(shape) < 0.1, -1, 1)).astype(np.float32)
-
-
 def with_free_atoms(density):
     "Noise has no number of electrons that `with_promolecule` would accept."
     return replace(density, baseline=promolecule(density.structure, density.shape))
@@ -52,15 +48,7 @@ def a_density(seed, id="", shape=(6, 7, 8), n_atoms=2):
     rng = np.random.default_rng(seed)
     matrix = np.diag(rng.uniform(3, 9, 3)) + rng.uniform(-1.2, 1.2, (3, 3))
     structure = Structure(Lattice(matrix), rng.choice(ELEMENTS, n_atoms).tolist(), rng.random((n_atoms, 3)))
-    return Density(real_looking(rng, shape), structure, id=id or f"m-{seed}")
-
-
-CODECS = {
-    "two_token_9_12": PUBLISHED_DENSITY,
-    "tomol_3byte": log_codec("tomol_3byte", -4.13, 4.97),
-    "fp16_1token": log_codec("fp16_1token", -4.13, 4.97),
-    "levels": fit_levels(real_looking(np.random.default_rng(7), 20_000), 256),
-}
+    return Density(real_looking(rng, shape).astype(np.float32), structure, id=id or f"m-{seed}")
 
 
 @cache

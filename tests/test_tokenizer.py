@@ -9,12 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from crystals import CODECS, real_looking
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pymatgen.core import Lattice, Structure
 
 import tomat.tokenizer as room
-from tomat.codecs import POSITIONS, PUBLISHED_DENSITY, fit_levels, log_codec
+from tomat.codecs import POSITIONS, PUBLISHED_DENSITY
 from tomat.density import RHO, Density
 from tomat.files import TomatError
 from tomat.patches import as_size, cut, random_offsets
@@ -25,19 +26,6 @@ ROOT = Path(__file__).parents[1]
 
 def quick(n):
     return settings(derandomize=True, deadline=None, max_examples=n)
-
-
-def real_looking(rng, shape):
-    "Electrons over many decades, some of them below zero."
-    return rng.lognormal(0, 2.5, shape) * np.where(rng.random(shape) < 0.1, -1, 1)
-
-
-CODECS = {
-    "two_token_9_12": PUBLISHED_DENSITY,
-    "tomol_3byte": log_codec("tomol_3byte", -4.13, 4.97),
-    "fp16_1token": log_codec("fp16_1token", -4.13, 4.97),
-    "levels": fit_levels(real_looking(np.random.default_rng(7), 20_000), 256),
-}
 
 
 @cache

@@ -185,7 +185,7 @@ def train(data: Annotated[str, typer.Argument(help="A folder of rows.")],
     config = room.TrainConfig(model=model, steps=steps, batch_size=batch_size, lr=lr, loss_on=loss_on, seed=seed)
     print(room.train(data, out, config))
 
-# %% ../nbs/15_cli.ipynb #80a36dc7
+# %% ../nbs/15_cli.ipynb #8aaa2f26
 @app.command()
 def predict(structure: Annotated[str, typer.Argument(help="POSCAR, CIF, or a density file, whose grid is then used.")],
             out: Annotated[str, typer.Option(help="File to write: CHGCAR, cube, JSON or Zarr.")],
@@ -207,11 +207,10 @@ def predict(structure: Annotated[str, typer.Argument(help="POSCAR, CIF, or a den
     if shape is None:
         raise TomatError(f"{structure} has no grid of its own: give one with --grid NX NY NZ.")
     model, tokenizer = load_checkpoint(checkpoint)
-    choose = choose or room.best_choice(tokenizer)
     density = room.predict(crystal, shape, model, tokenizer, choose, overlap, show=True)
     write_density(density, out)
 
-# %% ../nbs/15_cli.ipynb #e7042990
+# %% ../nbs/15_cli.ipynb #3a73d217
 @app.command()
 def evaluate(source: Annotated[str, typer.Argument(help="A raw store of true densities.")],
              checkpoint: Annotated[str, typer.Option(help="A folder that `tomat train` wrote: OUT/model.")],
@@ -225,8 +224,6 @@ def evaluate(source: Annotated[str, typer.Argument(help="A raw store of true den
     """
     from tomat import evaluate as room
     from tomat.model import load_checkpoint
-    from tomat.predict import best_choice
-    from tomat.promolecule import with_promolecule
     from tomat.store import RawStore
     store = RawStore(source)
     if not store.split(split):
@@ -234,8 +231,8 @@ def evaluate(source: Annotated[str, typer.Argument(help="A raw store of true den
     if not is_remote(out) and os.path.isfile(out):
         raise TomatError(f"{out} is a file: give the name of a folder.")
     model, tokenizer = load_checkpoint(checkpoint)
-    trues = [with_promolecule(store.read(id)) for id in store.split(split)]
-    scores, predictions = room.evaluate(trues, model, tokenizer, choose=best_choice(tokenizer))
+    trues = [store.read(id) for id in store.split(split)]
+    scores, predictions = room.evaluate(trues, model, tokenizer)
     room.write_report(out, f"{source}, {split}", scores, trues, predictions)
     _tell(room.summary(scores), as_json)
 

@@ -61,21 +61,19 @@ def score(true: Density,         # the converged density, with its baseline
     return Score(true.id, true.formula, tuple(true.shape), true.n_electrons, nmae(predicted.total, true.total),
                  nmae(baseline, true.total), codec_floor(true, tokenizer), before - true.n_electrons)
 
-# %% ../nbs/12_evaluate.ipynb #6ea89ced
+# %% ../nbs/12_evaluate.ipynb #7544a766
 def evaluate(densities: Iterable[Density],  # true densities
              model: Qwen3ForCausalLM,
              tokenizer: Tokenizer,          # the model's
              **options: Any,                # of `predict`: choose, overlap, batch_size, rescale
              ) -> tuple[list[Score], list[Density]]:  # scores, and the predictions they belong to
     "Predict each material from its structure and grid shape alone, then compare."
-    scores, predictions, densities = [], [], list(densities)
-    if not densities:
+    trues = [with_promolecule(density) for density in densities]  # refuses what it cannot score before the work
+    if not trues:
         raise TomatError("There is no material to score: choose another part of the store.")
-    for true in track(densities, "predict", unit="materials"):
-        predicted = predict(true.structure, true.shape, model, tokenizer, **options)
-        scores.append(score(with_promolecule(true), predicted, tokenizer))
-        predictions.append(predicted)
-    return scores, predictions
+    predictions = [predict(true.structure, true.shape, model, tokenizer, **options)
+                   for true in track(trues, "predict", unit="materials")]
+    return [score(true, predicted, tokenizer) for true, predicted in zip(trues, predictions, strict=True)], predictions
 
 # %% ../nbs/12_evaluate.ipynb #f4e8ade6
 def summary(scores: Sequence[Score],  # of several materials
