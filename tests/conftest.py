@@ -1,6 +1,10 @@
-"""What several test files want: an S3 server on loopback, and a few densities."""
+"""What several test files want: object stores on loopback, a line to them that can be cut, and a few densities."""
 
+import socket
+import socketserver
+import threading
 from dataclasses import replace
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
@@ -31,6 +35,73 @@ def s3(server, monkeypatch):
         fs.rm("densities", recursive=True)
     fs.mkdir("densities")
     return "s3://densities"
+
+
+@pytest.fixture(scope="module")
+def gcs_server():
+    emulator = pytest.importorskip("gcp_storage_emulator.server")
+    pytest.importorskip("gcsfs")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    running = emulator.create_server("127.0.0.1", port, in_memory=True)
+    running.start()
+    yield running, f"http://127.0.0.1:{port}"
+    running.stop()
+
+
+@pytest.fixture
+def gcs(gcs_server, monkeypatch):
+    "A bucket of Google's, empty, found through the environment."
+    running, url = gcs_server
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", url)
+    running.wipe()
+    from tomat.files import remote_fs
+    remote_fs("gs://densities")[0].mkdir("densities")
+    return "gs://densities"
+
+
+class Line:
+    "A way to a server that breaks, or goes silent, after `left` bytes; `came` counts those from there."
+
+    def __init__(self, upstream: str):
+        place = urlsplit(upstream)
+        self.left, self.came, self.silent, self.upstream = 1 << 60, 0, False, (place.hostname, place.port)
+        self.server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), self.connect)
+        self.server.daemon_threads, self.server.block_on_close = True, False
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def connect(self, here, address, server):
+        with socket.create_connection(self.upstream) as there:
+            asking = threading.Thread(target=self.pump, args=(here, there), daemon=True)
+            asking.start()
+            self.pump(there, here)
+
+    def pump(self, source, sink):
+        try:
+            while (got := source.recv(1 << 14)) and self.left > 0:
+                self.came += len(got) * (source.getpeername() == self.upstream)
+                self.left -= len(got)
+                sink.sendall(got)
+            if self.silent and self.left <= 0:
+                threading.Event().wait(30)
+            for each in (source, sink):
+                each.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass  # hung up on the other side
+
+    def close(self):
+        self.server.shutdown()
+        self.server.server_close()
+
+
+@pytest.fixture
+def line():
+    "Makes a line to a server that can be cut."
+    lines = []
+    yield lambda upstream: lines.append(Line(upstream)) or lines[-1]
+    for each in lines:
+        each.close()
 
 
 @pytest.fixture

@@ -35,7 +35,8 @@ from tomat.tokenizer import tokenizer_from_dict
 
 NACL = Path(__file__).parent / "files" / "CHGCAR.NaCl.gz"
 TOMAT = Path(sys.executable).parent / "tomat"
-COMMANDS = ("info", "convert", "tokenize", "verify", "show-tokens", "train", "predict", "evaluate", "demo")
+COMMANDS = ("info", "convert", "fetch", "tokenize", "verify", "sync", "fit-codec", "show-tokens",
+            "train", "predict", "evaluate", "demo")
 ROWS = ("--patch-size", "3", "--pad-to", "0", "--patches-per-material", "4")  # small rows
 GRID = ("--grid", "4", "4", "4")
 
@@ -417,9 +418,26 @@ convert {salt} {made}/store --format zarr | store other
 convert {salt} {bad}/letter.txt/x.zarr | letter.txt/x.zarr
 convert {salt} {bad}/letter.txt/x.cube | letter.txt/x.cube
 tokenize {salt} --out {bad}/letter.txt/rows | letter.txt/rows
-tokenize {salt} --out {made}/rows | rows exists
-tokenize {salt} --out {made}/store | store exists
+tokenize {salt} --out {made}/rows | rows other settings
+tokenize {salt} --out {made}/store | store other things
 tokenize {salt} --out {made}/store --overwrite | store other
+tokenize {salt} --out {tmp}/rows --worker 2 | worker 3/16
+tokenize {salt} --out {tmp}/rows --worker 2/2 | worker 0 1
+tokenize {salt} --out {tmp}/rows --workers 0 | workers
+tokenize {salt} --out {tmp}/rows --label val-smoke | split all
+tokenize {salt} --out {tmp}/rows --label val-smoke --split all | 128 --materials
+tokenize {made}/store --out {tmp}/rows --materials 99 | store 99
+tokenize mp-1,mp- --out {tmp}/rows | mp-1,mp- exist
+fetch mp-1 --out {tmp}/cache --base-url {bad} | mp-1 task
+fetch ../x --out {tmp}/cache --base-url {bad} | ../x
+sync {tmp}/nowhere {tmp}/there | nowhere
+sync {made}/rows {made}/rows/inside | inside
+fit-codec {made}/store --out {tmp}/c.npz --objective l3 | l1 l3
+fit-codec {made}/store --out {tmp}/c.npz --levels 0 | level
+fit-codec {made}/store --out {tmp}/c.npz --unit eV | eV electrons
+fit-codec {made}/store --out {tmp}/c.npz --split none | none
+convert {made}/store {made}/rows | rows other
+convert {bad} {tmp}/store | cut rename
 tokenize {salt} --out . --overwrite --patch-size 3 | .
 train {made}/rows --out {bad}/letter.txt/run | letter.txt/run
 train {made}/rows --out {run} --steps 9 | run another
@@ -695,15 +713,20 @@ def test_a_terminal_without_special_letters(made, monkeypatch):
     assert out.buffer.getvalue().startswith(b"[BOS]\n") and b"[EOS]\n[PAD]" in out.buffer.getvalue()
 
 
-def test_a_terminated_run_tidies_up(tmp_path, made):
+def test_a_terminated_run_leaves_whole_shards(tmp_path, made):
     """As a batch system stops a job, or `timeout` a command."""
     place = tmp_path / "new"
-    run = process("tokenize", made / "CHGCAR.salt", "--out", place / "rows", "--patches-per-material", 30_000)
-    while not list(place.glob(".partial-*")):
+    line = ["tokenize", sample_store().root, "--split", "all", "--out", place / "rows", "--patches-per-material", 1024]
+    run = process(*line, "--pad-to", 0, "--patch-size", 8)
+    while not list(place.glob("rows/rows-*.parquet")):
         assert run.poll() is None, finished(run)
     run.send_signal(signal.SIGTERM)
     done = finished(run)
-    assert done.code == 143 and "Traceback" not in done.err and list(tmp_path.iterdir()) == []
+    assert done.code == 143 and "Traceback" not in done.err
+    left = sorted(p.name for p in (place / "rows").iterdir())
+    assert left and all(name.startswith("rows-") for name in left)
+    for name in left:
+        assert pq.read_table(place / "rows" / name).num_rows == 1024
 
 
 def test_output_into_a_closed_pipe_is_no_traceback(made):

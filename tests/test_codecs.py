@@ -9,8 +9,8 @@ from hypothesis.extra import numpy as hnp
 
 import tomat.codecs
 from tomat.codecs import (
-    LOG_CODECS, POSITIONS, PUBLISHED_DENSITY, LevelCodec, LogCodec, codec_from_dict, fit_levels, load_levels, log_codec,
-    save_levels,
+    LOG_CODECS, POSITIONS, PUBLISHED_DENSITY, LevelCodec, LogCodec, codec_from_dict, fit_levels, levels_facts, load_levels,
+    log_codec, save_levels,
 )
 from tomat.files import TomatError
 
@@ -204,6 +204,18 @@ def test_codecs_survive_json_and_npz(tmp_path_factory, values, n):
     assert load_levels(path) == codec and hash(load_levels(path)) == hash(codec)
     for log in (POSITIONS, PUBLISHED_DENSITY):
         assert codec_from_dict(json.loads(json.dumps(log.to_dict()))) == log
+
+
+def test_a_file_of_levels_may_say_what_it_is_for(tmp_path):
+    codec, path = fit_levels(np.arange(9.0), 4), tmp_path / "levels.npz"
+    for facts in ({}, {"unit": "e/Å³"}, {"target": "difference", "unit": "electrons", "objective": "l2"}):
+        save_levels(codec, path, facts)
+        assert levels_facts(path) == facts and load_levels(path) == codec
+    with pytest.raises(TomatError, match="no room for boundaries, colour"):
+        save_levels(codec, path, {"colour": "red", "boundaries": "none"})
+    path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(TomatError, match=r"levels\.npz is not an"):
+        levels_facts(path)
 
 
 @pytest.mark.parametrize("left_out", [slice(1, -1), slice(0, -1), slice(1, None), slice(0, None)])

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import stat
+import sys
 
 import fsspec
 import pytest
@@ -202,6 +203,8 @@ def test_a_missing_client_is_named(monkeypatch):
     monkeypatch.setattr(fsspec.core, "url_to_fs", missing)
     with pytest.raises(TomatError, match=r"pip install 'tomat\[s3\]'"):
         read_text("s3://bucket/a")
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    monkeypatch.setitem(sys.modules, "gcsfs.core", None)
     with pytest.raises(TomatError, match=r"pip install 'tomat\[gcs\]'"):
         exists("gs://bucket/a")
 

@@ -25,8 +25,11 @@ from tomat.density import Density
 from tomat.files import TomatError
 from tomat.patches import as_size, cut
 from tomat.promolecule import promolecule
-from tomat.shards import SCHEMA, material_rng, read_rows, row_of, tokenize
-from tomat.store import sample_store, write_store
+from tomat.rows import read_rows, row_of, verify
+from tomat.shards import SCHEMA, material_rng, read_meta, tokenize
+from tomat.source import InMemory
+from tomat.settings import data_set
+from tomat.store import RawStore, sample_store, write_store
 from tomat.tokenizer import Tokenizer, tokenizer_from_dict
 
 TOMAT = Path(sys.executable).parent / "tomat"
@@ -64,10 +67,10 @@ def contents(folder):
 def test_the_same_data_set_is_the_same_bytes(tmp_path):
     densities = [a_density(seed) for seed in range(5)]
     for name in ("one", "two"):
-        tokenize(iter(densities), tokenizer(), tmp_path / name, 6, seed=3, label="x", rows_per_shard=10)
+        tokenize(iter(densities), tokenizer(), tmp_path / name, 6, seed=3, label="x", rows_per_shard=12)
     one, two = contents(tmp_path / "one"), contents(tmp_path / "two")
     assert one == two and len(one) == 4
-    tokenize(densities, tokenizer(), tmp_path / "other", 6, seed=4, label="x", rows_per_shard=10)
+    tokenize(densities, tokenizer(), tmp_path / "other", 6, seed=4, label="x", rows_per_shard=12)
     assert all(contents(tmp_path / "other")[name] != content for name, content in one.items())
 
 
@@ -103,7 +106,8 @@ def test_seeds_are_what_they_were():
 
 def test_the_columns_are_the_published_ones(tmp_path):
     meta = tokenize([a_density(seed) for seed in range(3)], tokenizer(), tmp_path / "rows", 4, rows_per_shard=8)
-    assert meta["shards"] == ["rows-00000.parquet", "rows-00001.parquet"]
+    assert list(meta["shards"]) == ["rows-00000.parquet", "rows-00001.parquet"]
+    assert [shard["rows"] for shard in meta["shards"].values()] == [8, 4]
     published = pa.schema([("task_id", pa.string()), ("offset_x", pa.int32()), ("offset_y", pa.int32()), ("offset_z", pa.int32()),
                            ("input_ids", pa.list_(pa.int32()))])
     assert SCHEMA.equals(published)
@@ -129,12 +133,12 @@ def test_meta_counts_what_is_there(tmp_path):
     many = a_density(9, "many", n_atoms=60)
     densities = [a_density(0), long, huge, many, a_density(1)]
     tok = tokenizer(pad_to=300)
-    meta = tokenize(densities, tok, tmp_path / "rows", 5, seed=9, label="counted", rows_per_shard=7)
+    meta = tokenize(densities, tok, tmp_path / "rows", 5, seed=9, label="counted", rows_per_shard=20)
     assert meta == json.loads((tmp_path / "rows" / "meta.json").read_text())
     tables = [pq.read_table(tmp_path / "rows" / name) for name in meta["shards"]]
     ids = [row for table in tables for row in table["input_ids"].to_pylist()]
     whose = [id for table in tables for id in table["task_id"].to_pylist()]
-    assert whose == ["m-0"] * 5 + ["huge"] * 5 + ["m-1"] * 5 and [len(t) for t in tables] == [10, 5]
+    assert whose == ["m-0"] * 5 + ["huge"] * 5 + ["m-1"] * 5 and [len(t) for t in tables] == [10, 5], tables
     assert (meta["rows"], meta["tokens_padded"]) == (15, 15 * 300) == (len(ids), sum(map(len, ids)))
     assert meta["tokens"] == sum(np.count_nonzero(row) for row in ids) == 15 * tok.row_length(2)
     assert list(meta["skipped"]) == ["long", "many"] and "1200" in meta["skipped"]["long"] and "300" in meta["skipped"]["many"]
@@ -192,32 +196,47 @@ def test_the_sample_through_the_shards(tmp_path):
 def test_materials_are_read_one_at_a_time(tmp_path):
     """The next one is asked for when the last one lies on disk."""
     asked = []
-    def densities():
-        for seed in range(4):
-            asked.append([p.stat().st_size > 100 for p in sorted(tmp_path.rglob("*.parquet"))])
-            yield a_density(seed)
-    tokenize(densities(), tokenizer(), tmp_path / "rows", 2, rows_per_shard=2)
+    class Watched(InMemory):
+        def read(self, id):
+            asked.append([p.stat().st_size > 100 for p in sorted(tmp_path.rglob("rows-*.parquet"))])
+            return super().read(id)
+    tokenize(Watched(a_density(seed) for seed in range(4)), tokenizer(), tmp_path / "rows", 2, rows_per_shard=2)
     assert [len(sizes) for sizes in asked] == [0, 1, 2, 3] and all(map(all, asked))
 
 
-def test_a_source_that_fails_leaves_nothing(tmp_path):
-    def densities():
-        yield a_density(0)
-        raise TomatError("the disk is gone.")
+class Failing(InMemory):
+    "One material cannot be read."
+
+    def read(self, id):
+        if id == "m-2":
+            raise TomatError("the disk is gone.")
+        return super().read(id)
+
+
+def test_a_source_that_fails_leaves_whole_shards_or_nothing(tmp_path):
+    densities = [a_density(seed) for seed in range(4)]
     with pytest.raises(TomatError, match="the disk is gone"):
-        tokenize(densities(), tokenizer(), tmp_path / "deep" / "rows", 2)
-    for bad in ({"patches_per_material": 0}, {"rows_per_shard": 0}, {"seed": -1}):
+        tokenize(Failing(densities), tokenizer(), tmp_path / "deep" / "rows", 2)
+    for bad in ({"patches_per_material": 0}, {"rows_per_shard": 0}, {"seed": -1}, {"part": (3, 3)}):
         with pytest.raises(TomatError):
             tokenize([a_density(0)], tokenizer(), tmp_path / "rows", **bad)
     with pytest.raises(TomatError, match="no material"):
         tokenize([], tokenizer(), tmp_path / "rows", 2)
     assert list(tmp_path.iterdir()) == []
+    with pytest.raises(TomatError, match="the disk is gone"):
+        tokenize(Failing(densities), tokenizer(), tmp_path / "rows", 2, rows_per_shard=2)
+    assert sorted(contents(tmp_path / "rows")) == ["rows-00000.parquet", "rows-00001.parquet"]
+    with pytest.raises(TomatError, match="not finished"):
+        read_rows(tmp_path / "rows")
+    for name in ("rows", "whole"):
+        tokenize(densities, tokenizer(), tmp_path / name, 2, rows_per_shard=2)
+    assert contents(tmp_path / "rows") == contents(tmp_path / "whole")
 
 
 def test_an_existing_folder_stays_unless_asked(tmp_path):
     tokenize([a_density(0)], tokenizer(), tmp_path / "rows", 2)
     before = contents(tmp_path / "rows")
-    with pytest.raises(TomatError, match="exists already"):
+    with pytest.raises(TomatError, match="other materials or settings"):
         tokenize([a_density(1)], tokenizer(), tmp_path / "rows", 2)
     with pytest.raises(TomatError, match="at most 1,023"):
         tokenize([Density(np.ones((1, 1, 1200)), a_density(0).structure)], tokenizer(), tmp_path / "rows", 2, overwrite=True)
@@ -226,20 +245,109 @@ def test_an_existing_folder_stays_unless_asked(tmp_path):
     assert read_rows(tmp_path / "rows").materials == ["m-1", "m-1"] and [p.name for p in tmp_path.iterdir()] == ["rows"]
 
 
-def test_a_killed_run_leaves_no_folder_and_the_next_one_gives_the_same_bytes(tmp_path):
-    densities = [a_density(seed, shape=(16, 16, 16)) for seed in range(6)]
+@pytest.mark.parametrize("harm", ["cut", "empty", "not ours"])
+def test_a_damaged_shard_is_made_again(tmp_path, harm):
+    densities = [a_density(seed) for seed in range(3)]
+    tokenize(densities, tokenizer(), tmp_path / "rows", 2, rows_per_shard=2)
+    before, shard = contents(tmp_path / "rows"), tmp_path / "rows" / "rows-00001.parquet"
+    if harm == "not ours":
+        pq.write_table(SCHEMA.empty_table(), shard)
+    else:
+        shard.write_bytes(shard.read_bytes()[:200 if harm == "cut" else 0])
+    assert verify(tmp_path / "rows")
+    tokenize(densities, tokenizer(), tmp_path / "rows", 2, rows_per_shard=2)
+    assert contents(tmp_path / "rows") == before and verify(tmp_path / "rows") == []
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    "Twelve materials on disk, one of which no row can hold."
+    densities = [a_density(seed, shape=(12, 12, 12)) for seed in range(11)]
+    densities.insert(4, Density(np.ones((1, 1, 1200)), a_density(0).structure, id="long"))
+    root = tmp_path_factory.mktemp("store") / "store"
+    write_store(densities, {"train": [d.id for d in densities[:9]], "validation": [d.id for d in densities[9:]]}, root)
+    return RawStore(root)
+
+
+SETTINGS = {"patches_per_material": 6, "seed": 5, "label": "x", "rows_per_shard": 12}
+
+
+@pytest.fixture(scope="module")
+def whole(store, tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole") / "rows"
+    tokenize(store, tokenizer(pad_to=200), out, **SETTINGS)
+    return out
+
+
+@pytest.mark.parametrize("workers", [2, 5])
+def test_any_number_of_processes_gives_the_same_bytes(store, whole, tmp_path, workers):
+    tokenize(store, tokenizer(pad_to=200), tmp_path / "rows", workers=workers, **SETTINGS)
+    assert contents(tmp_path / "rows") == contents(whole) and "long" in read_meta(whole)["skipped"]
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 16])
+def test_parts_make_the_whole(store, whole, tmp_path, n):
+    """Any scheduler may fan the work out; parts may come in any order, and there may be more of them than shards."""
+    for i in reversed(range(n)):
+        tokenize(store, tokenizer(pad_to=200), tmp_path / "rows", part=(i, n), **SETTINGS)
+    shards = {p.name: p.read_bytes() for p in tmp_path.rglob("*.parquet")}
+    assert shards == {name: content for name, content in contents(whole).items() if name != "meta.json"}
+    got, want = read_meta(tmp_path / "rows"), read_meta(whole)
+    assert [name.rpartition("/")[2] for name in got["shards"]] == list(want["shards"])
+    assert list(got["shards"].values()) == list(want["shards"].values())
+    same = want.keys() - {"shards"}
+    assert {key: got[key] for key in same} == {key: want[key] for key in same} and got.keys() == want.keys()
+    assert verify(tmp_path / "rows") == []
+    one, two = read_rows(tmp_path / "rows"), read_rows(whole)
+    assert one.materials == two.materials and all(map(np.array_equal, one.ids, two.ids))
+
+
+def test_parts_of_two_runs_do_not_mix(store, tmp_path):
+    tokenize(store, tokenizer(pad_to=200), tmp_path / "rows", part=(0, 2), **SETTINGS)
+    tokenize(store, tokenizer(pad_to=200), tmp_path / "rows", part=(1, 2), **SETTINGS | {"seed": 6})
+    with pytest.raises(TomatError, match="another run"):
+        read_meta(tmp_path / "rows")
+
+
+def test_killed_at_random_moments_the_result_is_the_same(tmp_path):
+    """SIGKILL to the parent five times, at moments drawn from a seed; then the run finishes what is missing."""
+    densities = [a_density(seed, shape=(16, 16, 16)) for seed in range(12)]
     write_store(densities, {"train": [d.id for d in densities]}, tmp_path / "store")
-    out = tmp_path / "out" / "rows"
-    command = [TOMAT, "tokenize", tmp_path / "store", "--out", out, "--patches-per-material", "400", "--patch-size", "10"]
-    run = subprocess.Popen([*map(str, command)], env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL,
-                           stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while not any(p.stat().st_size > 4 for p in out.parent.glob(".partial-*/*.parquet")):  # the first rows are on disk
-        assert run.poll() is None and time.monotonic() < deadline, "the run ended before it could be killed"
-        time.sleep(0.002)
-    run.send_signal(signal.SIGKILL)
-    assert run.wait() == -signal.SIGKILL
-    assert not out.exists() and all(p.name.startswith(".partial-") for p in out.parent.iterdir())
+    out, rng = tmp_path / "out" / "rows", np.random.default_rng(11)
+    line = ["tokenize", tmp_path / "store", "--out", out, "--patches-per-material", "600", "--patch-size", "10", "--workers", "2"]
+    ends = []
+    for wanted in sorted(rng.integers(0, 11, 5).tolist()):  # kill when so many shards are there
+        run = subprocess.Popen([TOMAT, *map(str, line)], env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL,
+                               stdout=subprocess.DEVNULL)
+        deadline = time.monotonic() + 120
+        while run.poll() is None and len(list(out.glob("rows-*.parquet"))) < wanted:
+            assert time.monotonic() < deadline, "no shard came"
+            time.sleep(0.002)
+        time.sleep(rng.random() * 0.05)
+        run.send_signal(signal.SIGKILL)
+        ends.append(run.wait())
+        assert not (out / "meta.json").exists() or ends[-1] == 0
+    assert -signal.SIGKILL in ends
+    times = {p.name: p.stat().st_mtime_ns for p in out.glob("rows-*.parquet")}
     for folder in (out, tmp_path / "whole"):
-        tokenize(densities, Tokenizer("framed", PUBLISHED_DENSITY, patch_size=10), folder, 400)
-    assert contents(out) == contents(tmp_path / "whole")
+        tokenize(densities, Tokenizer("framed", PUBLISHED_DENSITY, patch_size=10), folder, 600)
+    assert {name: (out / name).stat().st_mtime_ns for name in times} == times, "a shard that was there was made again"
+    made = {name: content for name, content in contents(out).items() if not name.startswith(".partial-")}
+    assert made == contents(tmp_path / "whole")
+
+
+def test_val_smoke_has_its_published_shape(tmp_path):
+    """128 materials of 32 patches each: 4,096 rows of exactly 8,192 tokens, read by three libraries."""
+    datasets = pytest.importorskip("datasets")
+    named = data_set("val-smoke")
+    densities = [a_density(seed, n_atoms=1 + seed % 9) for seed in range(named.materials)]
+    tok = Tokenizer(named.layout, CODECS[named.density_codec], patch_size=named.patch_size, pad_to=named.pad_to)
+    meta = tokenize(densities, tok, tmp_path / "rows", named.patches, named.seed, named.label)
+    assert (meta["rows"], meta["tokens_padded"], tok.vocab.size) == (4096, 4096 * 8192, 6792)
+    table = pq.read_table(sorted((tmp_path / "rows").glob("*.parquet")))
+    lengths = table["input_ids"].combine_chunks().value_lengths().to_numpy()
+    assert (len(table), set(lengths)) == (4096, {8192}) and table.schema.equals(SCHEMA)
+    rows = datasets.load_dataset("parquet", data_files=str(tmp_path / "rows" / "*.parquet"), split="train", streaming=True)
+    assert list(rows.features) == SCHEMA.names
+    first = next(iter(rows))
+    assert first["task_id"] == "m-0" and first["input_ids"] == table["input_ids"][0].as_py()

@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from pymatgen.core import Lattice, Structure
 
 import tomat.tokenizer as room
 from tomat.codecs import POSITIONS, PUBLISHED_DENSITY
-from tomat.density import RHO, Density
+from tomat.density import RHO, TOTAL, Density
 from tomat.files import TomatError
 from tomat.patches import as_size, cut, random_offsets
 from tomat.tokenizer import Tokenizer, tokenizer_from_dict
@@ -274,10 +275,28 @@ def test_what_a_row_cannot_hold_is_refused(mend, n, shape, kwargs):
 
 
 @quick(30)
-@given(layouts, codecs, sizes)
-def test_settings_survive_json(layout, codec, size):
-    tok = tokenizer(layout, codec, size)
+@given(layouts, codecs, sizes, st.sampled_from(["total", "difference"]), st.sampled_from([TOTAL, RHO]))
+def test_settings_survive_json(layout, codec, size, target, unit):
+    tok = replace(tokenizer(layout, codec, size), target=target, unit=unit)
     assert tokenizer_from_dict(json.loads(json.dumps(tok.to_dict()))) == tok
+
+
+def test_rows_without_a_unit_are_in_electrons():
+    tok = tokenizer("framed", "two_token_9_12", 3)
+    older = {key: value for key, value in tok.to_dict().items() if key not in ("unit", "target")}
+    assert tokenizer_from_dict(older) == tok and tok.unit == TOTAL
+    with pytest.raises(TomatError, match="no unit 'hartree'"):
+        tokenizer_from_dict({**older, "unit": "hartree"})
+
+
+@quick(30)
+@given(layouts, codecs, shapes, seeds)
+def test_rows_in_electrons_per_volume_decode_to_the_density(layout, codec, shape, seed):
+    rng = np.random.default_rng(seed)
+    density, tok = a_density(rng, shape, 2), replace(tokenizer(layout, codec, 3), unit=RHO)
+    offsets = random_offsets(shape, 2, rng)
+    for ids_L, patch in zip(tok.encode(density, offsets)[0], cut(density.rho, offsets, 3), strict=True):
+        assert (np.abs(tok.decode(ids_L).values - patch) <= CODECS[codec].bound(patch)).all()
 
 
 def test_transformers_reads_the_vocabulary(tmp_path):

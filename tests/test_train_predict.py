@@ -26,7 +26,8 @@ from tomat.files import TomatError
 from tomat.model import ModelSize, load_checkpoint, make_model, save_checkpoint
 from tomat.predict import free_run, predict
 from tomat.promolecule import promolecule, valence_electrons
-from tomat.shards import read_rows, tokenize
+from tomat.rows import read_rows
+from tomat.shards import tokenize
 from tomat.tokenizer import Tokenizer
 from tomat.train import TrainConfig, batch_rows, learning_rate, read_log, train
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DemoConfig', 'demo_tokenizer', 'demo']
 
-# %% ../nbs/12a_demo.ipynb #c68d239f
+# %% ../nbs/12a_demo.ipynb #0b5bb096
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ from .evaluate import Score, evaluate, even_charge, fit_even_charge, summary, wr
 from .formats import write_density
 from .metrics import nmae
 from .model import load_checkpoint
-from .shards import tokenize, track
+from .progress import track
+from .shards import tokenize
 from .store import RawStore, sample_store
 from .tokenizer import Tokenizer
 from .train import TrainConfig, train

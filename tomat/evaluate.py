@@ -6,7 +6,7 @@
 __all__ = ['COLUMNS', 'codec_floor', 'Score', 'score', 'evaluate', 'summary', 'slices_png', 'report_html', 'write_report',
            'even_charge', 'fit_even_charge']
 
-# %% ../nbs/12_evaluate.ipynb #ad8113c8
+# %% ../nbs/12_evaluate.ipynb #b92a144b
 import base64
 import io
 from collections.abc import Iterable, Sequence
@@ -20,20 +20,19 @@ from transformers import Qwen3ForCausalLM
 
 from .density import Density, plot_slice
 from .files import TomatError, write_json, write_text
+from .fit import floor_of
 from .metrics import nmae
 from .predict import predict
 from .promolecule import with_promolecule
-from .shards import track
+from .progress import track
 from .tokenizer import Tokenizer
 
-# %% ../nbs/12_evaluate.ipynb #6c161695
+# %% ../nbs/12_evaluate.ipynb #e93d5743
 def codec_floor(density: Density,      # a true density, with its baseline where the target is "difference"
                 tokenizer: Tokenizer,  # whose codec
                 ) -> float:  # NMAE
     "The error of a perfect model: the true density as tokens and back."
-    target_xyz = tokenizer.target_of(density)
-    tokens, _ = tokenizer.density_codec.encode(target_xyz)
-    return nmae(density.total - target_xyz + tokenizer.density_codec.decode(tokens), density.total)
+    return floor_of(density, tokenizer.density_codec, tokenizer.target, tokenizer.unit).nmae
 
 # %% ../nbs/12_evaluate.ipynb #8d6e8bc9
 @dataclass(frozen=True)

@@ -46,16 +46,14 @@ def flat_indices(shape: Sequence[int],     # (nx, ny, nz) of the grid
     planes = (x * (ny * nz))[:, :, None] + (y * nz)[:, None, :]
     return planes[..., None] + z[:, None, None, :]
 
-# %% ../nbs/02_patches.ipynb #fea06898
+# %% ../nbs/02_patches.ipynb #5b427c46
 def windows(values_xyz: np.ndarray,  # (nx, ny, nz) one item per voxel, any dtype
             size: Size,              # sides of the patch, voxels
             ) -> np.ndarray:  # (nx, ny, nz, Px, Py, Pz) read-only view
     "All patches of a periodic grid as a view into one wrapped copy: entry [ox, oy, oz] is the patch at that offset."
     sides = as_size(size)
-    for axis, side in enumerate(sides):
-        n = values_xyz.shape[axis]
-        values_xyz = values_xyz.take(np.arange(n + side - 1) % n, axis=axis)
-    return sliding_window_view(values_xyz, sides)
+    wrapped_xyz = np.pad(values_xyz, [(0, side - 1) for side in sides], mode="wrap")
+    return sliding_window_view(wrapped_xyz, sides)
 
 # %% ../nbs/02_patches.ipynb #a051f5c4
 def cut(values_xyz: np.ndarray,   # (nx, ny, nz) one item per voxel, any dtype

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CHOICES', 'ReservedLayer', 'best_choice', 'free_run', 'predict']
 
-# %% ../nbs/11_predict.ipynb #aa5c043f
+# %% ../nbs/11_predict.ipynb #3f920938
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,11 +15,11 @@ from pymatgen.core import Structure
 from transformers import Qwen3ForCausalLM
 from transformers.cache_utils import Cache, DynamicLayer
 
-from .density import Density, formula_of
+from .density import RHO, Density, formula_of
 from .files import TomatError
 from .patches import cover, stitch
 from .promolecule import promolecule, valence_electrons
-from .shards import track
+from .progress import track
 from .tokenizer import Tokenizer
 
 # %% ../nbs/11_predict.ipynb #9b4aadda
@@ -99,14 +99,14 @@ def free_run(model: Qwen3ForCausalLM,
         ids_BxL = chosen_B[:, None] + low
         yield ids_BxL[:, 0].numpy()
 
-# %% ../nbs/11_predict.ipynb #f77285cd
+# %% ../nbs/11_predict.ipynb #69a10c1f
 def _written(model: Qwen3ForCausalLM,
              tokenizer: Tokenizer,
              prompts_NxL: np.ndarray,  # (N, L) the beginnings of all rows
              choose: str,              # one of CHOICES
              batch_size: int,          # rows written together
              show: bool,               # a progress bar
-             ) -> np.ndarray:  # (N, Px, Py, Pz) values, electrons
+             ) -> np.ndarray:  # (N, Px, Py, Pz) values, in the tokenizer's unit
     "The values of every patch."
     places = ((start, place, ids) for start in range(0, len(prompts_NxL), batch_size)
               for place, ids in enumerate(free_run(model, tokenizer, prompts_NxL[start:start + batch_size], choose)))
@@ -118,7 +118,7 @@ def _written(model: Qwen3ForCausalLM,
     local = ids_NxM - tokenizer.vocab.blocks["density"].start
     return codec.decode_ids(local.reshape(len(local), *tokenizer.size, codec.tokens_per_value))
 
-# %% ../nbs/11_predict.ipynb #5fed6220
+# %% ../nbs/11_predict.ipynb #f2703d6c
 def predict(structure: Structure,         # the crystal
             shape: tuple[int, int, int],  # (nx, ny, nz) of the grid to fill
             model: Qwen3ForCausalLM,
@@ -135,7 +135,7 @@ def predict(structure: Structure,         # the crystal
     known_xyz = promolecule(structure, shape) if tokenizer.target == "difference" else np.zeros(shape)
     exact = valence_electrons(structure) if rescale else None
     patches = _written(model, tokenizer, prompts_NxL, choose or best_choice(tokenizer), batch_size, show)
-    total_xyz = stitch(patches, offsets_Nx3, shape) + known_xyz
+    total_xyz = stitch(patches, offsets_Nx3, shape) * (structure.volume if tokenizer.unit == RHO else 1) + known_xyz
     electrons = float(total_xyz.mean())
     if exact is not None:
         total_xyz = total_xyz * _scale(structure, electrons, exact)

@@ -23,8 +23,8 @@ from .density import Density
 from .files import TomatError, exists, list_folder, open_binary, read_text, write_aside
 from .formats import pack_folder, read_density, read_group, write_group, zip_entries
 
-# %% ../nbs/00c_store.ipynb #a25c1088
-_IDS, _SPLIT = "mp_filelist.txt", "split.json"
+# %% ../nbs/00c_store.ipynb #a9f06ab6
+_IDS, _SPLIT, _SPLITS = "mp_filelist.txt", "split.json", "split*.json"
 
 @dataclass(frozen=True)
 class RawStore:
@@ -50,18 +50,23 @@ class RawStore:
                 raise TomatError(f"{self.root} has no {_IDS}: give a raw store.")
             yield packed, min(places, key=len).removesuffix(_IDS)
 
+    def _names(self) -> list[str]:
+        "The files at the root."
+        if not self._zipped:
+            return list_folder(self.root)
+        with self._archive() as (packed, base):
+            return [name.removeprefix(base) for name in packed.namelist() if "/" not in name.removeprefix(base)]
+
     def _text(self, pattern: str,  # a file's name, with * for anything
               ) -> str:
         "The content of the file at the root whose name matches; of several, the one of the shortest name."
-        def pick(names: Iterable[str]) -> str:
-            found = min((n for n in names if "/" not in n and fnmatchcase(n, pattern)), key=len, default=None)
-            if found is None:
-                raise TomatError(f"{self.root} has no file {pattern}: give a raw store.")
-            return found
+        name = min((n for n in self._names() if fnmatchcase(n, pattern)), key=len, default=None)
+        if name is None:
+            raise TomatError(f"{self.root} has no file {pattern}: give a raw store.")
         if not self._zipped:
-            return read_text(self._place(pick(list_folder(self.root))))
+            return read_text(self._place(name))
         with self._archive() as (packed, base):
-            return packed.read(base + pick(n.removeprefix(base) for n in packed.namelist())).decode()
+            return packed.read(base + name).decode()
 
     @cached_property
     def ids(self) -> list[str]:
@@ -70,9 +75,11 @@ class RawStore:
 
     @cached_property
     def splits(self) -> dict[str, list[str]]:
-        "The ids of each part: train, validation, …"
+        "The ids of each part: train, validation, …; none where there is no split file."
+        if not any(fnmatchcase(name, _SPLITS) for name in self._names()):
+            return {}
         try:
-            parts = json.loads(self._text("split*.json"))
+            parts = json.loads(self._text(_SPLITS))
             parts = {name: part for name, part in parts.items() if isinstance(part, list)}
             if min((i for part in parts.values() for i in part), default=0) < 0:
                 raise IndexError("an index below 0")
@@ -80,24 +87,27 @@ class RawStore:
         except (json.JSONDecodeError, IndexError, TypeError, AttributeError) as err:
             raise TomatError(f"the split of {self.root} does not fit its {_IDS}, copy both again: {err}.") from err
 
-    def split(self, name: str,  # such as "train" or "validation"
+    def split(self, name: str,  # such as "train" or "validation"; "all" for every material
               ) -> list[str]:
         "The ids of one part."
+        if name == "all":
+            return self.ids
         if name not in self.splits:
-            raise TomatError(f"{self.root} has no part {name!r}: it has {', '.join(self.splits)}.")
+            raise TomatError(f"{self.root} has no part {name!r}: it has {', '.join([*self.splits, 'all'])}.")
         return self.splits[name]
 
     def read(self, id: str,  # one of `ids`
              ) -> Density:
         "One material."
         if not self._zipped:
-            return replace(read_density(self._place(f"label/{id}.zarr")), id=id)
+            density = read_density(self._place(f"label/{id}.zarr"))
+            return density if density.id == id else replace(density, id=id)
         with self._archive() as (packed, base):
             entries = zip_entries(packed, f"{base}label/{id}.zarr/")
         if not entries:
             raise TomatError(f"{self.root} holds no material {id!r}: its {_IDS} names what it holds.")
         try:
-            return replace(read_group(entries), id=id)
+            return read_group(entries, id)
         except TomatError as err:
             raise TomatError(f"{id} in {self.root}: {err}") from err
 

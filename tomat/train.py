@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TrainConfig', 'learning_rate', 'batch_rows', 'collate', 'token_loss', 'train', 'read_log']
 
-# %% ../nbs/10_train.ipynb #3743114f
+# %% ../nbs/10_train.ipynb #22f765b4
 import json
 import math
 from dataclasses import asdict, dataclass
@@ -19,7 +19,8 @@ from transformers import Qwen3ForCausalLM
 
 from .files import TomatError, exists, read_json, read_text, write_aside, write_json, write_text
 from .model import make_model, model_size, save_checkpoint
-from .shards import Rows, read_rows, track
+from .progress import track
+from .rows import Rows, read_rows
 from .tokenizer import PAD
 
 # %% ../nbs/10_train.ipynb #d9e99161
