@@ -7,8 +7,9 @@ __all__ = ['POINTS', 'TINY', 'BLOCK', 'LOG_CODECS', 'POSITIONS', 'PUBLISHED_DENS
            'log_codec', 'LevelCodec', 'fit_levels', 'codec_from_dict', 'read_arrays', 'save_levels', 'load_levels',
            'levels_facts']
 
-# %% ../nbs/01_codecs.ipynb #202a3f10
+# %% ../nbs/01_codecs.ipynb #004327dc
 import base64
+import sys
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -210,7 +211,7 @@ class LogCodec(Codec):
         limits = {"log_min": self.log_min, "log_max": self.log_max}
         return {"codec": "log", "name": self.name, "bits": list(self.bits), **limits}
 
-# %% ../nbs/01_codecs.ipynb #7b0b1240
+# %% ../nbs/01_codecs.ipynb #27439730
 def _levels_of(values: np.ndarray,     # (n,) real numbers
                codec: LogCodec,        # the range and the bits
                magnitude: np.ndarray,  # (n,) float64, overwritten
@@ -221,7 +222,8 @@ def _levels_of(values: np.ndarray,     # (n,) real numbers
     inside = codec.magnitudes[0] <= magnitude.min() and magnitude.max() <= 10.0**codec.log_max
     n_clipped = 0 if inside else _n_outside(magnitude, *codec.magnitudes)
     np.log10(magnitude if inside else np.maximum(magnitude, TINY, out=magnitude), out=magnitude)
-    np.clip(magnitude, codec.log_min, codec.log_max, out=magnitude)
+    if not inside:
+        np.clip(magnitude, codec.log_min, codec.log_max, out=magnitude)
     magnitude -= codec.log_min
     magnitude /= codec.log_max - codec.log_min
     magnitude *= codec.top
@@ -241,9 +243,15 @@ def _split(negative: np.ndarray,    # (n,) bool
            tokens_nxk: np.ndarray,  # (n, k) int32, the result
            ) -> None:
     "Cut levels into tokens, and put the sign on top of the first."
-    for j, n in enumerate(bits):
-        shift = sum(bits[j + 1:])
-        np.bitwise_and(level >> shift if shift else level, 2**n - 1, out=tokens_nxk[:, j])
+    if len(bits) == 2 and sys.byteorder == "little":  # both tokens at once, as the halves of one item
+        item_n = tokens_nxk.view(np.int64)[:, 0]
+        np.bitwise_and(level, 2 ** bits[1] - 1, out=item_n)
+        item_n <<= 32
+        item_n |= level >> bits[1]
+    else:
+        for j, n in enumerate(bits):
+            shift = sum(bits[j + 1:])
+            np.bitwise_and(level >> shift if shift else level, 2**n - 1, out=tokens_nxk[:, j])
     if negative.any():
         tokens_nxk[negative, 0] += 2 ** bits[0]
 

@@ -5,7 +5,9 @@
 # %% auto #0
 __all__ = ['DemoConfig', 'demo_tokenizer', 'demo']
 
-# %% ../nbs/12a_demo.ipynb #0b5bb096
+# %% ../nbs/12a_demo.ipynb #edd7cfb9
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -47,21 +49,30 @@ def demo_tokenizer(training: list[Density],  # materials, each with its baseline
     values = np.concatenate([unfitted.target_of(density).ravel() for density in training])
     return replace(unfitted, density_codec=fit_levels(values, config.levels))
 
-# %% ../nbs/12a_demo.ipynb #3af503d0
+# %% ../nbs/12a_demo.ipynb #6d70e115
+@contextmanager
+def _threads(n: int,  # of PyTorch
+             ) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
 def demo(out: str | Path,                       # folder to write
          config: DemoConfig = DemoConfig(),
          store: RawStore | None = None,         # densities; None: the packaged sample
          ) -> dict[str, Any]:  # summary of the scores, and the files written
     "Tokenize, train, predict, score and report; started again in the same folder, training goes on where it stopped."
-    torch.set_num_threads(config.threads)
     store, out = store or sample_store(), Path(out)
     training = [store.read(id) for id in track(store.split("train"), "read", unit="materials")]
     tokenizer = demo_tokenizer(training, config)
-    tokenize(track(training, "tokenize", unit="materials"), tokenizer, out / "rows", config.patches, config.seed, "demo",
-             overwrite=True)
-    model, tokenizer = load_checkpoint(train(out / "rows", out / "run", config.train))
+    tokenize(training, tokenizer, out / "rows", config.patches, config.seed, "demo", overwrite=True)
     held_out = [store.read(id) for id in store.split("validation")]
-    scores, predictions = evaluate(held_out, model, tokenizer, choose=config.choose)
+    with _threads(config.threads):
+        model, tokenizer = load_checkpoint(train(out / "rows", out / "run", config.train))
+        scores, predictions = evaluate(held_out, model, tokenizer, choose=config.choose)
     return {"summary": summary(scores), "files": _write(out, scores, held_out, predictions, fit_even_charge(training))}
 
 # %% ../nbs/12a_demo.ipynb #12ee496b

@@ -46,7 +46,7 @@ def check_structure(structure: Structure,  # just read
     if unknown:
         raise TomatError(f"{who} names unknown elements {sorted(unknown)}: use the symbols of the periodic table.")
 
-# %% ../nbs/00_density.ipynb #4e4e53f6
+# %% ../nbs/00_density.ipynb #66e0d472
 TOTAL, RHO = "electrons", "e/Å³"
 
 def check_density(density: "Density",  # just made, or about to be written
@@ -65,7 +65,9 @@ def check_density(density: "Density",  # just made, or about to be written
     for name, block in blocks.items():
         if block.shape != shape:
             raise TomatError(f"{name} of {who} is on a grid {block.shape}, not {shape}: all blocks share one grid.")
-        if bad := int(block.size - np.isfinite(block).sum()):
+        with np.errstate(over="ignore", invalid="ignore"):
+            sound = bool(np.isfinite(block.sum()))  # one pass; a NaN or an infinity carries over into the sum
+        if not sound and (bad := int(block.size - np.isfinite(block).sum())):
             raise TomatError(f"{name} of {who} holds {bad} NaN or infinite values: repeat the calculation or the copy.")
 
 # %% ../nbs/00_density.ipynb #5d1afae7

@@ -118,7 +118,7 @@ def write_group(density: Density,  # what to store
         **({"augmentation": [[n, a, v.size, v.dtype.kind] for n, a, v in occupancies]} if occupancies else {}),
         **({"moments": {n: list(map(float, m)) for n, m in density.moments.items()}} if density.moments else {})})
 
-# %% ../nbs/00b_formats.ipynb #8c9f7717
+# %% ../nbs/00b_formats.ipynb #4d4df111
 _PLAIN_TYPES = {"float32": "<f4", "float64": "<f8"}
 
 def _in_one_chunk(array: Mapping[str, Any],        # the array's zarr.json
@@ -131,8 +131,9 @@ def _in_one_chunk(array: Mapping[str, Any],        # the array's zarr.json
              and [codec["name"] for codec in packed] == ["zstd"] and array["data_type"] in _PLAIN_TYPES)
     if not plain:
         return None
-    values = np.frombuffer(bytearray(Zstd().decode(*chunks.values())), _PLAIN_TYPES[array["data_type"]])
-    return values.reshape(array["shape"])
+    values = np.empty(array["shape"], _PLAIN_TYPES[array["data_type"]])
+    Zstd().decode(*chunks.values(), out=values)
+    return values
 
 def _arrays(entries: Mapping[str, bytes],  # path inside the group → content
             ) -> dict[str, np.ndarray]:
@@ -203,7 +204,7 @@ def zip_entries(packed: zipfile.ZipFile,  # an open archive
     "Entries below `prefix`, by their path from there."
     return {n.removeprefix(prefix): packed.read(n) for n in packed.namelist() if n.startswith(prefix) and n[-1] != "/"}
 
-# %% ../nbs/00b_formats.ipynb #d1394d62
+# %% ../nbs/00b_formats.ipynb #b122d480
 def _write_zarr(density: Density,  # what to store
                 path: Path,        # a folder, or a .zip
                 ) -> None:
@@ -214,12 +215,23 @@ def _write_zarr(density: Density,  # what to store
         write_group(density, Path(folder))
         pack_folder(Path(folder), path)
 
+def _files_in(folder: str,
+              prefix: str = "",  # of the names
+              ) -> Iterator[tuple[str, bytes]]:
+    "Names and contents of all files below a folder."
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir():
+                yield from _files_in(entry.path, f"{prefix}{entry.name}/")
+            else:
+                with open(entry.path, "rb") as file:
+                    yield prefix + entry.name, file.read()
+
 def _read_zarr(path: Path,  # a folder, or a .zip
                ) -> Density:
     "One material from a Zarr group."
     if path.is_dir():
-        files = (os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names)
-        return read_group({os.path.relpath(file, path).replace(os.sep, "/"): Path(file).read_bytes() for file in files})
+        return read_group(dict(_files_in(str(path))))
     with zipfile.ZipFile(path) as packed:
         roots = sorted((n for n in packed.namelist() if n.split("/")[-1] == "zarr.json"), key=lambda n: n.count("/"))
         if len([r for r in roots if r.count("/") == roots[0].count("/")]) != 1:

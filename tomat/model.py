@@ -118,11 +118,12 @@ def make_model(size: ModelSize,       # the network
         embedding[ids.start:ids.stop] += config.initializer_range * rank_code(len(ids), size.width, seed=ids.start)
     return model
 
-# %% ../nbs/09_model.ipynb #0d24a580
+# %% ../nbs/09_model.ipynb #c896a4f6
 def _line(err: Exception,  # somebody else's
           ) -> str:
     "An error in one line without a full stop."
-    return " ".join(f"{type(err).__name__}: {err}".split())[:200].rstrip(".")
+    text = str(err) if isinstance(err, TomatError) else f"{type(err).__name__}: {err}"
+    return " ".join(text.split())[:200].rstrip(".")
 
 def save_checkpoint(model: Qwen3ForCausalLM,  # what to save
                     tokenizer: Tokenizer,     # what its ids mean

@@ -81,7 +81,7 @@ def n_cores() -> int:
     "The cores that this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
-# %% ../nbs/000a_progress.ipynb #83b3eec9
+# %% ../nbs/000a_progress.ipynb #6cbc7822
 _work: Callable[[Any], Any]
 
 def _begin(function: Callable[[Any], Any],  # what this child is for
@@ -90,6 +90,7 @@ def _begin(function: Callable[[Any], Any],  # what this child is for
     _work = function
     os.environ["TOMAT_PROGRESS"] = "0"
     os.environ["POLARS_MAX_THREADS"] = "1"  # every core has a process of its own
+    bytearray(30 << 20)  # once freed, the C library keeps memory of this size for the next array
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_end_with_parent, daemon=True).start()

@@ -6,7 +6,8 @@
 __all__ = ['SCHEMA', 'material_rng', 'material_rows', 'Recipe', 'write_shard', 'shard_facts', 'tokenize', 'read_meta',
            'read_shard']
 
-# %% ../nbs/04_shards.ipynb #674e39dd
+# %% ../nbs/04_shards.ipynb #d3f208b3
+import base64
 import hashlib
 import io
 import json
@@ -37,9 +38,20 @@ def material_rng(seed: int,  # of the data set
     digest = hashlib.sha256(id.encode()).digest()
     return np.random.default_rng([seed, int.from_bytes(digest[:8], "little")])
 
-# %% ../nbs/04_shards.ipynb #8e2b90d6
+# %% ../nbs/04_shards.ipynb #006307cb
 SCHEMA = pa.schema([("task_id", pa.string()), ("offset_x", pa.int32()), ("offset_y", pa.int32()), ("offset_z", pa.int32()),
                     ("input_ids", pa.list_(pa.int32()))])
+
+def _int32(numbers: np.ndarray,  # (n,) int32, not copied
+           ) -> pa.Array:
+    return pa.Array.from_buffers(pa.int32(), len(numbers), [None, pa.py_buffer(np.ascontiguousarray(numbers))])
+
+def _repeated(text: str,
+              n: int,  # how often
+              ) -> pa.Array:
+    content = text.encode()
+    ends = np.arange(n + 1, dtype=np.int32) * len(content)
+    return pa.StringArray.from_buffers(n, pa.py_buffer(ends), pa.py_buffer(content * n))
 
 def material_rows(density: Density,      # a material
                   tokenizer: Tokenizer,  # how to write it
@@ -50,8 +62,8 @@ def material_rows(density: Density,      # a material
     offsets_Nx3 = random_offsets(density.shape, n_patches, material_rng(seed, density.id))
     ids_NxL, n_clipped = tokenizer.encode(density, offsets_Nx3)
     ends = np.arange(0, ids_NxL.size + 1, ids_NxL.shape[1], dtype=np.int32)
-    columns = [pa.array([density.id] * n_patches), *map(pa.array, offsets_Nx3.T.astype(np.int32)),
-               pa.ListArray.from_arrays(pa.array(ends), pa.array(ids_NxL.reshape(-1)))]
+    columns = [_repeated(density.id, n_patches), *map(_int32, offsets_Nx3.T.astype(np.int32)),
+               pa.ListArray.from_arrays(_int32(ends), _int32(ids_NxL.reshape(-1)))]
     return pa.Table.from_arrays(columns, schema=SCHEMA), n_clipped
 
 # %% ../nbs/04_shards.ipynb #3814efcc
@@ -80,7 +92,7 @@ class Recipe:
         "Of what decides a shard's bytes."
         return hashlib.sha256(json.dumps([self.to_dict(), list(ids)], sort_keys=True).encode()).hexdigest()
 
-# %% ../nbs/04_shards.ipynb #d8c444e0
+# %% ../nbs/04_shards.ipynb #4379ac9e
 def _rows_of(read: Callable[[str], Density],  # id → density
              ids: Sequence[str],              # the materials of a shard
              recipe: Recipe,
@@ -92,26 +104,21 @@ def _rows_of(read: Callable[[str], Density],  # id → density
     for id in ids:
         density = read(id)
         try:
-            tokenizer.check(density.structure, density.shape)
-            density = recipe.prepare(density) if recipe.prepare else density
+            if recipe.prepare:
+                tokenizer.check(density.structure, density.shape)  # before longer work
+                density = recipe.prepare(density)
+            table, n_clipped = material_rows(density, tokenizer, n, recipe.seed)
         except TomatError as reason:
             facts["skipped"][id] = str(reason)
             continue
-        table, n_clipped = material_rows(density, tokenizer, n, recipe.seed)
         tables.append(table)
         facts["materials"][id] = {"rows": n, "clipped": n_clipped}
         facts["tokens"] += n * tokenizer.row_length(len(density.structure))
         facts["tokens_padded"] += len(table["input_ids"].chunk(0).values)
     return tables, facts
 
-# %% ../nbs/04_shards.ipynb #96743046
+# %% ../nbs/04_shards.ipynb #70a82bb8
 _FACTS = "tomat"  # key in a shard's footer
-
-def _arrow_schema() -> str:
-    "SCHEMA as pyarrow leaves it in a footer."
-    sink = pa.BufferOutputStream()
-    pq.write_table(SCHEMA.empty_table(), sink)
-    return pq.read_metadata(pa.BufferReader(sink.getvalue())).metadata[b"ARROW:schema"].decode()
 
 def write_shard(tables: Sequence[pa.Table],  # one or more, in SCHEMA, each with the same number of rows
                 facts: dict[str, Any],       # what its footer says
@@ -121,7 +128,7 @@ def write_shard(tables: Sequence[pa.Table],  # one or more, in SCHEMA, each with
     import polars  # it starts threads, and a process that has them cannot be forked
     frame = polars.from_arrow(pa.concat_tables(tables))
     assert isinstance(frame, polars.DataFrame)
-    footer = {_FACTS: json.dumps(facts, sort_keys=True), "ARROW:schema": _arrow_schema()}
+    footer = {_FACTS: json.dumps(facts, sort_keys=True), "ARROW:schema": base64.b64encode(SCHEMA.serialize()).decode()}
     content = io.BytesIO()
     frame.write_parquet(content, compression="zstd", compression_level=1, statistics=False, metadata=footer,
                         row_group_size=tables[0].num_rows)
@@ -215,7 +222,7 @@ def _refuse_another_run(folder: str,                 # of the data set
         if now is None or now["recipe"] != facts["recipe"]:
             raise TomatError(f"{folder}/{facts['name']} was changed by another run: give each run a folder of its own.")
 
-# %% ../nbs/04_shards.ipynb #234843a3
+# %% ../nbs/04_shards.ipynb #0eec0ea2
 def _make_all(source: Source,
               recipe: Recipe,
               folder: str,              # the data set's, or the part's
@@ -242,7 +249,7 @@ def tokenize(materials: Source | Iterable[Density],  # where they come from, or 
              patches_per_material: int = 32,
              seed: int = 42,
              label: str = "",               # the data set's name
-             rows_per_shard: int = 1024,
+             rows_per_shard: int = 512,
              overwrite: bool = False,       # replace what is in `out`, once the new data set is whole
              prepare: Callable[[Density], Density] | None = None,  # done to each material first, as `with_promolecule`
              ids: Sequence[str] | None = None,     # which materials; None: all of them

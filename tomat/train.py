@@ -23,7 +23,7 @@ from .progress import track
 from .rows import Rows, read_rows
 from .tokenizer import PAD
 
-# %% ../nbs/10_train.ipynb #d9e99161
+# %% ../nbs/10_train.ipynb #08e1df16
 @dataclass(frozen=True)
 class TrainConfig:
     "Everything that decides a run, beside the data."
@@ -42,8 +42,8 @@ class TrainConfig:
         model_size(self.model)
         if self.loss_on not in ("density", "all"):
             raise TomatError(f"The loss is on 'density' or 'all' tokens, not on {self.loss_on!r}.")
-        if min(self.steps, self.batch_size, self.save_every) < 1 or not self.lr > 0:
-            raise TomatError("A run needs at least one step, one row a batch, one step between saves, and lr above 0.")
+        if min(self.steps, self.batch_size, self.save_every) < 1 or not 0 < self.lr < math.inf:
+            raise TomatError("A run needs at least one step, one row a batch, one step between saves, and a finite lr above 0.")
         if not 0 <= self.seed < 2**63:
             raise TomatError(f"A seed is a whole number from 0 to 2^63 - 1, not {self.seed}.")
 
