@@ -272,6 +272,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'tomat.progress._do': ('progress.html#_do', 'tomat/progress.py'),
                                 'tomat.progress._drain': ('progress.html#_drain', 'tomat/progress.py'),
                                 'tomat.progress._end_with_parent': ('progress.html#_end_with_parent', 'tomat/progress.py'),
+                                'tomat.progress._may_fork': ('progress.html#_may_fork', 'tomat/progress.py'),
                                 'tomat.progress.drawn': ('progress.html#drawn', 'tomat/progress.py'),
                                 'tomat.progress.in_order': ('progress.html#in_order', 'tomat/progress.py'),
                                 'tomat.progress.n_cores': ('progress.html#n_cores', 'tomat/progress.py'),

@@ -55,7 +55,7 @@ def windows(values_xyz: np.ndarray,  # (nx, ny, nz) one item per voxel, any dtyp
     wrapped_xyz = np.pad(values_xyz, [(0, side - 1) for side in sides], mode="wrap")
     return sliding_window_view(wrapped_xyz, sides)
 
-# %% ../nbs/02_patches.ipynb #a051f5c4
+# %% ../nbs/02_patches.ipynb #fa8e571d
 def cut(values_xyz: np.ndarray,   # (nx, ny, nz) one item per voxel, any dtype
         offsets_Nx3: np.ndarray,  # (N, 3) low corners, voxels
         size: Size,               # sides of the patch, voxels
@@ -65,7 +65,7 @@ def cut(values_xyz: np.ndarray,   # (nx, ny, nz) one item per voxel, any dtype
         raise TomatError(f"Patches are cut from a grid of three axes, not from an array of shape {values_xyz.shape}.")
     sides, offsets = as_size(size), as_offsets(offsets_Nx3, values_xyz.shape)
     wrapped_voxels = np.prod([n + s - 1 for n, s in zip(values_xyz.shape, sides, strict=True)])
-    if len(offsets) * np.prod(sides) < wrapped_voxels:  # few patches: the wrapped copy would not pay
+    if 3 * len(offsets) * np.prod(sides) < wrapped_voxels:  # few patches: the wrapped copy would not pay
         return np.take(values_xyz.reshape(-1), flat_indices(values_xyz.shape, offsets, sides))
     return windows(values_xyz, sides)[tuple(offsets.T)]
 

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['T', 'R', 'silent', 'track', 'drawn', 'n_cores', 'in_order']
 
-# %% ../nbs/000a_progress.ipynb #c340138d
+# %% ../nbs/000a_progress.ipynb #5ffd223c
+import gc
 import multiprocessing
 import os
 import signal
@@ -17,6 +18,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from itertools import islice
+from pathlib import Path
 from typing import Any, TypeVar
 
 from rich.console import Console
@@ -62,16 +64,24 @@ def drawn(bar: Progress,  # any of rich's bars
     finally:
         _bars.remove(bar)
 
-# %% ../nbs/000a_progress.ipynb #5f7ae82e
-_THREADED = ("polars", "torch")  # keep threads that a fork would lose
+# %% ../nbs/000a_progress.ipynb #39739498
+_HIDDEN = ("polars-0", "tokio", "async-exec")  # threads of polars at work, by their names
+
+def _may_fork() -> bool:
+    "Whether a copy of this process would be whole: no thread but this one, none of PyTorch's and none of polars'."
+    if sys.platform != "linux" or threading.active_count() > 1 or "torch" in sys.modules:
+        return False
+    try:
+        names = [Path(f"/proc/self/task/{task}/comm").read_text() for task in os.listdir("/proc/self/task")]
+    except OSError:  # a thread that has just ended
+        return False
+    return not any(name.startswith(_HIDDEN) for name in names)
 
 def _context() -> multiprocessing.context.BaseContext:
     "How children are started: by the quickest way that is safe here."
-    methods = multiprocessing.get_all_start_methods()
-    alone = threading.active_count() == 1 and not any(name in sys.modules for name in _THREADED)
-    if "fork" in methods and sys.platform == "linux" and alone:
+    if _may_fork():
         return multiprocessing.get_context("fork")
-    if "forkserver" not in methods:
+    if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tomat.shards"])
@@ -81,7 +91,7 @@ def n_cores() -> int:
     "The cores that this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
-# %% ../nbs/000a_progress.ipynb #6cbc7822
+# %% ../nbs/000a_progress.ipynb #f32ffe5a
 _work: Callable[[Any], Any]
 
 def _begin(function: Callable[[Any], Any],  # what this child is for
@@ -90,6 +100,7 @@ def _begin(function: Callable[[Any], Any],  # what this child is for
     _work = function
     os.environ["TOMAT_PROGRESS"] = "0"
     os.environ["POLARS_MAX_THREADS"] = "1"  # every core has a process of its own
+    gc.freeze()  # what was imported is never garbage, so the collector need not look at it
     bytearray(30 << 20)  # once freed, the C library keeps memory of this size for the next array
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -6,7 +6,7 @@
 __all__ = ['SCHEMA', 'material_rng', 'material_rows', 'Recipe', 'write_shard', 'shard_facts', 'tokenize', 'read_meta',
            'read_shard']
 
-# %% ../nbs/04_shards.ipynb #d3f208b3
+# %% ../nbs/04_shards.ipynb #2c1e855c
 import base64
 import hashlib
 import io
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -117,7 +118,7 @@ def _rows_of(read: Callable[[str], Density],  # id → density
         facts["tokens_padded"] += len(table["input_ids"].chunk(0).values)
     return tables, facts
 
-# %% ../nbs/04_shards.ipynb #70a82bb8
+# %% ../nbs/04_shards.ipynb #ca3c74d0
 _FACTS = "tomat"  # key in a shard's footer
 
 def write_shard(tables: Sequence[pa.Table],  # one or more, in SCHEMA, each with the same number of rows
@@ -125,7 +126,6 @@ def write_shard(tables: Sequence[pa.Table],  # one or more, in SCHEMA, each with
                 path: str | Path,            # the file, local or remote
                 ) -> dict[str, Any]:  # its size in bytes and its MD5
     "Write one Parquet file, one row group a table."
-    import polars  # it starts threads, and a process that has them cannot be forked
     frame = polars.from_arrow(pa.concat_tables(tables))
     assert isinstance(frame, polars.DataFrame)
     footer = {_FACTS: json.dumps(facts, sort_keys=True), "ARROW:schema": base64.b64encode(SCHEMA.serialize()).decode()}

@@ -126,7 +126,7 @@ def lattice_integers(structure: Structure,  # any crystal
                          "its lengths must lie between 0.05 and 51.15 Å.")
     return integers
 
-# %% ../nbs/03_tokenizer.ipynb #5cf2e944
+# %% ../nbs/03_tokenizer.ipynb #d62f939e
 PAD, BOS, EOS = 0, 1, 2       # the ids that every layout shares
 _ROWS_AT_ONCE = 16            # rows written in one go: their values stay in the processor's cache
 _ITEMS = {1: np.int32, 2: np.int64}  # k int32 tokens of a voxel, moved as one item
@@ -221,12 +221,13 @@ class Tokenizer:
         "Whole rows of many patches of one material; raises `TomatError` for what a row cannot hold."
         prompt_NxL = self.prompt(density.structure, density.shape, offsets_Nx3)
         start, stop = prompt_NxL.shape[1], prompt_NxL.shape[1] + self.n_density_tokens
-        ids_NxL = np.zeros((len(prompt_NxL), self.pad_to or stop + 2), np.int32)  # zero is PAD
+        ids_NxL = np.empty((len(prompt_NxL), self.pad_to or stop + 2), np.int32)
         ids_NxL[:, :start] = prompt_NxL
         offsets = as_offsets(offsets_Nx3, density.shape)
         n_clipped = _write_densities(self, self.target_of(density), offsets, ids_NxL[:, start:stop])
         ids_NxL[:, stop] = self.vocab.id("DENS_END")
         ids_NxL[:, stop + 1] = EOS
+        ids_NxL[:, stop + 2:] = PAD
         return ids_NxL, n_clipped
 
     def target_of(self,
@@ -335,7 +336,7 @@ def _position_ids(tok: Tokenizer,           # whose rows
     ids, _ = tok.position_codec.encode_ids(frac)
     return ids.reshape(len(frac), -1) + tok.vocab.blocks["position"].start
 
-# %% ../nbs/03_tokenizer.ipynb #26144b62
+# %% ../nbs/03_tokenizer.ipynb #ed164650
 def _blocks_of_rows(n: int,  # rows in all
                     ) -> Iterator[slice]:
     return (slice(i, i + _ROWS_AT_ONCE) for i in range(0, n, _ROWS_AT_ONCE))
@@ -364,10 +365,11 @@ def _encode_then_cut(tok: Tokenizer,           # whose rows
         return _cut_then_encode(tok, field_xyz, offsets_Nx3, out_NxM)
     ids_xyzk += tok.vocab.blocks["density"].start
     k = codec.tokens_per_value
-    patch_at = windows(ids_xyzk.view(_ITEMS.get(k, f"V{4 * k}"))[..., 0], tok.size)
-    for rows in _blocks_of_rows(len(offsets_Nx3)):
-        patches = np.ascontiguousarray(patch_at[tuple(offsets_Nx3[rows].T)])
-        out_NxM[rows] = patches.reshape(len(patches), -1).view(np.int32)
+    item = _ITEMS.get(k, f"V{4 * k}")
+    patch_at = windows(ids_xyzk.view(item)[..., 0], tok.size)
+    out_NxPxPxP = out_NxM.view(item).reshape(-1, *tok.size)
+    for patch, (x, y, z) in zip(out_NxPxPxP, offsets_Nx3.tolist(), strict=True):
+        patch[...] = patch_at[x, y, z]
     return 0
 
 def _write_densities(tok: Tokenizer,           # whose rows
