@@ -531,6 +531,31 @@ def test_damaged_rows_are_refused(tomat, tmp_path, made, damage):
     assert seen.code in (1, 2) and seen.out + seen.err and "all is well" not in seen.out
 
 
+def test_a_folder_of_calculations_goes_all_the_way(tomat, tmp_path, made):
+    """CHGCARs in folders, to a store, to levels, to rows, to a checked copy."""
+    for name in ("salt", "metal"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        shutil.copy(made / f"CHGCAR.{name}", tmp_path / "runs" / name / "CHGCAR")
+    done = tomat("convert", tmp_path / "runs", tmp_path / "store")
+    assert done.code == 0 and "2" in done.out, done.err
+    assert (tmp_path / "store" / "mp_filelist.txt").read_text().split() == ["metal", "salt"]
+    fit = tomat("fit-codec", tmp_path / "store", "--levels", 64, "--unit", "e/Å³", "--out", tmp_path / "c.npz", "--json")
+    assert fit.code == 0 and json.loads(fit.out)["levels"] == 64, fit.err
+    for source in ("runs", "store"):
+        done = tomat("tokenize", tmp_path / source, "--density-codec", tmp_path / "c.npz", "--out", tmp_path / f"{source}-rows",
+                     *ROWS, "--json")
+        assert done.code == 0 and json.loads(done.out)["materials"] == 2, done.err
+    meta = json.loads((tmp_path / "store-rows" / "meta.json").read_text())
+    assert meta["tokenizer"]["unit"] == "e/Å³"
+    for i in range(2):
+        assert tomat("tokenize", tmp_path / "store", "--out", tmp_path / "parts", "--worker", f"{i}/2", *ROWS).code == 0
+    assert tomat("verify", tmp_path / "parts") == Done(0, f"{tmp_path}/parts: all is well\n", "")
+    assert json.loads(tomat("sync", tmp_path / "parts", tmp_path / "copy", "--json").out)["copied"] > 0
+    assert tomat("sync", tmp_path / "parts", tmp_path / "copy").code == 0 and tomat("verify", tmp_path / "copy").code == 0
+    is_one_sentence(tomat("tokenize", tmp_path / "store", "--density-codec", tmp_path / "c.npz", "--target", "difference", "--out",
+                          tmp_path / "no", *ROWS), "c.npz", "total", "difference")
+
+
 def test_verify(tomat, made):
     assert tomat("verify", made / "rows") == Done(0, f"{made}/rows: all is well\n", "")
     assert json.loads(tomat("verify", made / "rows", "--json").out)["faults"] == []

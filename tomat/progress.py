@@ -91,13 +91,15 @@ def n_cores() -> int:
     "The cores that this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
-# %% ../nbs/000a_progress.ipynb #f32ffe5a
+# %% ../nbs/000a_progress.ipynb #c9413d61
 _work: Callable[[Any], Any]
 
 def _begin(function: Callable[[Any], Any],  # what this child is for
+           environment: dict[str, str],     # the parent's as it is now; a fork server has that of its own start
            ) -> None:
     global _work
     _work = function
+    os.environ.update(environment)
     os.environ["TOMAT_PROGRESS"] = "0"
     os.environ["POLARS_MAX_THREADS"] = "1"  # every core has a process of its own
     gc.freeze()  # what was imported is never garbage, so the collector need not look at it
@@ -117,7 +119,7 @@ def _do(item: Any,  # of the list
         ) -> Any:
     return _work(item)
 
-# %% ../nbs/000a_progress.ipynb #f0ec30b8
+# %% ../nbs/000a_progress.ipynb #f438495f
 def in_order(function: Callable[[T], R],  # can be pickled: a function of a module, or a partial of one
              items: Iterable[T],          # can be pickled; read as the work goes on
              workers: int = 1,            # processes; 1: this one
@@ -127,7 +129,7 @@ def in_order(function: Callable[[T], R],  # can be pickled: a function of a modu
         raise TomatError(f"{workers} workers can do nothing: give 1 or more.")
     if workers == 1:
         return map(function, items)
-    pool = ProcessPoolExecutor(workers, mp_context=_context(), initializer=_begin, initargs=(function,))
+    pool = ProcessPoolExecutor(workers, mp_context=_context(), initializer=_begin, initargs=(function, dict(os.environ)))
     left = iter(items)
     waiting = deque(pool.submit(_do, item) for item in islice(left, 2 * workers))
     return _drain(pool, waiting, left)

@@ -63,7 +63,7 @@ def setting(key: str,           # such as "token_store"; unique across sections
     plain = (section for section in settings.sections() if "." not in section)
     return next((settings[section][key] for section in plain if settings[section].get(key)), default)
 
-# %% ../nbs/000b_settings.ipynb #a202734e
+# %% ../nbs/000b_settings.ipynb #31a18bce
 @dataclass(frozen=True)
 class DataSet:
     "What a label stands for."
@@ -91,8 +91,8 @@ def data_set(label: str,  # such as "val-smoke"
              ) -> DataSet:
     "The data set of a label; raises `TomatError` for one that the settings do not name."
     if label not in labels():
-        known = ", ".join(labels()) or "none, for there is no settings.ini"
-        raise TomatError(f"No data set is called {label!r}: settings.ini names {known}.")
+        known = ", ".join(labels()) or "none"
+        raise TomatError(f"No data set is called {label!r}: {settings_file() or 'settings.ini'} names {known}.")
     settings = _settings()
     lines = {**settings["data"], **settings[f"data.{label}"]}
     try:
