@@ -119,12 +119,12 @@ def _do(item: Any,  # of the list
         ) -> Any:
     return _work(item)
 
-# %% ../nbs/000a_progress.ipynb #f438495f
+# %% ../nbs/000a_progress.ipynb #9e3b0364
 def in_order(function: Callable[[T], R],  # can be pickled: a function of a module, or a partial of one
              items: Iterable[T],          # can be pickled; read as the work goes on
              workers: int = 1,            # processes; 1: this one
              ) -> Iterator[R]:  # function(item), in the order of the items
-    "Map over processes, in order and with bounded memory; the first exception ends it. Work begins at once."
+    "Map over processes, in order and with bounded memory; the first exception ends it. Several workers begin at once."
     if workers < 1:
         raise TomatError(f"{workers} workers can do nothing: give 1 or more.")
     if workers == 1:

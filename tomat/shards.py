@@ -67,7 +67,7 @@ def material_rows(density: Density,      # a material
                pa.ListArray.from_arrays(_int32(ends), _int32(ids_NxL.reshape(-1)))]
     return pa.Table.from_arrays(columns, schema=SCHEMA), n_clipped
 
-# %% ../nbs/04_shards.ipynb #3814efcc
+# %% ../nbs/04_shards.ipynb #acfeb704
 @dataclass(frozen=True)
 class Recipe:
     "What decides the rows of a data set, beside the densities."
@@ -91,7 +91,8 @@ class Recipe:
     def hash(self, ids: Sequence[str],  # the materials of a shard
              ) -> str:
         "Of what decides a shard's bytes."
-        return hashlib.sha256(json.dumps([self.to_dict(), list(ids)], sort_keys=True).encode()).hexdigest()
+        prepared = f"{self.prepare.__module__}.{self.prepare.__qualname__}" if self.prepare else ""
+        return hashlib.sha256(json.dumps([self.to_dict(), prepared, list(ids)], sort_keys=True).encode()).hexdigest()
 
 # %% ../nbs/04_shards.ipynb #4379ac9e
 def _rows_of(read: Callable[[str], Density],  # id → density
