@@ -27,7 +27,8 @@ from numcodecs import Zstd
 from tomat.codecs import PUBLISHED_DENSITY
 from tomat.files import TomatError, write_json
 from tomat.progress import in_order
-from tomat.shards import material_rows, tokenize
+from tomat.parquet import material_rows
+from tomat.shards import tokenize
 from tomat.store import RawStore
 from tomat.tokenizer import Tokenizer
 
@@ -69,7 +70,7 @@ def seconds_of_limit(store: RawStore, tokenizer: Tokenizer, patches: int, worker
     with tempfile.TemporaryDirectory() as folder:
         start = perf_counter()
         work = partial(disk_and_zstd, root=str(store.root), tokens=tokens, out=folder)
-        sum(in_order(work, batches(store.ids, max(1, 1024 // patches)), workers))
+        sum(in_order(work, batches(store.ids, max(1, 512 // patches)), workers))
         return perf_counter() - start
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings, strategies as st
 
-from tomat.fetch import BASE_URL, _partial, cache_folder, fetch, has_md5, is_whole_gzip, read_ids, stored_md5
+from tomat.fetch import BASE_URL, _partial, base_of, cache_folder, fetch, has_md5, is_whole_gzip, read_ids, stored_md5
 from tomat.files import TomatError, details, exists, list_folder, remote_fs
 
 # gzip cannot shrink noise, so the file has about the size of its content
@@ -94,6 +94,14 @@ def test_a_private_mirror_is_read_with_the_account(s3, tmp_path, monkeypatch):
     anonymous, key = remote_fs(f"{s3}/mp-1.json.gz", anon=True)
     with pytest.raises(PermissionError):
         details(anonymous, key)
+
+
+def test_where_densities_come_from(monkeypatch, tmp_path):
+    """What is given, else the environment, else the open bucket."""
+    monkeypatch.delenv("TOMAT_MP_BASE_URL", raising=False)
+    assert base_of() == BASE_URL and base_of("gs://b/") == "gs://b"
+    monkeypatch.setenv("TOMAT_MP_BASE_URL", f"{tmp_path}/")
+    assert base_of() == str(tmp_path) and base_of("gs://b") == "gs://b"
 
 
 def test_google_a_web_server_and_a_folder_are_mirrors_too(gcs, web, mirror, tmp_path):

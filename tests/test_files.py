@@ -4,14 +4,16 @@ import errno
 import json
 import os
 import stat
+import subprocess
 import sys
+from pathlib import Path
 
 import fsspec
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from tomat.files import (TomatError, exists, is_remote, list_folder, local_copy, open_binary, read_json, read_text,
-                         write_aside, write_json, write_text)
+from tomat.files import (TomatError, entries, exists, head_of, is_remote, kind_of, list_folder, local_copy, open_binary,
+                         read_json, read_text, refuse_strangers, stamp_of, write_aside, write_json, write_text)
 
 
 @pytest.fixture
@@ -224,3 +226,100 @@ def test_json_comes_back_and_is_the_same_bytes(tmp_path_factory, obj):
 
 def test_what_is_remote():
     assert [is_remote(p) for p in ("s3://a", "gs://a/b", "/a/b", "C:\\a", "a:b")] == [True, True, False, False, False]
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from tomat.files import write_aside, write_text
+with write_aside(sys.argv[1]) as aside:
+    if sys.argv[2] == "folder":
+        aside.mkdir()
+        write_text(aside / "zarr.json", "half")
+    else:
+        aside.write_text("half")
+    print("writing", flush=True)
+    if sys.argv[3] == "dies":
+        os._exit(9)
+    sys.stdin.read()
+"""
+
+
+def writer(target, kind, end):
+    "Another process that has begun to write."
+    running = subprocess.Popen([sys.executable, "-c", KILLED, target, kind, end], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert running.stdout.readline() == b"writing\n"
+    return running
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_what_a_killed_run_left_is_swept_and_what_a_live_one_writes_is_not(tmp_path, kind):
+    live = writer(tmp_path / "live", kind, "lives")
+    writer(tmp_path / "dead", kind, "dies").wait()
+    (tmp_path / ".partial-1234abcd-other").write_text("of a fetch that goes on there")
+    write_text(tmp_path / "mine", "x")  # somebody is writing: nothing is swept
+    assert len([name for name in os.listdir(tmp_path) if name.startswith(".partial-new-")]) == 2
+    live.communicate(b"")
+    assert live.returncode == 0 and list_folder(tmp_path) == ["live", "mine"]
+    write_text(tmp_path / "mine", "y")  # nobody is: what the dead one left goes, whatever its name
+    assert sorted(os.listdir(tmp_path)) == [".partial-1234abcd-other", "live", "mine"]
+    assert (tmp_path / "live").is_dir() == (kind == "folder")
+
+
+def test_a_terminated_live_run_is_swept_by_the_next_process(tmp_path):
+    live = writer(tmp_path / "a", "file", "lives")
+    live.kill()
+    live.communicate()
+    assert len(os.listdir(tmp_path)) == 1
+    write_text(tmp_path / "a", "whole")
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_the_old_one_stays_until_the_new_one_is_there(tmp_path):
+    """Killed between the two renames of a folder: what stepped aside is the only whole one."""
+    make(tmp_path / ".partial-old-1234abcd-x.zarr", "zarr.json")
+    make(tmp_path / ".partial-old-1234abcd-y.zarr", "zarr.json")
+    make(tmp_path / "y.zarr", "zarr.json")
+    write_text(tmp_path / "a", "a")
+    assert sorted(os.listdir(tmp_path)) == [".partial-old-1234abcd-x.zarr", "a", "y.zarr"]
+
+
+def test_a_device_or_a_pipe_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "null").symlink_to("/dev/null")
+    for name in ("pipe", "null"):
+        with pytest.raises(TomatError, match=r"is a device or a pipe: give the name of a file\.$"):
+            write_text(tmp_path / name, "x")
+    assert (tmp_path / "pipe").is_fifo() and Path("/dev/null").is_char_device()
+
+
+def test_what_is_at_a_place(tmp_path, bucket):
+    for place in (tmp_path, bucket):
+        write_text(f"{place}/a/b.txt", "ρ and more")
+        assert [kind_of(f"{place}/{name}") for name in ("a", "a/b.txt", "c")] == ["folder", "file", None]
+        write_text(f"{place}/c.txt", "")
+        assert entries(place) == {"a": True, "c.txt": False} and list_folder(place) == ["a", "c.txt"]
+        assert head_of(f"{place}/a/b.txt", 4) == "ρ a".encode() and head_of(f"{place}/a/b.txt", 99) == "ρ and more".encode()
+
+
+def test_a_stamp_is_another_once_a_file_is_written_anew(tmp_path, bucket):
+    for place in (tmp_path, bucket):
+        write_text(f"{place}/a", "one")
+        first = stamp_of(f"{place}/a")
+        assert stamp_of(f"{place}/a") == first
+        write_text(f"{place}/a", "two")
+        assert stamp_of(f"{place}/a") != first
+        with pytest.raises(TomatError, match=r"/b .*(does not exist|no such file)"):
+            stamp_of(f"{place}/b")
+
+
+def test_strangers_are_refused(tmp_path, bucket):
+    for place in (tmp_path, bucket):
+        assert refuse_strangers(f"{place}/rows", "rows-.*") == []
+        write_text(f"{place}/rows/rows-0", "x")
+        assert refuse_strangers(f"{place}/rows", "rows-.*") == ["rows-0"]
+        write_text(f"{place}/rows/my-rows-0", "x")
+        with pytest.raises(TomatError, match=r"rows is a folder that holds other things, my-rows-0 for one: give another name\.$"):
+            refuse_strangers(f"{place}/rows", "rows-.*")
+        with pytest.raises(TomatError, match=r"rows-0 is a file: give the name of a folder\.$"):
+            refuse_strangers(f"{place}/rows/rows-0", ".*")

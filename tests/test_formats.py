@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import resource
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from pymatgen.io.vasp.outputs import Chgcar
 
 from tomat.density import RHO, Density, formula_of
 from tomat.files import TomatError, exists, list_folder, write_text
-from tomat.formats import density_info, format_of, read_density, read_structure, write_density
+from tomat.formats import density_info, format_of, may_be_density, read_density, read_structure, write_density
 
 FILES = Path(__file__).parent / "files"
 
@@ -117,11 +118,12 @@ def test_a_bad_file_is_one_sentence(tmp_path, name, content, words):
 
 
 def test_bad_names(tmp_path):
-    refused(tmp_path / "OUTCAR", "CHGCAR", "*.cube", "*.zarr")
-    refused(tmp_path / "CHGCAR", "does not exist")
+    for name in ("CHGCAR", "OUTCAR", "no-such-file.gz"):  # that it is missing comes before its name
+        refused(tmp_path / name, "does not exist")
     (tmp_path / "CHGCAR.folder").mkdir()
     refused(tmp_path / "CHGCAR.folder")
     (tmp_path / "OUTCAR").write_text(SPIN_FILE)
+    refused(tmp_path / "OUTCAR", "CHGCAR", "*.cube", "*.zarr")
     assert read_density(tmp_path / "OUTCAR", format="chgcar").formula == "FeO"
     with pytest.raises(TomatError, match="use one of"):
         read_density(tmp_path / "OUTCAR", format="elk")
@@ -301,7 +303,7 @@ def test_a_bad_structure_file_is_one_sentence(tmp_path, name, content, words):
 
 
 def test_names_that_are_not_there(tmp_path):
-    for name in ("POSCAR", "CHGCAR", "a.vasp", "a.json", "a.zarr"):
+    for name in ("POSCAR", "CHGCAR", "a.vasp", "a.json", "a.zarr", "no-such-file.gz"):
         refused(tmp_path / name, "does not exist", read=read_structure)
     refused(tmp_path, "no known format", read=read_structure)
     (tmp_path / "POSCAR.folder").mkdir()
@@ -327,4 +329,44 @@ def test_structures_in_s3(s3, fe_o):
     assert formula_of(read_structure(f"{s3}/POSCAR")[0]) == formula_of(fe_o)
     assert read_structure(f"{s3}/x.zarr")[1] == (4, 3, 5)
     refused(f"{s3}/a.cif", "no such file", read=read_structure)
-    refused(f"{s3}/a.xyz", "no known format", read=read_structure)
+    refused(f"{s3}/a.xyz", "does not exist", read=read_structure)
+
+
+@pytest.mark.parametrize("name, content, may", [
+    ("custodian.json", '[{"job": {"data": {"poscar": 1}}}]', False), ("a.json", '{"data": {"poscar": {}, "data": {}}}', True),
+    ("a.json", '{"poscar": {}, "data": {}}', True), ("a.json", '{"data": {"poscar": {}}}', False), ("a.json", "1", False),
+    ("a.json", '{"task_id": "mp-1", "data": {"poscar": {"struc', True), ("a.json", '{"lattice": {}, "sites"', False),
+    ("a.json", '{"x": "' + "y" * 70_000 + '"}', False), ("a.json", '{"poscar": {"x": "' + "y" * 70_000 + '"}, "data": {}}', True),
+    ("a.vasp", SPIN_FILE, True), ("a.vasp", SPIN_FILE.split("\n\n")[0], False),
+    ("CHGCAR.vasp", "no more", True), ("a.cube", "{}", True), ("a.json", "", False)])
+def test_what_may_be_a_density_by_its_head(tmp_path, name, content, may):
+    (tmp_path / name).write_text(content)
+    (tmp_path / f"{name}.gz").write_bytes(gzip.compress(content.encode()))
+    assert [may_be_density(tmp_path / name), may_be_density(tmp_path / f"{name}.gz")] == [may, may]
+
+
+def test_a_damaged_file_may_be_a_density(tmp_path):
+    """Who reads it says what is wrong. Of a structure that is longer than the head nothing is known."""
+    (tmp_path / "a.vasp").write_text(SPIN_FILE[:200] + "  0.0  0.0  0.0\n" * 10_000)
+    assert may_be_density(tmp_path / "a.vasp")
+    (tmp_path / "a.json.gz").write_text("not packed")
+    assert may_be_density(tmp_path / "a.json.gz") and may_be_density(tmp_path / "missing.json")
+
+
+def test_a_disk_that_fails_under_a_cube_names_the_cube(tmp_path):
+    """A file that may not grow past 20 kB, as after `ulimit -f`: the reason was lost on the way."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    nacl = read_density(FILES / "CHGCAR.NaCl.gz")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        for name in ("x.cube", "x.cube.gz"):
+            with pytest.raises(TomatError, match=rf"{name} cannot be written, choose another place or free it: File too large\.$"):
+                write_density(nacl, tmp_path / name)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_caller_may_name_the_material(tmp_path):
+    (tmp_path / "CHGCAR.salt").write_text(SPIN_FILE)
+    assert [read_density(tmp_path / "CHGCAR.salt", id=id).id for id in (None, "iron")] == ["salt", "iron"]

@@ -13,7 +13,7 @@ from tomat.files import TomatError, list_folder, read_json, read_text
 from tomat.formats import read_density, write_density
 from tomat.rows import read_rows, verify
 from tomat.shards import read_meta, tokenize
-from tomat.source import Folder, open_source, store_all
+from tomat.source import Folder, InMemory, open_source, store_all
 from tomat.sync import sync
 from tomat.codecs import PUBLISHED_DENSITY
 from tomat.tokenizer import Tokenizer
@@ -78,18 +78,23 @@ def test_an_id_is_a_source(open_bucket, tmp_path):
 
 def test_an_unfinished_data_set_in_a_bucket_is_finished(s3, tmp_path, three):
     tok = Tokenizer("framed", PUBLISHED_DENSITY, patch_size=3, pad_to=None)
-    tokenize(three, tok, f"{s3}/rows", 4, rows_per_shard=4)
-    whole = {name: read_json(f"{s3}/rows/meta.json")["shards"][name] for name in list_folder(f"{s3}/rows") if name != "meta.json"}
-    import s3fs
-    fs = s3fs.S3FileSystem(endpoint_url=os.environ["AWS_ENDPOINT_URL"], use_listings_cache=False)
-    fs.rm(f"{s3}/rows/meta.json")
-    fs.rm(f"{s3}/rows/rows-00001.parquet")
+    class Lost(InMemory):
+        def read(self, id):
+            if id == three[1].id:
+                raise TomatError("the line is dead.")
+            return super().read(id)
+    with pytest.raises(TomatError, match="the line is dead"):
+        tokenize(Lost(three), tok, f"{s3}/rows", 4, rows_per_shard=4)
+    assert list_folder(f"{s3}/rows") == ["rows-00000.json", "rows-00000.parquet", "unfinished.json"]
     with pytest.raises(TomatError, match="not finished"):
         read_meta(f"{s3}/rows")
-    stamps = {name: fs.info(f"{s3}/rows/{name}")["LastModified"] for name in ("rows-00000.parquet", "rows-00002.parquet")}
+    import s3fs
+    fs = s3fs.S3FileSystem(endpoint_url=os.environ["AWS_ENDPOINT_URL"], use_listings_cache=False)
+    stamp = fs.info(f"{s3}/rows/rows-00000.parquet")["LastModified"]
     meta = tokenize(three, tok, f"{s3}/rows", 4, rows_per_shard=4)
-    assert meta["shards"] == whole
-    assert {name: fs.info(f"{s3}/rows/{name}")["LastModified"] for name in stamps} == stamps
+    assert fs.info(f"{s3}/rows/rows-00000.parquet")["LastModified"] == stamp
+    assert meta["shards"] == tokenize(three, tok, tmp_path / "rows", 4, rows_per_shard=4)["shards"]
+    assert list_folder(f"{s3}/rows") == ["meta.json", *meta["shards"]] and verify(f"{s3}/rows") == []
     with pytest.raises(TomatError, match="other materials or settings"):
         tokenize(three, tok, f"{s3}/rows", 5, rows_per_shard=5)
 

@@ -1,7 +1,9 @@
 """Rows on disk: the same bytes every time, each material by itself, nothing half-written, and exactly the published columns."""
 
+import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,10 +28,12 @@ from tomat.files import TomatError
 from tomat.patches import as_size, cut
 from tomat.promolecule import promolecule
 from tomat.rows import read_rows, row_of, verify
-from tomat.shards import SCHEMA, material_rng, read_meta, tokenize
+from tomat.parquet import SCHEMA, material_rng
+from tomat.shards import read_meta, tokenize
 from tomat.source import InMemory
 from tomat.settings import data_set
 from tomat.store import RawStore, sample_store, write_store
+from tomat.stream import ParquetRows
 from tomat.tokenizer import Tokenizer, tokenizer_from_dict
 
 TOMAT = Path(sys.executable).parent / "tomat"
@@ -225,7 +229,8 @@ def test_a_source_that_fails_leaves_whole_shards_or_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(TomatError, match="the disk is gone"):
         tokenize(Failing(densities), tokenizer(), tmp_path / "rows", 2, rows_per_shard=2)
-    assert sorted(contents(tmp_path / "rows")) == ["rows-00000.parquet", "rows-00001.parquet"]
+    assert [name for name in sorted(contents(tmp_path / "rows")) if name.endswith(".parquet")] == \
+        ["rows-00000.parquet", "rows-00001.parquet"]
     with pytest.raises(TomatError, match="not finished"):
         read_rows(tmp_path / "rows")
     for name in ("rows", "whole"):
@@ -245,18 +250,148 @@ def test_an_existing_folder_stays_unless_asked(tmp_path):
     assert read_rows(tmp_path / "rows").materials == ["m-1", "m-1"] and [p.name for p in tmp_path.iterdir()] == ["rows"]
 
 
-@pytest.mark.parametrize("harm", ["cut", "empty", "not ours"])
-def test_a_damaged_shard_is_made_again(tmp_path, harm):
-    densities = [a_density(seed) for seed in range(3)]
-    tokenize(densities, tokenizer(), tmp_path / "rows", 2, rows_per_shard=2)
-    before, shard = contents(tmp_path / "rows"), tmp_path / "rows" / "rows-00001.parquet"
+def harmed(content, harm):
+    "Bytes of a shard after an accident."
     if harm == "not ours":
-        pq.write_table(SCHEMA.empty_table(), shard)
+        sink = io.BytesIO()
+        pq.write_table(SCHEMA.empty_table(), sink)
+        return sink.getvalue()
+    if harm == "flipped":
+        return content[:150] + bytes([content[150] ^ 1]) + content[151:]
+    return content[:200 if harm == "cut" else 0]
+
+
+@pytest.mark.parametrize("when", ["finished", "unfinished", "without its note", "with half a note"])
+@pytest.mark.parametrize("harm", ["cut", "empty", "not ours", "flipped"])
+def test_a_damaged_shard_is_made_again(tmp_path, harm, when):
+    """A footer that can be read is no proof: the bytes are compared with what was noted when they were written."""
+    densities, out = [a_density(seed) for seed in range(4)], tmp_path / "rows"
+    tokenize(densities, tokenizer(), tmp_path / "whole", 2, rows_per_shard=2)
+    if when != "finished":
+        with pytest.raises(TomatError, match="the disk is gone"):
+            tokenize(Failing(densities), tokenizer(), out, 2, rows_per_shard=2)
     else:
-        shard.write_bytes(shard.read_bytes()[:200 if harm == "cut" else 0])
+        tokenize(densities, tokenizer(), out, 2, rows_per_shard=2)
+    shard, note = out / "rows-00001.parquet", out / "rows-00001.json"
+    shard.write_bytes(harmed(shard.read_bytes(), harm))
+    if when == "without its note":
+        note.unlink()
+    elif when == "with half a note":
+        note.write_text(note.read_text()[:20])
+    if when == "finished":
+        assert verify(out)
+        for read in (read_rows, ParquetRows):
+            with pytest.raises(TomatError, match=r"rows-00001\.parquet is missing or damaged"):
+                read(out)
+    tokenize(densities, tokenizer(), out, 2, rows_per_shard=2)
+    assert contents(out) == contents(tmp_path / "whole") and verify(out) == []
+
+
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize("other", [{"ids": ["m-0", "m-1"]}, {"ids": [f"m-{i}" for i in range(6)]}, {"seed": 1},
+                                   {"rows_per_shard": 4}, {"ids": ["m-3", "m-2", "m-1", "m-0"]}, {"prepare": with_free_atoms},
+                                   {"part": (0, 2)}], ids=str)
+def test_a_folder_belongs_to_one_job(tmp_path, other, finished):
+    """Fewer or more materials, other settings: neither shrunk nor mixed, whole or not."""
+    densities, out = [a_density(seed) for seed in range(6)], tmp_path / "rows"
+    first = {"patches_per_material": 2, "rows_per_shard": 2, "ids": [f"m-{i}" for i in range(4)]}
+    if finished:
+        tokenize(densities, tokenizer(), out, **first)
+    else:
+        with pytest.raises(TomatError, match="the disk is gone"):
+            tokenize(Failing(densities), tokenizer(), out, **first)
+    before = contents(out)
+    with pytest.raises(TomatError, match=r"other materials or settings|not made in parts"):
+        tokenize(densities, tokenizer(), out, **first | other)
+    assert contents(out) == before
+    tokenize(densities, tokenizer(), out, **first)
+    assert verify(out) == [] and list(read_meta(out)["materials"]) == first["ids"]
+
+
+def test_a_part_belongs_to_one_run(tmp_path):
+    """Of three parts, none takes the place of a part of two; nor does one of another list of materials."""
+    densities, out = [a_density(seed) for seed in range(6)], tmp_path / "rows"
+    for i in (0, 1):
+        tokenize(densities, tokenizer(), out, 2, part=(i, 2), rows_per_shard=2)
+    before = contents(out)
+    for bad in [{"part": (0, 3)}, {"part": (2, 3)}, {"part": (0, 2), "ids": ["m-0"]}, {"part": (1, 2), "seed": 1}]:
+        with pytest.raises(TomatError, match=r"another run|other materials or settings"):
+            tokenize(densities, tokenizer(), out, 2, rows_per_shard=2, **bad)
+    assert contents(out) == before and verify(out) == []
+    with pytest.raises(TomatError, match="m-1 is listed twice"):
+        tokenize(densities, tokenizer(), tmp_path / "twice", 2, ids=["m-1", "m-0", "m-1"])
+
+
+def test_two_runs_at_once_do_not_both_succeed(tmp_path):
+    """The other one begins while the first is at work, and says so; the first finds its folder as it left it."""
+    densities, out = [a_density(seed) for seed in range(4)], tmp_path / "rows"
+    class Meanwhile(InMemory):
+        def read(self, id):
+            if id == "m-2":
+                with pytest.raises(TomatError, match="other materials or settings"):
+                    tokenize(densities, tokenizer(), out, 2, rows_per_shard=2, ids=["m-0", "m-1"])
+                tokenize(densities, tokenizer(), out, 2, rows_per_shard=2)  # the same job is welcome
+            return super().read(id)
+    tokenize(Meanwhile(densities), tokenizer(), out, 2, rows_per_shard=2)
+    assert verify(out) == [] and read_meta(out)["rows"] == 8
+    class Taken(InMemory):
+        def read(self, id):
+            (tmp_path / "other" / "unfinished.json").write_text('{"plan": "of somebody else"}')
+            return super().read(id)
+    with pytest.raises(TomatError, match="changed by another run"):
+        tokenize(Taken(densities), tokenizer(), tmp_path / "other", 2)
+
+
+CHANGES = {  # where in meta.json, and what then stands there
+    "settings": ("tokenizer density_codec log_max", 4.9), "seed": ("seed", 1), "label": ("label", "other"), "rows": ("rows", 9),
+    "tokens": ("tokens", 5), "padded": ("tokens_padded", 1), "patches": ("patches_per_material", 3),
+    "clipped": ("materials m-1 clipped", 3), "material": ("materials m-0", None),
+    "one more": ("materials x", {"rows": 2, "clipped": 0}),
+    "skipped": ("skipped", {}), "shard": ("shards rows-00001.parquet", None), "shard rows": ("shards rows-00001.parquet rows", 1)}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_manifest_is_found(tmp_path, change):
+    long = Density(np.ones((1, 1, 1200)), a_density(0).structure, id="long")
+    tokenize([a_density(0), long, a_density(1), a_density(2)], tokenizer(), tmp_path / "rows", 2, rows_per_shard=4)
+    assert verify(tmp_path / "rows") == []
+    path = tmp_path / "rows" / "meta.json"
+    meta = place = json.loads(path.read_text())
+    keys, value = CHANGES[change]
+    *way, last = keys.split()
+    for key in way:
+        place = place[key]
+    place[last] = value
+    if value is None:
+        del place[last]
+    path.write_text(json.dumps(meta))
     assert verify(tmp_path / "rows")
-    tokenize(densities, tokenizer(), tmp_path / "rows", 2, rows_per_shard=2)
-    assert contents(tmp_path / "rows") == before and verify(tmp_path / "rows") == []
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", "3", '{"format": "tomat-rows-1"}', "half", "shards", "materials", "bytes",
+                                     "no shards"])
+def test_a_damaged_manifest_gets_a_sentence(tmp_path, content):
+    tokenize([a_density(0)], tokenizer(), tmp_path / "rows", 2)
+    path = tmp_path / "rows" / "meta.json"
+    sound = path.read_text()
+    meta = json.loads(sound)
+    worse = {"half": sound[:len(sound) // 2], "shards": json.dumps(meta | {"shards": {"rows-00000.parquet": 3}}),
+             "materials": json.dumps(meta | {"materials": {"m-0": {}}}), "no shards": json.dumps(meta | {"shards": {}, "rows": 0}),
+             "bytes": sound.replace('"bytes": ', '"bytes": "many", "old": ')}
+    path.write_text(worse.get(content, content))
+    for read in (verify, read_rows, ParquetRows, lambda path: row_of(path, 0)):
+        if read is not verify or content != "no shards":
+            with pytest.raises(TomatError, match="rows"):
+                read(tmp_path / "rows")
+    assert content != "no shards" or verify(tmp_path / "rows")
+
+
+def test_a_stray_shard_is_named(tmp_path):
+    tokenize([a_density(0)], tokenizer(), tmp_path / "rows", 2)
+    shutil.copy(tmp_path / "rows" / "rows-00000.parquet", tmp_path / "rows" / "rows-00001.parquet")
+    assert verify(tmp_path / "rows") == ["rows-00001.parquet: meta.json does not name it, remove it"]
+    with pytest.raises(TomatError, match="other materials or settings"):
+        tokenize([a_density(0)], tokenizer(), tmp_path / "rows", 2)
 
 
 @pytest.fixture(scope="module")
@@ -302,9 +437,12 @@ def test_parts_make_the_whole(store, whole, tmp_path, n):
     assert one.materials == two.materials and all(map(np.array_equal, one.ids, two.ids))
 
 
-def test_parts_of_two_runs_do_not_mix(store, tmp_path):
+@pytest.mark.parametrize("other", [{"seed": 6}, {"ids": ["m-0", "m-1", "m-2"]}])
+def test_parts_of_two_runs_do_not_mix(store, tmp_path, other):
     tokenize(store, tokenizer(pad_to=200), tmp_path / "rows", part=(0, 2), **SETTINGS)
-    tokenize(store, tokenizer(pad_to=200), tmp_path / "rows", part=(1, 2), **SETTINGS | {"seed": 6})
+    with pytest.raises(TomatError, match="part of another run"):
+        tokenize(store, tokenizer(pad_to=200), tmp_path / "rows", part=(1, 2), **SETTINGS | other)
+    tokenize(store, tokenizer(pad_to=200), tmp_path / "rows", part=(1, 2), overwrite=True, **SETTINGS | other)
     with pytest.raises(TomatError, match="another run"):
         read_meta(tmp_path / "rows")
 

@@ -1,5 +1,6 @@
 """Stores come back whole, from a folder, an archive or a bucket, or not at all."""
 
+import shutil
 import zipfile
 from dataclasses import replace
 
@@ -8,7 +9,7 @@ import pytest
 from crystals import assert_same, refused
 
 from tomat.files import TomatError, list_folder, write_text
-from tomat.formats import write_density
+from tomat.formats import pack_folder, write_density
 from tomat.store import RawStore, is_store, sample_store, write_store
 
 
@@ -30,7 +31,7 @@ def test_a_store_comes_back(tmp_path, three, name):
 def test_a_store_made_elsewhere(tmp_path, three):
     """Split under another name, other keys in it, everything inside one more folder of the archive."""
     write_store(three, {}, tmp_path / "a")
-    (tmp_path / "a" / "split.json").unlink()
+    assert not (tmp_path / "a" / "split.json").exists()  # there is no split
     (tmp_path / "a" / "split_limit_22M.json").write_text('{"seed": 42, "train": [2, 0], "validation": [1]}')
     assert RawStore(str(tmp_path / "a")).splits == {"train": ["m-3", "m-1"], "validation": ["m-2"]}
     with zipfile.ZipFile(tmp_path / "b.zip", "w", zipfile.ZIP_DEFLATED) as packed:
@@ -44,7 +45,7 @@ def test_a_store_made_elsewhere(tmp_path, three):
 
 def test_bad_stores(tmp_path, three):
     for splits, which, words in [({"train": ["m-8"]}, three, "m-8"), ({}, [three[0], three[0]], "used once"),
-                                 ({}, [replace(three[0], id="a/b")], "ids are names")]:
+                                 ({}, [replace(three[0], id="a/b")], "ids are names"), ({}, [], "no density")]:
         for name in ("s", "s.zip"):
             with pytest.raises(TomatError, match=words):
                 write_store(which, splits, tmp_path / name)
@@ -58,6 +59,37 @@ def test_bad_stores(tmp_path, three):
     for root in ("missing", "broken.zip"):
         with pytest.raises(TomatError, match=root):
             RawStore(str(tmp_path / root)).split("train")
+
+
+@pytest.mark.parametrize("name", ["s", "s.zip"])
+def test_an_id_that_is_listed_twice_is_refused(tmp_path, three, name):
+    """Read as it stands, it would be tokenized twice and counted twice in a score."""
+    def with_file(file, text):
+        shutil.rmtree(tmp_path / "s", ignore_errors=True)
+        write_store(three, {"train": ["m-1"], "validation": ["m-1"]}, tmp_path / "s")
+        (tmp_path / "s" / file).write_text(text)
+        if name == "s.zip":
+            pack_folder(tmp_path / "s", tmp_path / "s.zip")
+        return RawStore(tmp_path / name)
+    assert with_file("README.md", "").splits == {"train": ["m-1"], "validation": ["m-1"]}  # parts may overlap
+    with pytest.raises(TomatError, match=r"s(\.zip)?/mp_filelist\.txt lists m-2 twice: .*\.$"):
+        with_file("mp_filelist.txt", "m-1\nm-2\nm-3\nm-2\n").split("all")
+    with pytest.raises(TomatError, match=r"the part 'validation' in .*s(\.zip)?/split\.json lists m-3 twice: .*\.$"):
+        with_file("split.json", '{"train": [0], "validation": [2, 1, 2]}').split("train")
+
+
+def test_a_store_is_called_by_its_place(tmp_path):
+    assert str(RawStore(tmp_path / "s")) == f"{RawStore('s3://b/s')}".replace("s3://b", str(tmp_path))
+
+
+def test_a_stamp_is_another_once_a_material_is_written_anew(tmp_path, three):
+    write_store(three, {}, tmp_path / "s")
+    store = RawStore(tmp_path / "s")
+    before = {id: store.stamp(id) for id in store.ids}
+    write_density(three[1], tmp_path / "s/label/m-2.zarr")
+    assert [id for id in store.ids if store.stamp(id) != before[id]] == ["m-2"]
+    with pytest.raises(TomatError, match=r"m-9.*does not exist"):
+        store.stamp("m-9")
 
 
 def test_a_store_that_fails_on_the_way_leaves_nothing(tmp_path, three):

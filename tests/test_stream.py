@@ -25,7 +25,7 @@ from pymatgen.core import Lattice, Structure
 from torch.utils.data import DataLoader
 
 from tomat.density import TURNS, Density
-from tomat.files import TomatError, write_json
+from tomat.files import TomatError, md5_of, write_json
 from tomat.patches import cut
 from tomat.promolecule import promolecule, with_promolecule
 from tomat.shards import read_meta, tokenize
@@ -504,6 +504,13 @@ def test_another_place_is_the_same_stream_and_other_rows_are_not(rows, tmp_path)
         Batches(ParquetRows(tmp_path / "other"), 4).load_state_dict(state)
 
 
+def vouch_for(rows, changes=()):
+    "Let meta.json name the bytes that are there, whatever they are."
+    shards = {name: said | {"bytes": (rows / name).stat().st_size, "md5": md5_of(rows / name)}
+              for name, said in read_meta(rows)["shards"].items()}
+    write_json(rows / "meta.json", read_meta(rows) | {"shards": shards} | dict(changes))
+
+
 def test_damage_is_one_sentence_that_names_the_shard(rows):
     shard = rows / "rows-00001.parquet"
     content = bytearray(shard.read_bytes())
@@ -514,10 +521,13 @@ def test_damage_is_one_sentence_that_names_the_shard(rows):
             list(Batches(stream, 4, workers))
         assert "\n" not in str(caught.value)
     shard.write_bytes(content[:100])
+    with pytest.raises(TomatError, match=r"rows-00001.parquet is missing or damaged"):
+        ParquetRows(rows)
+    vouch_for(rows)
     with pytest.raises(TomatError, match=r"rows-00001.parquet cannot be read as Parquet"):
         ParquetRows(rows)
     shard.write_bytes((rows / "rows-00000.parquet").read_bytes())
-    write_json(rows / "meta.json", read_meta(rows) | {"rows": 35})
+    vouch_for(rows, {"rows": 35})
     with pytest.raises(TomatError, match="counts 35 rows and the shards hold 36"):
         ParquetRows(rows)
 
@@ -527,6 +537,7 @@ def test_ids_outside_the_vocabulary_do_not_wrap_around(rows):
     table = pq.read_table(shard)
     ids = [[70_000, *row[1:]] for row in table["input_ids"].to_pylist()]
     pq.write_table(table.set_column(4, table.schema.field(4), pa.array(ids, table.schema.field(4).type)), shard, row_group_size=6)
+    vouch_for(rows)
     with pytest.raises(TomatError, match="not in its vocabulary"):
         list(Batches(ParquetRows(rows, epochs=1), 4))
 

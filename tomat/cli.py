@@ -6,7 +6,7 @@
 __all__ = ['app', 'Json', 'Layout', 'PatchSize', 'CodecName', 'Target', 'Workers', 'Cores', 'info', 'convert', 'fetch',
            'tokenize', 'verify', 'sync', 'fit_codec', 'show_tokens', 'train', 'predict', 'evaluate', 'demo', 'main']
 
-# %% ../nbs/15_cli.ipynb #4276d7d3
+# %% ../nbs/15_cli.ipynb #bc6826f7
 import io
 import json
 import os
@@ -21,6 +21,7 @@ from rich.table import Table
 from .files import TomatError, is_remote
 
 if TYPE_CHECKING:
+    from tomat.settings import DataSet
     from tomat.source import Source
     from tomat.tokenizer import Tokenizer
 
@@ -48,7 +49,7 @@ def _tell(facts: dict[str, Any],  # what to print
         table.add_row(name, " ".join(f"{v:.6g}" if isinstance(v, float) else str(v) for v in values))
     Console(soft_wrap=True).print(table)
 
-# %% ../nbs/15_cli.ipynb #48d5fbf3
+# %% ../nbs/15_cli.ipynb #0420c93b
 @app.command()
 def info(file: Annotated[str, typer.Argument(help="CHGCAR, cube, Materials Project JSON or Zarr; .gz too.")],
          as_json: Json = False,
@@ -59,15 +60,27 @@ def info(file: Annotated[str, typer.Argument(help="CHGCAR, cube, Materials Proje
     """
     from tomat.classify import classify
     from tomat.formats import density_info, format_of, read_density
-    format = format_of(file)
     density = read_density(file)
-    _tell(density_info(density, format) | {"class": classify(density.structure)}, as_json)
+    _tell(density_info(density, format_of(file)) | {"class": classify(density.structure)}, as_json)
 
-# %% ../nbs/15_cli.ipynb #d9b653f9
+# %% ../nbs/15_cli.ipynb #859ac34d
 def _workers(n: int | None,  # as given
              ) -> int:
     from tomat.progress import n_cores
     return n_cores() if n is None else n
+
+def _opened(name: str,  # as the user gave it
+            ) -> "Source":
+    "The source that a name stands for; what it passes over is told on standard error."
+    from tomat.source import open_source
+    source = open_source(name)
+    reasons: dict[str, list[str]] = {}
+    for what, why in getattr(source, "passed_over", {}).items():
+        reasons.setdefault(why, []).append(what)
+    for why, names in reasons.items():
+        more = f" and {len(names) - 3} others" if len(names) > 3 else ""
+        print(f"tomat: passed over in {name}, {why}: {', '.join(names[:3])}{more}", file=sys.stderr)
+    return source
 
 @app.command()
 def convert(source: Annotated[str, typer.Argument(help="A density file, or a folder, bucket or list of many.")],
@@ -77,13 +90,17 @@ def convert(source: Annotated[str, typer.Argument(help="A density file, or a fol
             ) -> None:
     """Convert a density between CHGCAR, cube, Materials Project JSON and Zarr, or a whole folder to a store of Zarr groups.
 
+    A material whose file has changed since is written again.
+
     Example: `tomat convert CHGCAR.gz NaCl.zarr`, `tomat convert calculations/ densities/`
     """
-    from tomat.formats import known_format, read_density, write_density
-    from tomat.source import Folder, open_source, store_all
-    many = open_source(source) if not known_format(source) or source.lower().endswith(".zip") else Folder(source)
-    if isinstance(many, Folder) and list(many.places.values()) == [source]:
+    from tomat.formats import read_density, write_density
+    from tomat.source import Folder, store_all
+    many = _opened(source)
+    if isinstance(many, Folder) and many.alone:
         return write_density(read_density(source), target, format)
+    if format is not None:
+        raise TomatError(f"--format is for one density, and {source} makes a store of many: leave it out.")
     written = store_all(many, target, _workers(workers))
     _tell({"materials": len(many.ids), "written now": written, "store": target}, False)
 
@@ -104,7 +121,7 @@ def fetch(ids: Annotated[list[str], typer.Argument(help="Task ids such as mp-268
     files = room.fetch(wanted, out, base_url, workers)
     _tell({"fetched": len(files), "files": [str(file) for file in files]}, True) if as_json else print(*files, sep="\n")
 
-# %% ../nbs/15_cli.ipynb #0164e483
+# %% ../nbs/15_cli.ipynb #da214c8b
 def _tokenizer(layout: str,
                codec: str,          # name of a log codec, or an .npz of levels, which knows its target and unit
                patch_size: int,     # voxels
@@ -113,10 +130,11 @@ def _tokenizer(layout: str,
                log_range: tuple[float, float] | None = None,  # powers of ten; None: as published
                ) -> "Tokenizer":
     "A tokenizer from options of the command line."
-    from tomat.codecs import PUBLISHED_DENSITY, Codec, levels_facts, load_levels, log_codec
+    from tomat.codecs import LOG_CODECS, PUBLISHED_DENSITY, Codec, levels_facts, load_levels, log_codec
     from tomat.density import TOTAL
+    from tomat.files import exists
     from tomat.tokenizer import Tokenizer
-    fitted, published = codec.endswith(".npz"), (PUBLISHED_DENSITY.log_min, PUBLISHED_DENSITY.log_max)
+    fitted, published = codec not in LOG_CODECS and exists(codec), (PUBLISHED_DENSITY.log_min, PUBLISHED_DENSITY.log_max)
     density_codec: Codec = load_levels(codec) if fitted else log_codec(codec, *(log_range or published))
     facts = levels_facts(codec) if fitted else {}
     if target and target != facts.get("target", target):
@@ -124,7 +142,7 @@ def _tokenizer(layout: str,
     return Tokenizer(layout, density_codec, patch_size=patch_size, pad_to=pad_to or None,
                      target=target or facts.get("target", "total"), unit=facts.get("unit", TOTAL))
 
-# %% ../nbs/15_cli.ipynb #bee2afc2
+# %% ../nbs/15_cli.ipynb #81651162
 def _part(text: str | None,  # "3/16"
           ) -> tuple[int, int] | None:
     "Which worker of how many."
@@ -135,23 +153,37 @@ def _part(text: str | None,  # "3/16"
         raise TomatError(f"--worker is the number of a worker and how many there are, such as 3/16, not {text!r}.")
     return int(i), int(n)
 
+def _named(label: str,  # of settings.ini, or any
+           ) -> "DataSet | None":
+    "What the settings say of a label; one that is nearly known is a slip."
+    from difflib import get_close_matches
+    from tomat.settings import data_set, labels
+    if label in labels():
+        return data_set(label)
+    if meant := get_close_matches(label, labels(), 1, 0.8):
+        raise TomatError(f"No data set is called {label!r}: write {meant[0]}, or choose a name that is less like it.")
+    return None
+
 def _ids(source: "Source",
          split: str | None,       # part of the source
          materials: int | None,   # from its head
          label: str,              # who asks for that many
          ) -> list[str]:
     "The materials to take."
+    if materials is not None and materials < 1:
+        raise TomatError(f"--materials is a number from 1 on, not {materials}.")
     ids = list(source.split(split or ("train" if "train" in getattr(source, "splits", {}) else "all")))
     if materials is not None and len(ids) < materials:
         who = f"the data set {label} takes" if label else "you asked for"
         raise TomatError(f"{source} has {len(ids)} materials in this part and {who} {materials}: say how many with --materials.")
     return ids[:materials]
 
-# %% ../nbs/15_cli.ipynb #451f5069
+# %% ../nbs/15_cli.ipynb #a07cfd18
 @app.command()
 def tokenize(source: Annotated[str, typer.Argument(help="A raw store, a folder of CHGCARs, one density file, or mp-ids.")],
              out: Annotated[str, typer.Option(help="Folder to write.")],
-             label: Annotated[str, typer.Option(help="A data set of settings.ini, or a name of your own.")] = "",
+             label: Annotated[str, typer.Option(
+                 help="A data set of settings.ini, whose options then hold, or a name of your own.")] = "",
              split: Annotated[str | None, typer.Option(help="Part of the store: train, validation, all.")] = None,
              materials: Annotated[int | None, typer.Option(help="How many, from the head of the part.")] = None,
              patches_per_material: Annotated[int | None, typer.Option(help="Rows a material.  [default: 32]")] = None,
@@ -165,7 +197,7 @@ def tokenize(source: Annotated[str, typer.Argument(help="A raw store, a folder o
                  help="What tokens say: total, or difference (to the sum of free atoms).  [default: total]")] = None,
              seed: Annotated[int | None, typer.Option(help="Of the patches' places.  [default: 42]")] = None,
              workers: Workers = None,
-             worker: Annotated[str | None, typer.Option(help="I/N: make only the I-th of N parts, in OUT/worker-I.")] = None,
+             worker: Annotated[str | None, typer.Option(help="I/N: make part I of N in OUT/worker-I; I counts from 0.")] = None,
              overwrite: Annotated[bool, typer.Option(help="Replace an older data set in the folder.")] = False,
              as_json: Json = False,
              ) -> None:
@@ -174,21 +206,22 @@ def tokenize(source: Annotated[str, typer.Argument(help="A raw store, a folder o
     Example: `tomat tokenize densities/ --split train --out rows/`,
     `tomat tokenize s3://bucket/densities --label val-full --worker 3/16 --out s3://bucket/rows`
     """
-    from tomat import settings, shards
+    from tomat import shards
     from tomat.promolecule import with_promolecule
-    from tomat.source import open_source
-    named = settings.data_set(label) if label in settings.labels() else None
+    named = _named(label)
     def given(value: Any, key: str, default: Any) -> Any:
         return value if value is not None else getattr(named, key) if named else default
     tokenizer = _tokenizer(given(layout, "layout", "framed"), given(density_codec, "density_codec", "two_token_9_12"),
                            given(patch_size, "patch_size", 14), given(pad_to, "pad_to", 8192), target,
                            (named.log_min, named.log_max) if named else None)
-    found = open_source(source)
+    found = _opened(source)
     ids = _ids(found, given(split, "split", None), given(materials, "materials", None), label)
     meta = shards.tokenize(found, tokenizer, out, given(patches_per_material, "patches", 32), given(seed, "seed", 42), label,
                            overwrite=overwrite, prepare=with_promolecule if tokenizer.target == "difference" else None,
                            ids=ids, workers=_workers(workers), part=_part(worker))
     clipped = {id: m["clipped"] for id, m in meta["materials"].items() if m["clipped"]}
+    for id, reason in list(meta["skipped"].items())[:5 if not as_json else 0]:
+        print(f"skipped {id}: {reason}", file=sys.stderr)
     _tell({"rows": meta["rows"], "tokens": meta["tokens"], "materials": len(meta["materials"]), "skipped": list(meta["skipped"]),
            "clipped values": sum(clipped.values()), "materials with clipped values": list(clipped)[:20], "folder": out}, as_json)
 
@@ -225,7 +258,7 @@ def sync(source: Annotated[str, typer.Argument(help="A folder: local, s3:// or g
     from tomat import sync as room
     _tell(room.sync(source, target, workers=workers), as_json)
 
-# %% ../nbs/15_cli.ipynb #b9384ec7
+# %% ../nbs/15_cli.ipynb #f10c8aa3
 @app.command()
 def fit_codec(source: Annotated[str, typer.Argument(help="A raw store, a folder of CHGCARs, or mp-ids.")],
               out: Annotated[str, typer.Option(help=".npz file to write.")],
@@ -247,8 +280,7 @@ def fit_codec(source: Annotated[str, typer.Argument(help="A raw store, a folder 
     from tomat import fit as room
     from tomat.codecs import save_levels
     from tomat.promolecule import with_promolecule
-    from tomat.source import open_source
-    found, n = open_source(source), _workers(workers)
+    found, n = _opened(source), _workers(workers)
     prepare = with_promolecule if target == "difference" else None
     parts = [room.Histogram.load(path) for path in part or []]
     codec, histogram = room.fit_codec(_ids(found, split, None, ""), found.read, levels, objective, target, unit, prepare, n, parts)
@@ -263,7 +295,7 @@ def fit_codec(source: Annotated[str, typer.Argument(help="A raw store, a folder 
                   "clipped values": judged["clipped"]}
     _tell(facts, as_json)
 
-# %% ../nbs/15_cli.ipynb #02257ed3
+# %% ../nbs/15_cli.ipynb #6b64dfbe
 @app.command()
 def show_tokens(file: Annotated[str, typer.Argument(help="A folder of rows, one of its shards, or a density file.")],
                 row: Annotated[int, typer.Option(help="Which row of the data set.")] = 0,
@@ -279,10 +311,9 @@ def show_tokens(file: Annotated[str, typer.Argument(help="A folder of rows, one 
 
     Example: `tomat show-tokens rows/ --row 3`, `tomat show-tokens CHGCAR --layout anchored --offset 5 9 44`
     """
-    from tomat.files import exists
-    from tomat.formats import read_density
+    from tomat.formats import known_format, read_density
     from tomat.rows import row_of
-    if file.endswith(".parquet") or exists(f"{file}/meta.json"):
+    if file.endswith(".parquet") or (known_format(file) is None and (is_remote(file) or os.path.isdir(file))):
         tokenizer, ids = row_of(file, row)
     else:
         tokenizer = _tokenizer(layout, density_codec, patch_size, pad_to, "total")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PIECE', 'BASE_URL', 'read_ids', 'stored_md5', 'has_md5', 'is_whole_gzip', 'Meter', 'in_threads', 'pieces', 'url_of',
-           'download', 'cache_folder', 'fetch']
+           'download', 'cache_folder', 'base_of', 'fetch']
 
 # %% ../nbs/00d_fetch.ipynb #aac99d44
 import base64
@@ -244,12 +244,17 @@ def download(fs: Any,                 # an fsspec file system
     _sweep(target)
     return found
 
-# %% ../nbs/00d_fetch.ipynb #d6b54203
+# %% ../nbs/00d_fetch.ipynb #3eb8b92f
 BASE_URL = "s3://materialsproject-parsed/chgcars"
 
 def cache_folder() -> Path:
     "Where fetched files are kept: the setting `cache` (TOMAT_CACHE), or ~/.cache/tomat, and `chgcars` in it."
     return Path(setting("cache", "~/.cache/tomat")).expanduser() / "chgcars"
+
+def base_of(base_url: str | None = None,  # s3://, gs://, https:// or a folder
+            ) -> str:
+    "Where densities are fetched from: what is given, or the setting `mp_base_url` (TOMAT_MP_BASE_URL), or the open bucket."
+    return str(base_url or setting("mp_base_url", BASE_URL)).rstrip("/")
 
 def _is_there(target: Path,  # a file that may have been fetched
               meter: Meter,  # counts the bytes
@@ -279,7 +284,7 @@ def _fetch_one(target: Path,  # the local file to make
     write_text(target.with_name(f"{target.name}.md5"), f"{md5}  {target.name}\n")
     return True
 
-# %% ../nbs/00d_fetch.ipynb #a2b08f9f
+# %% ../nbs/00d_fetch.ipynb #5b5a9419
 def fetch(ids: Sequence[str],                # of tasks: ["mp-149", …]
           folder: str | Path | None = None,  # where to put them; None: `cache_folder()`
           base_url: str | None = None,       # s3://, gs://, https:// or a folder; None: TOMAT_MP_BASE_URL, or the open bucket
@@ -287,7 +292,7 @@ def fetch(ids: Sequence[str],                # of tasks: ["mp-149", …]
           piece: int = PIECE,                # bytes asked for at once
           ) -> list[Path]:  # the files, in the order of the ids
     "Fetch the densities of the Materials Project's tasks into a local folder; what is there already stays."
-    base = str(base_url or setting("mp_base_url", BASE_URL)).rstrip("/")
+    base = base_of(base_url)
     names = _check_ids(ids)
     paths = {name: Path(folder or cache_folder()) / f"{name}.json.gz" for name in names}
     there = in_threads(_is_there, list(paths.values()), "check", workers)

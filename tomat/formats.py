@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'write_group', 'read_group', 'pack_folder', 'zip_entries', 'Format', 'known_format', 'format_of', 'id_of',
-           'read_density', 'write_density', 'read_structure', 'density_info']
+           'read_density', 'write_density', 'read_structure', 'may_be_density', 'density_info']
 
-# %% ../nbs/00b_formats.ipynb #c64b9541
+# %% ../nbs/00b_formats.ipynb #906ac4bd
 import io
 import json
 import os
 import re
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -31,9 +32,9 @@ from zarr.storage import MemoryStore
 from .chgcar import (as_chgcar, from_chgcar, parsing, read_bytes, read_chgcar, refuse_cut, unpacking, write_bytes,
                           write_chgcar)
 from .density import RHO, TOTAL, Density, check_density, check_structure, formula_of
-from .files import TomatError, local_copy, write_aside
+from .files import TomatError, exists, head_of, local_copy, write_aside
 
-# %% ../nbs/00b_formats.ipynb #c066d3d7
+# %% ../nbs/00b_formats.ipynb #0b74f0d4
 def _read_cube(path: Path,  # .gz or plain
                ) -> Density:
     "A Gaussian cube file of one density in e/bohr³, taken as periodic."
@@ -54,18 +55,19 @@ def _write_cube(density: Density,  # with an ordered structure
                 path: Path,        # .gz or plain
                 ) -> None:
     "The charge density as a Gaussian cube file, e/bohr³; spin and augmentation have no place in it."
-    from ase import Atoms
-    from ase.io.cube import write_cube
     from ase.units import Bohr
     structure = density.structure
     if not structure.is_ordered:
         raise TomatError(f"{density.formula} has sites shared by elements: a cube file needs one element at each site.")
-    atoms = Atoms([site.specie.Z for site in structure], structure.cart_coords, cell=structure.lattice.matrix, pbc=True)
-    with tempfile.TemporaryDirectory() as folder:
-        with open(Path(folder) / "cube", "w") as file:
-            write_cube(file, atoms, density.rho * Bohr**3, comment=density.id or density.formula)
-        content = (Path(folder) / "cube").read_bytes()
-    write_bytes(path, content + b"\n")
+    def row(first: int, *numbers: float) -> str:
+        return f"{first:5d}" + "".join(f"{x:12.6f}" for x in numbers) + "\n"
+    steps_3x3 = structure.lattice.matrix / np.array(density.shape)[:, None] / Bohr
+    name = (density.id or density.formula).strip()
+    head = [f"{name}\nOUTER LOOP: X, MIDDLE LOOP: Y, INNER LOOP: Z\n", row(len(structure), 0, 0, 0),
+            *(row(n, *step) for n, step in zip(density.shape, steps_3x3, strict=True)),
+            *(row(site.specie.Z, 0, *site.coords / Bohr) for site in structure)]
+    slices = ("%e\n" * plane.size % tuple(plane.ravel()) for plane in density.rho * Bohr**3)
+    write_bytes(path, "".join([*head, *slices]).encode())
 
 # %% ../nbs/00b_formats.ipynb #3e16507c
 def _read_mp_json(path: Path,  # .json or .json.gz
@@ -282,7 +284,7 @@ def id_of(path: str | Path,  # local or remote
     name = re.sub(r"^(chgcar|aeccar\d?|parchg)[._-]?", "", name, flags=re.IGNORECASE)
     return name or (Path(path).parent if "://" in str(path) else Path(path).absolute().parent).name
 
-# %% ../nbs/00b_formats.ipynb #b174aa48
+# %% ../nbs/00b_formats.ipynb #259dabc3
 def _format(path: str | Path,    # the file in question
             format: str | None,  # the user's word for it, or None
             ) -> Format:
@@ -303,14 +305,22 @@ def _opened(path: str | Path,  # local, s3:// or gs://
         except TomatError as err:
             raise TomatError(f"{path}: {err}") from err
 
+def _refuse_missing(path: str | Path,  # of a name that says no format
+                    ) -> None:
+    "Of a file that is not there, that comes first."
+    if known_format(path) is None and not exists(path):
+        raise TomatError(f"{path} does not exist: check the name.")
+
 def read_density(path: str | Path,            # local, s3:// or gs://
                  format: str | None = None,  # a key of `FORMATS`, where the name does not tell
+                 id: str | None = None,      # the material's name, where the caller knows it
                  ) -> Density:
     "Read a density from any known format; `TomatError` says what is wrong with the file."
+    _refuse_missing(path)
     known = _format(path, format)
     with _opened(path) as here:
         density = known.read(here)
-    id = str(density.metadata.get("task_id") or id_of(path))
+    id = id or str(density.metadata.get("task_id") or id_of(path))
     return density if density.id == id else replace(density, id=id)
 
 # %% ../nbs/00b_formats.ipynb #df8dab84
@@ -352,11 +362,12 @@ def _read_crystal(path: Path,  # a local file, .gz or plain
             raise TomatError("the elements are not named: add a line of symbols above the numbers of atoms.")
         return poscar.structure
 
-# %% ../nbs/00b_formats.ipynb #698e1c09
+# %% ../nbs/00b_formats.ipynb #16155dd8
 def read_structure(path: str | Path,  # a density or a structure; local, s3:// or gs://
                    ) -> tuple[Structure, tuple[int, int, int] | None]:  # and the grid of a density
     "The crystal in a density, a POSCAR, a CIF or another file that pymatgen reads; of a density its grid too."
     if known_format(path) is None and not _STRUCTURES.fullmatch(Path(path).name.lower().removesuffix(".gz")):
+        _refuse_missing(path)
         raise TomatError(f"{path} is of no known format: give a density, or name it POSCAR…, CONTCAR…, *.vasp, *.cif, "
                          "*.json, *.yaml, *.xsf, *.cssr, *.res or vasprun….xml (each also with .gz).")
     with _opened(path) as here:
@@ -366,6 +377,37 @@ def read_structure(path: str | Path,  # a density or a structure; local, s3:// o
         if not structure.is_ordered:
             raise TomatError(f"{formula_of(structure)} has sites shared by elements: give one element for each site.")
     return structure, density.shape if density else None
+
+# %% ../nbs/00b_formats.ipynb #fe0b1d0b
+_HEAD = 1 << 16  # bytes
+_TASK = re.compile(rb'\A\s*\{.*"(poscar|data)"\s*:\s*\{', re.DOTALL)
+
+def _is_task(text: bytes,   # JSON, perhaps its first part alone
+             whole: bool,   # all of it
+             ) -> bool:
+    "Whether a JSON may hold a density."
+    try:
+        task = json.loads(text) if whole else None
+    except ValueError:
+        task = None
+    if task is None:
+        return bool(_TASK.match(text))
+    inner = task.get("data") if isinstance(task, dict) else None
+    return any(isinstance(found, dict) and {"poscar", "data"} <= found.keys() for found in (task, inner))
+
+def may_be_density(path: str | Path,  # a file of a known format, local or remote
+                   ) -> bool:
+    "Whether a file that could be something else by its name, `*.json` or `*.vasp`, begins as a density does."
+    name = Path(path).name.lower().removesuffix(".gz")
+    if not name.endswith((".json", ".vasp")) or name.startswith(FORMATS["chgcar"].prefixes):
+        return True
+    try:
+        head = head_of(path, _HEAD)
+        text = zlib.decompressobj(31).decompress(head) if str(path).lower().endswith(".gz") else head
+    except (TomatError, zlib.error):  # who reads it says what is wrong
+        return True
+    whole = len(head) < _HEAD
+    return _is_task(text, whole) if name.endswith(".json") else not whole or bool(_GRID_SIZES.search(text))
 
 # %% ../nbs/00b_formats.ipynb #45e856cf
 def density_info(density: Density,  # what to describe

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['permuted', 'Block', 'Part', 'Stream', 'Batches', 'ParquetRows', 'Reader', 'FreshPatches', 'fitting']
 
-# %% ../nbs/04c_stream.ipynb #aaeb5aa6
+# %% ../nbs/04c_stream.ipynb #26b4f359
 import copy
 import hashlib
 import json
@@ -25,9 +25,11 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from .density import TURNS, Density
 from .files import TomatError, open_binary
+from .parquet import SCHEMA
 from .progress import track
-from .shards import SCHEMA, read_meta
-from .tokenizer import Tokenizer, tokenizer_from_dict
+from .rows import refuse_damaged, tokenizer_of
+from .shards import read_meta
+from .tokenizer import Tokenizer
 
 # %% ../nbs/04c_stream.ipynb #aeaa80d7
 def _keys(*name: int | str,  # what the permutation is for
@@ -311,7 +313,7 @@ def _padded(lists: pa.ListArray,   # rows of one row group
         ids_NxL[row, :lengths_n[place]] = values[starts_n[place]:starts_n[place + 1]]
     return ids_NxL
 
-# %% ../nbs/04c_stream.ipynb #613b98bd
+# %% ../nbs/04c_stream.ipynb #2fc33368
 class ParquetRows(Stream):
     "Rows of a folder of shards, read a row group at a time."
 
@@ -322,7 +324,8 @@ class ParquetRows(Stream):
                  epochs: int | None = None,   # None: without end
                  ) -> None:
         meta = read_meta(path)
-        self.path, self.groups, self.tokenizer = str(path), _groups(path, meta["shards"]), tokenizer_from_dict(meta["tokenizer"])
+        refuse_damaged(path, meta)
+        self.path, self.groups, self.tokenizer = str(path), _groups(path, meta["shards"]), tokenizer_of(path, meta)
         if (n := sum(group.rows for group in self.groups)) != meta["rows"]:
             raise TomatError(f"{path}: meta.json counts {meta['rows']} rows and the shards hold {n}: write them again.")
         super().__init__(list(meta["materials"]), [group.rows for group in self.groups], {"shards": meta["shards"]},
@@ -441,7 +444,7 @@ class FreshPatches(Stream):
         length = self.tokenizer.row_length(len(density.structure))
         return Part(ids_NxL, np.full(len(ids_NxL), length), unit, offsets, turn, np.array(clipped))
 
-# %% ../nbs/04c_stream.ipynb #c4da5e15
+# %% ../nbs/04c_stream.ipynb #600a3744
 def fitting(store: Reader,         # has read(id)
             ids: Sequence[str],    # materials
             tokenizer: Tokenizer,  # how to write a row
@@ -453,7 +456,7 @@ def fitting(store: Reader,         # has read(id)
     for id in track(ids, "look through", unit="materials"):
         try:
             density = store.read(id)
-            tokenizer.prompt(density.structure, density.shape, np.zeros((1, 3), int))
+            tokenizer.check(density.structure, density.shape)
             tokenizer.target_of(prepare(density) if prepare else density)
             kept.append(id)
         except TomatError as reason:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Side', 'sync']
 
-# %% ../nbs/04b_sync.ipynb #7f181f1b
+# %% ../nbs/04b_sync.ipynb #39ca368e
 import hashlib
 import json
 import tempfile
@@ -16,6 +16,7 @@ from typing import Any
 
 from .fetch import Meter, download, has_md5, in_threads, pieces, stored_md5
 from .files import TomatError, details, is_remote, remote_fs, told
+from .shards import fits
 
 # %% ../nbs/04b_sync.ipynb #5add9c1e
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def _side(path: str | Path,  # a folder that may not exist
     files = {key.removeprefix(root + "/"): info for key, info in found.items() if info["type"] == "file"}
     return Side(fs, root, url, {name: info for name, info in sorted(files.items()) if "/.partial-" not in f"/{name}"})
 
-# %% ../nbs/04b_sync.ipynb #28f41564
+# %% ../nbs/04b_sync.ipynb #0e5c9945
 _ROOTS = ("meta.json", "zarr.json")  # a folder is complete when it has one of these
 
 def _manifest(side: Side,  # the source
@@ -85,9 +86,10 @@ def _manifest(side: Side,  # the source
             meta = json.loads(content)
         except ValueError as err:
             raise TomatError(f"{side.url}/{name} is not valid JSON, make the data set again: {err}.") from err
-        shards = meta.get("shards") if isinstance(meta, dict) else None
-        known = {shard: said.get("md5") for shard, said in shards.items()} if isinstance(shards, dict) else {}
-        md5s |= {name.removesuffix("meta.json") + shard: md5 for shard, md5 in known.items() if md5}
+        shards = meta.get("shards", {}) if isinstance(meta, dict) else {}
+        if not fits(shards, [{"md5": str}]):
+            raise TomatError(f"{side.url}/{name} is damaged, it does not give the MD5 of each shard: make the data set again.")
+        md5s |= {name.removesuffix("meta.json") + shard: said["md5"] for shard, said in shards.items()}
     if lacking := sorted(set(md5s) - set(side.files)):
         raise TomatError(f"{side.url} lacks {lacking[0]}, which its meta.json names: make the data set whole first.")
     return md5s
@@ -153,7 +155,7 @@ def _copy(name: str,        # a path from the root
             path = Path(between) / "file"
             _put(name, path, get(path), dst)
 
-# %% ../nbs/04b_sync.ipynb #e96ae904
+# %% ../nbs/04b_sync.ipynb #47718576
 def _check_pair(src: Side,  # where the files are
                 dst: Side,  # where they shall be
                 ) -> None:
@@ -163,6 +165,11 @@ def _check_pair(src: Side,  # where the files are
     if src.fs == dst.fs and f"{dst.root}/".startswith(f"{src.root}/"):
         inside = "the source itself" if src.root == dst.root else "inside the source"
         raise TomatError(f"{dst.url} is {inside}: give another destination.")
+    complete = {str(PurePosixPath(name).parent) for name in src.files if PurePosixPath(name).name == "meta.json"}
+    strays = [name for name in dst.files.keys() - src.files.keys()
+              if name.endswith(".parquet") and str(PurePosixPath(name).parent) in complete]
+    if strays:
+        raise TomatError(f"{dst.url} holds shards of a larger data set, {min(strays)} for one: give another destination.")
 
 def _rank(name: str,  # a path from the root
           ) -> int:
