@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from pymatgen.core import Lattice, Structure
-from transformers import AutoModelForCausalLM
 
 import tomat.evaluate
 import tomat.predict

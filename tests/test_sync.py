@@ -247,3 +247,14 @@ def test_files_in_a_bucket_of_google(gcs):
                  lambda: write_text("gs://none/a", "a")):
         with pytest.raises(TomatError, match=r"^gs://\S+ cannot be (read|written), check the name.*no such (file|bucket)\.$"):
             call()
+
+
+def test_a_larger_data_set_is_not_overlaid(tmp_path):
+    """Its shards would stay beside a meta.json that does not name them, and be read with it by a pattern."""
+    small, large = data_set(tmp_path / "small", shards=1), data_set(tmp_path / "large", shards=3, seed=1)
+    before = files(large)
+    with pytest.raises(TomatError, match=r"large holds shards of a larger data set, rows-00001\.parquet for one"):
+        sync(small, large)
+    assert files(large) == before
+    data_set(tmp_path / "parts", workers=2)
+    sync(small, tmp_path / "parts" / "worker-09")  # another part beside them is nobody's business
