@@ -146,7 +146,8 @@ def test_meta_counts_what_is_there(tmp_path):
     assert (meta["rows"], meta["tokens_padded"]) == (15, 15 * 300) == (len(ids), sum(map(len, ids)))
     assert meta["tokens"] == sum(np.count_nonzero(row) for row in ids) == 15 * tok.row_length(2)
     assert list(meta["skipped"]) == ["long", "many"] and "1200" in meta["skipped"]["long"] and "300" in meta["skipped"]["many"]
-    assert meta["materials"]["huge"] == {"rows": 5, "clipped": 5 * 27} and meta["materials"]["m-0"] == {"rows": 5, "clipped": 0}
+    counts = {id: (material["rows"], material["clipped"]) for id, material in meta["materials"].items()}
+    assert counts == {"m-0": (5, 0), "huge": (5, 5 * 27), "m-1": (5, 0)}
     assert (meta["seed"], meta["label"], meta["patches_per_material"]) == (9, "counted", 5)
     assert tokenizer_from_dict(meta["tokenizer"]) == tok
 
@@ -346,7 +347,7 @@ CHANGES = {  # where in meta.json, and what then stands there
     "settings": ("tokenizer density_codec log_max", 4.9), "seed": ("seed", 1), "label": ("label", "other"), "rows": ("rows", 9),
     "tokens": ("tokens", 5), "padded": ("tokens_padded", 1), "patches": ("patches_per_material", 3),
     "clipped": ("materials m-1 clipped", 3), "material": ("materials m-0", None),
-    "one more": ("materials x", {"rows": 2, "clipped": 0}),
+    "one more": ("materials x", {"rows": 2, "clipped": 0, "source": ""}),
     "skipped": ("skipped", {}), "shard": ("shards rows-00001.parquet", None), "shard rows": ("shards rows-00001.parquet rows", 1)}
 
 
@@ -384,6 +385,118 @@ def test_a_damaged_manifest_gets_a_sentence(tmp_path, content):
             with pytest.raises(TomatError, match="rows"):
                 read(tmp_path / "rows")
     assert content != "no shards" or verify(tmp_path / "rows")
+
+
+def test_other_densities_of_the_same_names_are_refused(tmp_path):
+    """Finished or killed: rows from before and after a change of a density do not stand side by side."""
+    densities, out = [a_density(seed) for seed in range(4)], tmp_path / "rows"
+    changed = [replace(density, values=density.values * 1.5) for density in densities]
+    moved = [replace(density, structure=Structure(density.structure.lattice, density.structure.species, [[0.1, 0, 0], [0, 0.5, 0]]))
+             for density in densities]
+    with pytest.raises(TomatError, match="the disk is gone"):
+        tokenize(Failing(densities), tokenizer(), out, 2, rows_per_shard=2)
+    for _ in ("unfinished", "finished"):
+        before = contents(out)
+        for others in (changed, moved):
+            with pytest.raises(TomatError, match="m-0 is not the density any more"):
+                tokenize(others, tokenizer(), out, 2, rows_per_shard=2)
+        assert contents(out) == before
+        tokenize(densities, tokenizer(), out, 2, rows_per_shard=2)
+    tokenize(changed, tokenizer(), out, 2, rows_per_shard=2, overwrite=True)
+    assert verify(out) == [] and contents(out) != before
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_any_flipped_byte_of_a_shard_heals(tmp_path, finished):
+    """In the footer too, which every reader of Parquet believes."""
+    densities, out = [a_density(seed) for seed in range(4)], tmp_path / "rows"
+    tokenize(densities, tokenizer(), tmp_path / "whole", 2, rows_per_shard=4)
+    if finished:
+        shutil.copytree(tmp_path / "whole", out)
+    else:
+        with pytest.raises(TomatError, match="the disk is gone"):
+            tokenize(Failing(densities), tokenizer(), out, 2, rows_per_shard=4)
+    shard = out / "rows-00000.parquet"
+    content = shard.read_bytes()
+    for place in np.random.default_rng(5).choice(len(content), 40, replace=False):
+        shard.write_bytes(content[:place] + bytes([content[place] ^ 0x80]) + content[place + 1:])
+        if finished:
+            assert verify(out)
+            tokenize(densities, tokenizer(), out, 2, rows_per_shard=4)
+        else:
+            with pytest.raises(TomatError, match="the disk is gone"):
+                tokenize(Failing(densities), tokenizer(), out, 2, rows_per_shard=4)
+        assert shard.read_bytes() == content
+
+
+@pytest.mark.parametrize("place", ["a file", "a folder"])
+def test_overwriting_takes_nothing_from_others(tmp_path, place):
+    densities, out = [a_density(seed) for seed in range(2)], tmp_path / "rows"
+    tokenize(densities, tokenizer(), out, 2)
+    (out / "run").mkdir() if place == "a folder" else (out / "thesis.tex").write_text("x")
+    before = contents(out)
+    with pytest.raises(TomatError, match="holds other things"):
+        tokenize(densities[:1], tokenizer(), out, 2, overwrite=True)
+    assert contents(out) == before and (place == "a file" or (out / "run").is_dir())
+
+
+def test_more_than_a_hundred_parts(tmp_path):
+    for i in range(101):
+        tokenize([a_density(0), a_density(1)], tokenizer(), tmp_path / "rows", 2, part=(i, 101), rows_per_shard=2)
+    assert verify(tmp_path / "rows") == [] and read_meta(tmp_path / "rows")["rows"] == 4
+
+
+def test_two_claims_at_the_same_moment(tmp_path):
+    """Both find an empty folder; one of them has it. Two processes, which wait for each other before they claim."""
+    code = """import sys, time
+from pathlib import Path
+from tomat import shards
+found = shards._claimed
+def waiting(folder):
+    there = found(folder)
+    if there is None:
+        (Path(sys.argv[1]) / sys.argv[2]).touch()
+        while len(list(Path(sys.argv[1]).glob("ready-*"))) < 2: time.sleep(0.001)
+    return there
+shards._claimed = waiting
+from tomat.codecs import PUBLISHED_DENSITY
+from tomat.store import sample_store
+from tomat.tokenizer import Tokenizer
+store = sample_store()
+shards.tokenize(store, Tokenizer("framed", PUBLISHED_DENSITY, patch_size=int(sys.argv[3]), pad_to=None), sys.argv[1] + "/rows", 2,
+                ids=store.ids[:1])
+"""
+    runs = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path), f"ready-{i}", str(3 + i)], stderr=subprocess.PIPE,
+                             text=True) for i in range(2)]
+    ends = [(run.communicate()[1], run.returncode) for run in runs]
+    assert sorted(code for _, code in ends) == [0, 1], ends
+    assert any("other materials or settings" in message for message, _ in ends)
+    assert verify(tmp_path / "rows") == []
+
+
+def test_a_damaged_part_gets_a_sentence(tmp_path):
+    for i in range(2):
+        tokenize([a_density(0), a_density(1)], tokenizer(), tmp_path / "rows", 2, part=(i, 2), rows_per_shard=2)
+    path = tmp_path / "rows" / "worker-01" / "meta.json"
+    sound = json.loads(path.read_text())
+    changes = [{"worker": w} for w in (None, 5, "x", [], {}, ["a", "b"], [0, None], [0, 2], [1, 3])] + \
+        [{"label": "y"}, {"seed": 1}, {"patches_per_material": 3}, {"tokenizer": sound["tokenizer"] | {"pad_to": 99}}]
+    for change in changes:
+        path.write_text(json.dumps(sound | change))
+        with pytest.raises(TomatError, match=r"worker-0[12]"):
+            read_meta(tmp_path / "rows")
+    whole = tmp_path / "whole"
+    tokenize([a_density(0)], tokenizer(), whole, 2)
+    sound = json.loads((whole / "meta.json").read_text())
+    for change in [{"layout": []}, {"patch_size": None}, {"patch_size": 1.5}, {"patch_size": ["x", 1, 1]}, {"density_codec": 3},
+                   {"density_codec": sound["tokenizer"]["density_codec"] | {"bits": [1.5]}}]:
+        (whole / "meta.json").write_text(json.dumps(sound | {"tokenizer": sound["tokenizer"] | change}))
+        for read in (verify, read_rows, ParquetRows, lambda path: row_of(path, 0)):
+            with pytest.raises(TomatError, match=r"meta\.json"):
+                read(whole)
+    (whole / "meta.json").write_text("[" * 100_000)
+    with pytest.raises(TomatError, match="not valid JSON"):
+        verify(whole)
 
 
 def test_a_stray_shard_is_named(tmp_path):

@@ -258,3 +258,35 @@ def test_a_larger_data_set_is_not_overlaid(tmp_path):
     assert files(large) == before
     data_set(tmp_path / "parts", workers=2)
     sync(small, tmp_path / "parts" / "worker-09")  # another part beside them is nobody's business
+
+
+def job(folder, plan, worker=None, done=True):
+    "A folder that belongs to one job."
+    data_set(folder, shards=1)
+    meta = read_json(folder / "meta.json") | {"plan": plan} | ({"worker": worker} if worker else {})
+    (folder / "meta.json").unlink()
+    write_json(folder / ("meta.json" if done else "unfinished.json"), meta)
+
+
+def test_another_data_set_is_not_mixed_in(tmp_path):
+    job(tmp_path / "a", "A"), job(tmp_path / "b", "B"), job(tmp_path / "half", "B", done=False)
+    for n in (2, 3):
+        for i in range(n):
+            job(tmp_path / f"parts-{n}" / f"worker-0{i}", "A", [i, n])
+    for src, dst in [("a", "b"), ("half", "a"), ("parts-2", "parts-3"), ("parts-2", "a"), ("a", "parts-2"), ("parts-2", "b")]:
+        before = files(tmp_path / dst)
+        with pytest.raises(TomatError, match=f"{dst} holds another data set than"):
+            sync(tmp_path / src, tmp_path / dst)
+        assert files(tmp_path / dst) == before
+    sync(tmp_path / "parts-2" / "worker-01", tmp_path / "c" / "worker-01")
+    assert sync(tmp_path / "parts-2", tmp_path / "c")["copied"] == 2  # from two machines into one place
+    sync(tmp_path / "b", tmp_path / "half")  # the same job, now finished
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", "null", "5", "[" * 100_000])
+def test_a_damaged_manifest_is_not_copied(tmp_path, content):
+    data_set(tmp_path / "set")
+    (tmp_path / "set" / "meta.json").write_text(content)
+    with pytest.raises(TomatError, match=r"set/meta\.json is"):
+        sync(tmp_path / "set", tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()

@@ -305,7 +305,7 @@ def md5_of(path: str | Path,  # a file, local or remote
             digest.update(piece)
     return digest.hexdigest()
 
-# %% ../nbs/000_files.ipynb #1c1cc0ed
+# %% ../nbs/000_files.ipynb #1d3e3ab1
 _NEW, _OLD = ".partial-new-", ".partial-old-"
 
 def _remove(path: Path,  # a file, a folder, or nothing
@@ -329,20 +329,26 @@ def make_durable(path: Path,  # a local file or folder
 def _refuse_others(path: str | Path,      # the final name
                    old: Collection[str],  # what is in the folder there now
                    aside: Path,           # what shall replace it
+                   known: str | None,     # regular expression of names that may go; None: all, if a file at the root is shared
                    ) -> None:
-    "Raise `TomatError` unless the old folder is empty or shares a file at its root with the new one."
-    new = {p.name for p in aside.iterdir() if p.is_file()} if aside.is_dir() else set()
-    if old and not {name for name in new if not name.upper().startswith("README")} & set(old):
-        raise TomatError(f"{path} is a folder that holds other things: give another name, or remove it.")
+    "Raise `TomatError` where the old folder is not one that the new one may replace."
+    new = {p.name: p.is_file() for p in aside.iterdir()} if aside.is_dir() else {}
+    lost = [name for name in sorted(set(old) - new.keys()) if not name.startswith(".partial-")]
+    others = [name for name in lost if known is None or not re.fullmatch(known, name)]
+    shared = any(is_file and name in old and not name.upper().startswith("README") for name, is_file in new.items())
+    if others if known is not None else old and not shared:
+        example = [*others, *sorted(old)][0]
+        raise TomatError(f"{path} is a folder that holds other things, {example} for one: give another name, or remove it.")
 
 def _rename_onto(aside: Path,   # the finished file or folder
                  target: Path,  # the final name
+                 known: str | None,  # what may be lost of an old folder
                  ) -> None:
     "Rename `aside` to `target`; an old folder there steps aside first and comes back if the rename fails."
     old = target.with_name(f"{_OLD}{uuid4().hex[:8]}-{target.name}")
     swap = target.exists() and (target.is_dir() or aside.is_dir())
     if target.is_dir():
-        _refuse_others(target, os.listdir(target), aside)
+        _refuse_others(target, os.listdir(target), aside, known)
     if swap:
         os.rename(target, old)
     try:
@@ -388,7 +394,7 @@ def _writing_in(folder: Path,  # local
     finally:
         os.close(handle)
 
-# %% ../nbs/000_files.ipynb #9f04a37e
+# %% ../nbs/000_files.ipynb #a3084ad2
 def _is_about(err: OSError,  # raised while writing
               aside: Path,   # the partial path
               ) -> bool:
@@ -399,6 +405,7 @@ def _is_about(err: OSError,  # raised while writing
 @contextmanager
 def _aside_local(target: Path,          # the final name
                  durable: bool = True,  # wait for the disk
+                 known: str | None = None,  # what may be lost of an old folder
                  ) -> Iterator[Path]:
     "`write_aside` for a local path."
     if target.name in ("", ".."):
@@ -415,7 +422,7 @@ def _aside_local(target: Path,          # the final name
             yield aside
             if durable:
                 make_durable(aside)
-            _rename_onto(aside, target)
+            _rename_onto(aside, target, known)
             if durable:
                 _keep_names(target.parent)
     except BaseException as err:
@@ -428,12 +435,13 @@ def _aside_local(target: Path,          # the final name
             raise TomatError(f"{target} cannot be written, choose another place or free it: {err.strerror}.") from err
         raise
 
-# %% ../nbs/000_files.ipynb #c798dc55
+# %% ../nbs/000_files.ipynb #25b57ea3
 _ROOT_FILES = ("zarr.json", "meta.json")
 
 def _upload(fs: Any,      # an fsspec file system
             key: str,     # the final name in it
             aside: Path,  # the finished file or folder
+            known: str | None,  # what may be lost of an old folder
             ) -> None:
     "Send a file, or a folder with its root file last."
     if aside.is_file():
@@ -441,7 +449,7 @@ def _upload(fs: Any,      # an fsspec file system
     files = sorted(p for p in aside.rglob("*") if p.is_file())
     last = [p for p in files if p.parent == aside and p.name in _ROOT_FILES]
     if fs.exists(key):
-        _refuse_others(key, [PurePosixPath(name).name for name in fs.ls(key, detail=False)], aside)
+        _refuse_others(key, [PurePosixPath(name).name for name in fs.ls(key, detail=False)], aside, known)
         fs.rm(key, recursive=True)
     try:
         for batch in ([p for p in files if p not in last], last):
@@ -453,7 +461,8 @@ def _upload(fs: Any,      # an fsspec file system
         raise
 
 @contextmanager
-def _aside_remote(url: str,  # the final name
+def _aside_remote(url: str,         # the final name
+                  known: str | None = None,  # what may be lost of an old folder
                   ) -> Iterator[Path]:
     "`write_aside` for a URL."
     fs, key = remote_fs(url)
@@ -461,20 +470,21 @@ def _aside_remote(url: str,  # the final name
         aside = Path(folder) / f".partial-{PurePosixPath(key).name}"
         yield aside
         with told(url, "written"):
-            _upload(fs, key, aside)
+            _upload(fs, key, aside, known)
 
-# %% ../nbs/000_files.ipynb #a4288bf0
+# %% ../nbs/000_files.ipynb #b1400901
 @contextmanager
 def write_aside(path: str | Path,        # where the result shall be, local or remote
                 overwrite: bool = True,  # False: refuse when something is there already
                 durable: bool = True,    # False: do not wait for the disk; whoever relies on the file has it forced there later
+                known: str | None = None,  # regular expression of what may be lost of an old folder; None: all, if it shares a file
                 ) -> Iterator[Path]:
     "Yield a local path to write a file or a folder to; it becomes `path` only if the block succeeds."
     def refuse() -> None:
         if not overwrite and exists(path):
             raise TomatError(f"{path} exists already: remove it or give another name.")
     refuse()
-    with _aside_remote(str(path)) if is_remote(path) else _aside_local(Path(path), durable) as aside:
+    with _aside_remote(str(path), known) if is_remote(path) else _aside_local(Path(path), durable, known) as aside:
         yield aside
         if not aside.exists():
             raise TomatError(f"{path} was not written: the writer made no file.")
@@ -500,13 +510,13 @@ def write_text(path: str | Path,  # where to write, local or remote
     with write_aside(path, durable=durable) as aside:
         aside.write_text(text, encoding="utf-8", newline="\n")
 
-# %% ../nbs/000_files.ipynb #76e38faf
+# %% ../nbs/000_files.ipynb #03b87c1c
 def read_json(path: str | Path,  # a JSON file, local or remote
               ) -> Any:
     "The object in a JSON file."
     try:
         return json.loads(read_text(path))
-    except json.JSONDecodeError as err:
+    except (json.JSONDecodeError, RecursionError) as err:
         raise TomatError(f"{path} is not valid JSON, write it again: {err}.") from err
 
 def write_json(path: str | Path,  # where to write, local or remote

@@ -91,20 +91,20 @@ def n_cores() -> int:
     "The cores that this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
-# %% ../nbs/000a_progress.ipynb #c9413d61
+# %% ../nbs/000a_progress.ipynb #3768ab16
 _work: Callable[[Any], Any]
 
 def _begin(function: Callable[[Any], Any],  # what this child is for
            environment: dict[str, str],     # the parent's as it is now; a fork server has that of its own start
            ) -> None:
     global _work
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # first of all: the parent answers a Ctrl-C for everybody
     _work = function
     os.environ.update(environment)
     os.environ["TOMAT_PROGRESS"] = "0"
     os.environ["POLARS_MAX_THREADS"] = "1"  # every core has a process of its own
     gc.freeze()  # what was imported is never garbage, so the collector need not look at it
     bytearray(30 << 20)  # once freed, the C library keeps memory of this size for the next array
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

@@ -21,15 +21,19 @@ from .progress import in_order, track
 from .shards import read_meta
 from .tokenizer import Tokenizer, tokenizer_from_dict
 
-# %% ../nbs/04a_rows.ipynb #0e1c5bf6
+# %% ../nbs/04a_rows.ipynb #56bc9dde
 def tokenizer_of(path: str | Path,      # a folder of rows
                  meta: dict[str, Any],  # its meta.json
                  ) -> Tokenizer:
     "The tokenizer that wrote a data set."
     try:
-        return tokenizer_from_dict(meta["tokenizer"])
+        tokenizer = tokenizer_from_dict(meta["tokenizer"])
+        tokenizer.vocab.names  # noqa: B018 - one that cannot be made is found here
     except TomatError as err:
         raise TomatError(f"{path}/meta.json: {err}") from err
+    except (TypeError, ValueError, KeyError, AttributeError) as err:
+        raise TomatError(f"{path}/meta.json has damaged tokenizer settings: write the rows again with `tomat tokenize`.") from err
+    return tokenizer
 
 def refuse_damaged(path: str | Path,      # a folder of rows, local or remote
                    meta: dict[str, Any],  # its meta.json
@@ -89,7 +93,7 @@ def row_of(path: str | Path,  # a folder that `tokenize` wrote, or one of its sh
         number -= n
     raise TomatError(f"{path} has no such row: it holds {meta['rows']}, counted from 0.")
 
-# %% ../nbs/04a_rows.ipynb #cae2c421
+# %% ../nbs/04a_rows.ipynb #65463988
 class _Found(NamedTuple):
     "What is in one shard."
     faults: list[str]     # one sentence each
@@ -116,11 +120,12 @@ def _check_shard(path: str,             # folder of the data set
                  ) -> _Found:
     "Read one shard and judge it by itself."
     name, said = shard
+    file: Path | None = None
     try:
         with local_copy(f"{path}/{name}") as file:
             right, facts, table = is_intact(file, said), shard_facts(file) or {}, read_shard(file)
     except TomatError as err:
-        return _Found([f"{name}: {err}"], {}, Counter(), 0, 0)
+        return _Found([f"{name}: {str(err).replace(str(file), name) if file else err}"], {}, Counter(), 0, 0)
     ids, faults = table["input_ids"].combine_chunks().values.to_numpy(), _table_faults(table, tokenizer)
     if not right:
         faults.insert(0, "its bytes are not those that were written, copy or make it again")

@@ -5,18 +5,20 @@
 # %% auto #0
 __all__ = ['Side', 'sync']
 
-# %% ../nbs/04b_sync.ipynb #39ca368e
+# %% ../nbs/04b_sync.ipynb #c92fec37
 import hashlib
 import json
+import re
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from .fetch import Meter, download, has_md5, in_threads, pieces, stored_md5
 from .files import TomatError, details, is_remote, remote_fs, told
-from .shards import fits
+from .shards import fits, is_part
 
 # %% ../nbs/04b_sync.ipynb #5add9c1e
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ def _side(path: str | Path,  # a folder that may not exist
     files = {key.removeprefix(root + "/"): info for key, info in found.items() if info["type"] == "file"}
     return Side(fs, root, url, {name: info for name, info in sorted(files.items()) if "/.partial-" not in f"/{name}"})
 
-# %% ../nbs/04b_sync.ipynb #0e5c9945
+# %% ../nbs/04b_sync.ipynb #a13b7daf
 _ROOTS = ("meta.json", "zarr.json")  # a folder is complete when it has one of these
 
 def _manifest(side: Side,  # the source
@@ -84,12 +86,14 @@ def _manifest(side: Side,  # the source
             content = side.fs.cat_file(side.key(name))
         try:
             meta = json.loads(content)
-        except ValueError as err:
+        except (ValueError, RecursionError) as err:
             raise TomatError(f"{side.url}/{name} is not valid JSON, make the data set again: {err}.") from err
-        shards = meta.get("shards", {}) if isinstance(meta, dict) else {}
-        if not fits(shards, [{"md5": str}]):
+        folder = name.removesuffix("meta.json")
+        beside = any(n.endswith(".parquet") and n.removeprefix(folder).count("/") == 0 for n in side.files if n.startswith(folder))
+        shards: Any = meta.get("shards", {}) if isinstance(meta, dict) else {}
+        if not fits(shards, [{"md5": str}]) or (beside and not shards):
             raise TomatError(f"{side.url}/{name} is damaged, it does not give the MD5 of each shard: make the data set again.")
-        md5s |= {name.removesuffix("meta.json") + shard: said["md5"] for shard, said in shards.items()}
+        md5s |= {folder + shard: said["md5"] for shard, said in shards.items()}
     if lacking := sorted(set(md5s) - set(side.files)):
         raise TomatError(f"{side.url} lacks {lacking[0]}, which its meta.json names: make the data set whole first.")
     return md5s
@@ -155,7 +159,18 @@ def _copy(name: str,        # a path from the root
             path = Path(between) / "file"
             _put(name, path, get(path), dst)
 
-# %% ../nbs/04b_sync.ipynb #47718576
+# %% ../nbs/04b_sync.ipynb #83a439bd
+def _jobs(side: Side,
+          ) -> set[tuple[str, int]]:  # plan, and number of parts; 0 for what was not made in parts
+    "The data sets, or the parts of one, that a folder holds, finished or not; one that cannot be read is none."
+    jobs: set[tuple[str, int]] = set()
+    for name in (n for n in side.files if re.fullmatch(r"(worker-\d+/)?(meta|unfinished)\.json", n)):
+        with told(f"{side.url}/{name}", "read"), suppress(ValueError, RecursionError):
+            meta = json.loads(side.fs.cat_file(side.key(name)))
+            if fits(meta, {"plan": str}):
+                jobs.add((meta["plan"], meta["worker"][1] if "/" in name and is_part(meta.get("worker")) else 0))
+    return jobs
+
 def _check_pair(src: Side,  # where the files are
                 dst: Side,  # where they shall be
                 ) -> None:
@@ -165,6 +180,8 @@ def _check_pair(src: Side,  # where the files are
     if src.fs == dst.fs and f"{dst.root}/".startswith(f"{src.root}/"):
         inside = "the source itself" if src.root == dst.root else "inside the source"
         raise TomatError(f"{dst.url} is {inside}: give another destination.")
+    if _jobs(dst) - _jobs(src):
+        raise TomatError(f"{dst.url} holds another data set than {src.url}: give another destination, or remove it.")
     complete = {str(PurePosixPath(name).parent) for name in src.files if PurePosixPath(name).name == "meta.json"}
     strays = [name for name in dst.files.keys() - src.files.keys()
               if name.endswith(".parquet") and str(PurePosixPath(name).parent) in complete]
