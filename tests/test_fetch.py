@@ -263,3 +263,9 @@ def test_gzip_streams_of_other_kinds(tmp_path):
     for content, whole in [(CONTENT, True), (b"", False), (b"{}", False), (CONTENT + CONTENT, True), (CONTENT + b"x", False)]:
         (tmp_path / "a").write_bytes(content)
         assert is_whole_gzip(tmp_path / "a") == whole
+
+
+@pytest.mark.parametrize("workers", [0, -3])
+def test_no_worker_at_all_is_refused(tmp_path, workers):
+    with pytest.raises(TomatError, match=rf"^{workers} workers can do nothing: give 1 or more\.$"):
+        fetch(["mp-1"], tmp_path / "cache", base_url=str(tmp_path), workers=workers)

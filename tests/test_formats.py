@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import resource
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from pymatgen.io.vasp.outputs import Chgcar
 
 from tomat.density import RHO, Density, formula_of
 from tomat.files import TomatError, exists, list_folder, write_text
-from tomat.formats import density_info, format_of, may_be_density, read_density, read_structure, write_density
+from tomat.formats import density_info, format_of, group_stamp, may_be_density, read_density, read_structure, write_density
 
 FILES = Path(__file__).parent / "files"
 
@@ -370,3 +371,54 @@ def test_a_disk_that_fails_under_a_cube_names_the_cube(tmp_path):
 def test_the_caller_may_name_the_material(tmp_path):
     (tmp_path / "CHGCAR.salt").write_text(SPIN_FILE)
     assert [read_density(tmp_path / "CHGCAR.salt", id=id).id for id in (None, "iron")] == ["salt", "iron"]
+
+
+@pytest.mark.parametrize("where", ["local", "s3"])
+def test_a_group_replaces_a_group_and_nothing_else(tmp_path, three, request, where):
+    root = str(tmp_path) if where == "local" else request.getfixturevalue("s3")
+    target = f"{root}/grp.zarr"
+    write_density(noise(np.random.default_rng(0), spin=("diff",), augmented=True, baseline=True), target)
+    write_density(three[0], target)
+    assert list_folder(target) == ["charge_density_sad", "charge_density_total", "zarr.json"]
+    write_text(f"{target}/other/notes.txt", "mine")
+    with pytest.raises(TomatError, match=r"grp\.zarr is a folder that holds other things, other for one: .*\.$"):
+        write_density(three[1], target)
+    assert list_folder(f"{target}/other") == ["notes.txt"]
+    assert_same(three[0], read_density(target))
+
+
+def test_a_stamp_covers_all_of_a_group(tmp_path, three):
+    for name in ("a.zarr", "b.zarr"):
+        write_density(three[0], tmp_path / name)
+    a, b = tmp_path / "a.zarr", tmp_path / "b.zarr"
+    assert group_stamp(a) != group_stamp(b) and group_stamp(a, content=True) == group_stamp(b, content=True)
+    for path in [p for p in sorted(a.rglob("*")) if p.is_file()]:
+        before, content, facts = (group_stamp(a), group_stamp(a, content=True)), path.read_bytes(), path.stat()
+        path.write_bytes(content[::-1])
+        os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+        assert group_stamp(a, content=True) != before[1]
+        path.write_bytes(content + b" ")
+        assert group_stamp(a) != before[0]
+        path.unlink()
+        assert group_stamp(a) != before[0] and group_stamp(a, content=True) != before[1]
+        path.write_bytes(content)
+    with pytest.raises(TomatError, match=r"c\.zarr does not exist"):
+        group_stamp(tmp_path / "c.zarr")
+
+
+def test_a_stamp_covers_all_of_a_group_in_a_bucket(s3, three):
+    write_density(three[0], f"{s3}/a.zarr")
+    before = group_stamp(f"{s3}/a.zarr")
+    assert group_stamp(f"{s3}/a.zarr/") == before
+    write_text(f"{s3}/a.zarr/charge_density_total/c/0/0/0", "other")
+    assert group_stamp(f"{s3}/a.zarr") != before
+    with pytest.raises(TomatError, match=r"b\.zarr holds no files: check the name\.$"):
+        group_stamp(f"{s3}/b.zarr")
+
+
+@pytest.mark.parametrize("name", ["p.cube", "p.json.gz", "CHGCAR", "p.zarr"])
+def test_a_pipe_is_not_waited_for(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    for read in (read_density, read_structure):
+        with pytest.raises(TomatError, match=rf"{name} is a pipe or a device: give a file\.$"):
+            read(tmp_path / name)

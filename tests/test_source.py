@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from crystals import assert_same
 
-from tomat.files import TomatError, list_folder, read_json, write_text
+from tomat.files import TomatError, list_folder, read_json, write_json, write_text
 from tomat.formats import read_density, write_density
 from tomat.source import Fetched, Folder, InMemory, Source, open_source, store_all
 from tomat.store import RawStore, write_store
@@ -72,6 +72,44 @@ def test_what_is_not_read_is_told_with_its_reason(runs, three):
         "POSCAR.vasp": "no density by its first lines", "custodian.json": "no density by its first lines",
         "custodian.json.gz": "no density by its first lines", "m-1/CHGCAR.old": "beside a CHGCAR",
         "nested": "no CHGCAR of its own", "two": "several CHGCARs in it, none of them with that name alone"}
+
+
+def test_pipes_and_broken_links_are_passed_over(runs, three):
+    (runs / "pipes").mkdir()
+    for name in ("p.cube", "p.json", "CHGCAR.p", "p.zarr", "p.txt", "pipes/CHGCAR", "m-1/CHGCAR.p"):
+        os.mkfifo(runs / name)
+    (runs / "lost.cube").symlink_to(runs / "nowhere")
+    (runs / "CHGCAR.linked").symlink_to(runs / "m-1" / "CHGCAR")
+    (runs / "m-4").symlink_to(runs / "m-2")
+    write_density(three[0], runs / "g.zarr")
+    os.mkfifo(runs / "g.zarr" / "pipe")
+    source, no = Folder(runs), "a pipe, a device or a broken link"
+    assert source.ids == ["linked", "g", "m-1", "m-2", "m-3", "m-4"]
+    assert source.passed_over == {
+        "CHGCAR.p": no, "lost.cube": no, "m-1/CHGCAR.p": no, "p.cube": no, "p.json": no, "p.txt": "a name of no known format",
+        "p.zarr": no, "pipes": "no CHGCAR of its own", "pipes/CHGCAR": no}
+    assert store_all(source, runs.parent / "store") == 6 and store_all(source, runs.parent / "store") == 0
+    for name in ("p.cube", "p.json", "CHGCAR.p", "p.zarr"):
+        with pytest.raises(TomatError, match=rf"{name} is a pipe or a device: give a file\.$"):
+            open_source(runs / name).read(open_source(runs / name).ids[0])
+
+
+def test_names_that_are_no_text_are_passed_over(runs, three):
+    def odd(name):
+        return os.fsdecode(b"\xff" + name)
+    for name in (odd(b".cube"), odd(b"/CHGCAR"), odd(b".zarr"), f"m-1/CHGCAR.{odd(b'')}"):
+        write_density(three[0], runs / name)
+    (runs / odd(b".txt")).write_text("")
+    source, no = Folder(runs), "a name that is not UTF-8"
+    assert source.ids == ["m-1", "m-2", "m-3"]
+    assert source.passed_over == {r"'\udcff.cube'": no, r"'\udcff'": no, r"'\udcff.zarr'": no, r"'\udcff.txt'": no,
+                                  r"'m-1/CHGCAR.\udcff'": no}
+    assert store_all(source, runs.parent / "store") == 3
+    with pytest.raises(TomatError, match=r"udcff\.cube' gives a name that is not UTF-8: rename it\.$") as raised:
+        open_source(runs / odd(b".cube")).ids  # noqa: B018
+    assert str(raised.value).isascii()
+    with pytest.raises(TomatError, match="not UTF-8"):  # the folder would give its name to the CHGCAR in it
+        open_source(runs / odd(b"")).ids  # noqa: B018
 
 
 def test_the_folder_of_one_calculation(tmp_path, three):
@@ -308,6 +346,108 @@ def test_other_peoples_places_are_refused(tmp_path, runs, three):
     with pytest.raises(TomatError, match="ids are names"):
         store_all(InMemory([replace(three[0], id="two words")]), tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+def test_a_group_without_an_entry_is_written_again(runs, tmp_path, three):
+    """The origins were cut, or come from another store."""
+    store = tmp_path / "store"
+    for density in three:
+        write_density(doubled(density), tmp_path / "other" / density.id / "CHGCAR")
+    assert store_all(Folder(tmp_path / "other"), store) == 3
+    entries = read_json(store / "sources.json")
+    for origins, n in [({}, 3), ({**entries, "m-2": "12 34"}, 1), ({**entries, "m-2": {"written": None}}, 1)]:
+        write_json(store / "sources.json", origins)
+        assert [store_all(Folder(tmp_path / "other"), store) for _ in range(2)] == [n, 0]
+    write_json(store / "sources.json", {"m-1": read_json(store / "sources.json")["m-1"]})
+    assert store_all(Folder(runs), store) == 3
+    for id in ("m-1", "m-2", "m-3"):
+        np.testing.assert_allclose(RawStore(store).read(id).values, Folder(runs).read(id).values, rtol=1e-6)
+
+
+def test_a_chunk_that_changed_in_the_source_is_noticed(tmp_path, three):
+    for density in three:
+        write_density(density, tmp_path / "groups" / f"{density.id}.zarr")
+    write_store(three, {}, tmp_path / "raw")
+    for source, group in [(Folder(tmp_path / "groups"), "m-2.zarr"), (RawStore(tmp_path / "raw"), "label/m-2.zarr")]:
+        store, root = tmp_path / f"of {source.root.name}", source.root / group
+        assert [store_all(source, store) for _ in range(2)] == [3, 0]
+        write_density(doubled(three[1]), tmp_path / "doubled.zarr")
+        chunk = root / "charge_density_total" / "c" / "0" / "0" / "0"
+        shutil.copy(tmp_path / "doubled.zarr" / chunk.relative_to(root), chunk)
+        assert [store_all(source, store) for _ in range(2)] == [1, 0]
+        np.testing.assert_allclose(RawStore(store).read("m-2").values, 2 * three[1].values, rtol=1e-6)
+
+
+def damage(root):
+    "Ways a group comes to harm, one after the other; each begins with a whole one."
+    chunk = root / "charge_density_total" / "c" / "0" / "0" / "0"
+    chunk.unlink()
+    yield
+    content, facts = chunk.read_bytes(), chunk.stat()
+    chunk.write_bytes(bytes(len(content)))
+    os.utime(chunk, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+    yield
+    shutil.rmtree(root / "charge_density_total")
+    yield
+    (root / "zarr.json").unlink()
+    yield
+    (root / "charge_density_total" / "zarr.json").write_text("{")
+    yield
+    shutil.rmtree(root)
+    yield
+    (root / "charge_density_total" / "stray").write_text("")
+    yield
+
+
+def test_a_damaged_group_is_healed(runs, tmp_path):
+    store = tmp_path / "store"
+    store_all(Folder(runs), store)
+    before = tree(store)
+    for _ in damage(store / "label" / "m-2.zarr"):
+        assert tree(store) != before
+        assert store_all(Folder(runs), store) == 1
+        assert tree(store) == before
+    for id in ("m-1", "m-3"):
+        next(damage(store / "label" / f"{id}.zarr"))
+    assert store_all(Folder(runs), store, workers=2) == 2
+    assert tree(store) == before
+
+
+def test_what_a_stopped_run_left_is_looked_at(runs, tmp_path):
+    store = tmp_path / "store"
+    with pytest.raises(KeyboardInterrupt):
+        store_all(Stops(runs), store)
+    (store / "label" / "m-1.zarr" / "charge_density_total" / "c" / "0" / "0" / "0").unlink()
+    assert [store_all(Folder(runs), store) for _ in range(2)] == [2, 0]
+    assert [RawStore(store).read(id).id for id in ("m-1", "m-2", "m-3")] == ["m-1", "m-2", "m-3"]
+
+
+def test_other_things_in_a_group_stay(runs, tmp_path):
+    store_all(Folder(runs), tmp_path / "store")
+    (tmp_path / "store" / "label" / "m-2.zarr" / "notes").write_text("mine")
+    with pytest.raises(TomatError, match=r"m-2\.zarr is a folder that holds other things, notes for one: .*\.$"):
+        store_all(Folder(runs), tmp_path / "store")
+    assert (tmp_path / "store" / "label" / "m-2.zarr" / "notes").read_text() == "mine"
+
+
+def test_a_group_in_a_bucket_is_followed_and_healed(s3, three):
+    from tomat.files import remote_fs
+    fs, root = remote_fs(s3)
+    chunk = "charge_density_total/c/0/0/0"
+    for density in three:
+        write_density(density, f"{s3}/groups/{density.id}.zarr")
+    source, store = open_source(f"{s3}/groups"), f"{s3}/store"
+    assert [store_all(source, store) for _ in range(2)] == [3, 0]
+    write_density(doubled(three[1]), f"{s3}/doubled.zarr")
+    fs.copy(f"{root}/doubled.zarr/{chunk}", f"{root}/groups/m-2.zarr/{chunk}")
+    assert [store_all(source, store) for _ in range(2)] == [1, 0]
+    fs.rm_file(f"{root}/store/label/m-1.zarr/{chunk}")
+    fs.rm_file(f"{root}/store/label/m-2.zarr/zarr.json")
+    fs.pipe_file(f"{root}/store/label/m-3.zarr/{chunk}", b"x")
+    assert [store_all(source, store) for _ in range(2)] == [3, 0]
+    for id, times in [("m-1", 1), ("m-2", 2), ("m-3", 1)]:
+        values = times * three[int(id[-1]) - 1].values
+        np.testing.assert_allclose(RawStore(store).read(id).values, values, rtol=1e-5)
 
 
 def test_what_changed_in_a_bucket_is_written_anew(s3, three):

@@ -88,6 +88,8 @@ def test_a_stamp_is_another_once_a_material_is_written_anew(tmp_path, three):
     before = {id: store.stamp(id) for id in store.ids}
     write_density(three[1], tmp_path / "s/label/m-2.zarr")
     assert [id for id in store.ids if store.stamp(id) != before[id]] == ["m-2"]
+    (tmp_path / "s/label/m-3.zarr/charge_density_total/c/0/0/0").write_bytes(b"a chunk alone")
+    assert [id for id in store.ids if store.stamp(id) != before[id]] == ["m-2", "m-3"]
     with pytest.raises(TomatError, match=r"m-9.*does not exist"):
         store.stamp("m-9")
 
@@ -118,6 +120,20 @@ def test_other_things_in_a_bucket_stay(s3, three):
     with pytest.raises(TomatError, match="holds other things"):
         write_store(three, {}, s3)
     assert list_folder(s3) == ["thesis.tex"]
+
+
+def test_other_things_beside_a_store_stay(tmp_path, three):
+    write_store(three, {"train": ["m-1"]}, tmp_path / "s", readme="Made up.")
+    (tmp_path / "s" / "sources.json").write_text("{}")
+    write_store(three[:2], {}, tmp_path / "s")
+    assert list_folder(tmp_path / "s") == ["label", "mp_filelist.txt"] and len(list_folder(tmp_path / "s" / "label")) == 2
+    (tmp_path / "s" / "other").mkdir()
+    (tmp_path / "photos" / "label").mkdir(parents=True)
+    (tmp_path / "photos" / "label" / "1.png").write_text("")
+    for name in ("s", "photos"):
+        with pytest.raises(TomatError, match=rf"{name} is a folder that holds other things, {'other' if name == 's' else 'label'}"):
+            write_store(three, {}, tmp_path / name)
+    assert list_folder(tmp_path / "photos" / "label") == ["1.png"] and (tmp_path / "s" / "other").is_dir()
 
 
 def test_what_a_store_is(tmp_path, three):

@@ -91,7 +91,7 @@ def is_whole_gzip(path: Path,  # a local file
     except (EOFError, gzip.BadGzipFile, zlib.error):
         return False
 
-# %% ../nbs/00d_fetch.ipynb #86467862
+# %% ../nbs/00d_fetch.ipynb #0f5c80ef
 @dataclass(frozen=True)
 class Meter:
     "Counts the bytes of all threads, and stops them."
@@ -120,9 +120,11 @@ def in_threads(function: Callable[[T, Meter], R],  # moves one item
                total: int = 0,                     # bytes, as far as they are known before
                ) -> list[R]:  # in the order of the items
     "Move items side by side behind a bar of bytes; the first failure stops them all."
+    if workers < 1:
+        raise TomatError(f"{workers} workers can do nothing: give 1 or more.")
     columns = (TextColumn("{task.description:>12}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     shown = drawn(Progress(*columns, console=Console(stderr=True), disable=silent()))
-    with shown as bar, ThreadPoolExecutor(max(1, workers)) as pool:
+    with shown as bar, ThreadPoolExecutor(workers) as pool:
         meter = Meter(bar, bar.add_task(label, total=total))
         futures = [pool.submit(function, item, meter) for item in items]
         try:

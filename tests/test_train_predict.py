@@ -1,7 +1,13 @@
-"""A prediction sees the structure, the grid and nothing else; a checkpoint is what was trained."""
+"""A run that was killed ends with the same bits; a prediction sees the structure, the grid and nothing else."""
 
 import copy
 import inspect
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from functools import cache
 
 from dataclasses import replace
@@ -10,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from pymatgen.core import Lattice, Structure
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tomat.evaluate
 import tomat.predict
@@ -19,7 +26,10 @@ from tomat.files import TomatError
 from tomat.model import ModelSize, load_checkpoint, make_model, save_checkpoint
 from tomat.predict import free_run, predict
 from tomat.promolecule import promolecule, valence_electrons
+from tomat.rows import read_rows
+from tomat.shards import tokenize
 from tomat.tokenizer import Tokenizer
+from tomat.train import TrainConfig, batch_rows, learning_rate, read_log, train
 
 SMALL = ModelSize(width=32, layers=2, heads=2, mlp=64, kv_heads=1)
 POSITIVE = np.random.default_rng(7).lognormal(0, 2, 20_000)
@@ -71,7 +81,146 @@ def a_density(seed, shape=(6, 7, 8)):
     return Density(np.random.default_rng(seed).lognormal(0, 2, shape).astype(np.float32), crystal(seed), id=f"m-{seed}")
 
 
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    "A data set of 24 short rows."
+    folder = tmp_path_factory.mktemp("data") / "rows"
+    tokenize([a_density(seed) for seed in range(4)], small("levels", size=2)[1], folder, 6, label="four")
+    return folder
+
+
+# Training
+
+CONFIG = TrainConfig(steps=40, batch_size=2, save_every=3, warmup=5, seed=11)
+
+
+@pytest.fixture(scope="module")
+def whole(rows, tmp_path_factory):
+    "A run that nobody disturbed."
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TOMAT_PROGRESS", "0")
+        return train(rows, tmp_path_factory.mktemp("whole") / "run", CONFIG).parent
+
+
+def same_run(one, other):
+    "The weights bit for bit, every line of the log, and the state of the optimizer."
+    assert (one / "model/model.safetensors").read_bytes() == (other / "model/model.safetensors").read_bytes()
+    assert (one / "log.jsonl").read_bytes() == (other / "log.jsonl").read_bytes()
+    a, b = (torch.load(run / "state.pt", weights_only=True)["optimizer"]["state"] for run in (one, other))
+    assert all(torch.equal(a[i][key], b[i][key]) for i in a for key in ("exp_avg", "exp_avg_sq", "step"))
+    assert (one / "model/tomat.json").read_bytes() == (other / "model/tomat.json").read_bytes()
+
+
+TRAIN = """
+import sys, torch
+from tomat.train import TrainConfig, train
+torch.set_num_threads(1)
+train(sys.argv[1], sys.argv[2], TrainConfig(steps=40, batch_size=2, save_every=3, warmup=5, seed=11))
+"""
+
+
+def test_a_killed_run_goes_on_bit_for_bit(rows, whole, tmp_path):
+    out, rng = tmp_path / "run", np.random.default_rng(5)
+    env = os.environ | {"TOMAT_PROGRESS": "0", "OMP_NUM_THREADS": "1"}
+    run = subprocess.Popen([sys.executable, "-c", TRAIN, rows, out], env=env)
+    last, deadline = int(rng.integers(3, 30)), time.monotonic() + 120
+    while not (out / "log.jsonl").exists() or len((out / "log.jsonl").read_text().splitlines()) < last:
+        assert run.poll() is None and time.monotonic() < deadline, "the run ended before it could be killed"
+        time.sleep(0.001)
+    time.sleep(rng.uniform(0, 0.05))  # somewhere between two saves, or inside one
+    run.send_signal(signal.SIGKILL)
+    assert run.wait() == -signal.SIGKILL and not (out / "model").exists()
+    before = torch.load(out / "state.pt", weights_only=True)["step"]
+    assert 3 <= before < 40
+    train(rows, out, CONFIG)
+    same_run(whole, out)
+
+
+def test_a_run_stopped_anywhere_goes_on_bit_for_bit(rows, whole, tmp_path, monkeypatch):
+    """Stopped at three steps, twice of them between saves; each time in a process that has drawn random numbers."""
+    update, stops = tomat.train._update, [4, 9, 26]
+    def stopping(state, *args):
+        if stops and state.step == stops[0]:
+            stops.pop(0)
+            raise KeyboardInterrupt
+        return update(state, *args)
+    monkeypatch.setattr(tomat.train, "_update", stopping)
+    while stops:
+        with pytest.raises(KeyboardInterrupt):
+            train(rows, tmp_path / "run", CONFIG)
+        torch.rand(3)
+        np.random.default_rng().random()
+    train(rows, tmp_path / "run", CONFIG)
+    same_run(whole, tmp_path / "run")
+
+
+def test_a_finished_run_changes_nothing_when_started_again(rows, whole):
+    before = {p: p.read_bytes() for p in whole.rglob("*") if p.is_file()}
+    train(rows, whole, CONFIG)
+    assert {p: p.read_bytes() for p in whole.rglob("*") if p.is_file()} == before
+
+
+def test_a_run_refuses_what_is_not_its_own(rows, whole, tmp_path):
+    for other in (TrainConfig(steps=41, batch_size=2, save_every=3, warmup=5, seed=11), TrainConfig()):
+        with pytest.raises(TomatError, match="another configuration"):
+            train(rows, whole, other)
+    tokenize([a_density(9)], small("levels", size=2)[1], tmp_path / "rows", 6)
+    with pytest.raises(TomatError, match="other data"):
+        train(tmp_path / "rows", whole, CONFIG)
+
+
+def test_seeds_decide_the_bytes(rows, tmp_path):
+    weights = {}
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        checkpoint = train(rows, tmp_path / name, TrainConfig(steps=3, batch_size=2, seed=seed))
+        weights[name] = (checkpoint / "model.safetensors").read_bytes()
+    assert weights["a"] == weights["b"] != weights["c"]
+
+
+def test_the_loss_falls(whole):
+    losses = [line["loss"] for line in read_log(whole)]
+    assert len(losses) == 40 and np.mean(losses[-8:]) < np.mean(losses[:8]) - 0.2
+
+
+def test_an_epoch_holds_every_row_once():
+    for n, size in ((24, 5), (7, 3), (3, 8), (1, 2)):
+        places = np.concatenate([batch_rows(step, n, size, seed=3) for step in range(2 * n)])
+        for epoch in range(len(places) // n):
+            assert sorted(places[epoch * n:(epoch + 1) * n]) == list(range(n))
+    assert batch_rows(0, 1000, 50, 1).tolist() != batch_rows(0, 1000, 50, 2).tolist()
+
+
+def test_the_learning_rate_rises_then_falls_to_a_tenth():
+    rates = [learning_rate(step, CONFIG) for step in range(41)]
+    assert np.argmax(rates) in (4, 5) and max(rates) == CONFIG.lr and rates[40] == pytest.approx(CONFIG.lr / 10)
+    assert all(np.diff(rates[:5]) > 0) and all(np.diff(rates[5:]) < 0)
+
+
+def test_padding_does_not_change_the_loss(rows):
+    model, tokenizer = small("levels", size=2)
+    ids, counted = read_rows(rows).ids[:1], tokenizer.vocab.blocks["density"]
+    short = tomat.train.collate(ids)
+    long = torch.nn.functional.pad(short, (0, 30))
+    (one, n), (other, m) = (tomat.train.token_loss(model, batch, counted) for batch in (short, long))
+    assert n == m == 8 and one.item() == pytest.approx(other.item(), rel=1e-5)
+
+
 # A checkpoint
+
+
+def test_a_checkpoint_is_plain_transformers(whole, rows):
+    model, tokenizer = load_checkpoint(whole / "model")
+    plain, words = AutoModelForCausalLM.from_pretrained(whole / "model"), AutoTokenizer.from_pretrained(whole / "model")
+    ids = torch.tensor(read_rows(rows).ids[0])[None].long()
+    with torch.inference_mode():
+        assert torch.equal(plain(ids).logits, model(ids).logits)
+    text = " ".join(tokenizer.vocab.word(int(i)) for i in ids[0])
+    assert words(text).input_ids == ids[0].tolist() and words.decode(ids[0].tolist()) == text
+    assert len(words) == tokenizer.vocab.size and words.convert_tokens_to_ids("[DENS_START]") == tokenizer.vocab.id("DENS_START")
+    assert (words.pad_token_id, words.bos_token_id, words.eos_token_id) == (0, 1, 2)
+    facts = json.loads((whole / "model" / "tomat.json").read_text())["training"]
+    assert facts["steps"] == 40 and facts["data"] == "four" and facts["materials"] == ["m-0", "m-1", "m-2", "m-3"]
 
 
 def test_a_checkpoint_comes_back_bit_for_bit(tmp_path):
