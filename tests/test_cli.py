@@ -35,7 +35,7 @@ from tomat.tokenizer import tokenizer_from_dict
 
 NACL = Path(__file__).parent / "files" / "CHGCAR.NaCl.gz"
 TOMAT = Path(sys.executable).parent / "tomat"
-COMMANDS = ("info", "convert", "fetch", "tokenize", "verify", "sync", "fit-codec", "show-tokens",
+COMMANDS = ("info", "convert", "fetch", "tokenize", "verify", "sync", "fit-codec", "show-tokens", "runs",
             "train", "predict", "evaluate", "demo")
 ROWS = ("--patch-size", "3", "--pad-to", "0", "--patches-per-material", "4")  # small rows
 GRID = ("--grid", "4", "4", "4")
@@ -456,6 +456,15 @@ tokenize {made}/store --out {tmp}/rows --split holiday | holiday validation
 tokenize {made}/store --out {tmp}/rows --split test | test
 evaluate {made}/store --checkpoint {run}/model --out {tmp}/scores --split holiday | holiday validation
 evaluate {made}/store --checkpoint {run}/model --out {tmp}/scores --split test | test
+train --out {tmp}/run | rows DATA
+train {made}/rows | --out
+train {made}/rows --out s3://bucket/run | remote
+train {made}/rows --out {tmp}/run --schedule linear | linear
+train {made}/rows --out {tmp}/run --optimizer sgd | sgd
+train {made}/rows --out {tmp}/run --emd 2 | earth
+train {made}/rows --out {tmp}/run --val-seqs 7000 | 7000
+train {made}/rows --out {tmp}/run --device tpu | tpu
+train {made}/rows --out {tmp}/run --shard | torchrun
 """
 
 
@@ -592,8 +601,11 @@ def test_a_damaged_checkpoint_is_refused(tomat, tmp_path, made, damage, monkeypa
             is_one_sentence(tomat(*line), "model")
 
 
-@pytest.mark.parametrize("name, text", [("state.pt", None), ("state.pt", ""), ("state.pt", "Dear reader,\n"), ("state.pt", "{}"),
-                                        ("log.jsonl", "Dear reader,\n"), ("log.jsonl", "{}\n"), ("config.json", "{")])
+STATE = "states/step-00000003/state.pt"
+
+
+@pytest.mark.parametrize("name, text", [(STATE, None), (STATE, ""), (STATE, "Dear reader,\n"), (STATE, "{}"), ("config.json", "{"),
+                                        ("log.jsonl", "Dear reader,\n"), ("log.jsonl", "{}\n"), ("log.jsonl", "")])
 def test_a_damaged_run_is_refused(tomat, tmp_path, made, name, text):
     shutil.copytree(made / "run", tmp_path / "run")
     cut(tmp_path / "run" / name) if text is None else (tmp_path / "run" / name).write_text(text)
@@ -767,3 +779,39 @@ def test_output_into_a_closed_pipe_is_no_traceback(made):
     started = subprocess.Popen(line, stdout=write, stderr=subprocess.PIPE, text=True)
     os.close(write)
     assert started.communicate(timeout=60)[1] == ""
+
+
+def test_train_takes_its_options_from_variables(tomat, tmp_path, made, monkeypatch):
+    for name, value in {"STEPS": 3, "BATCH_SIZE": 2, "SEED": 5, "MODEL": "nano", "VAL_SEQS": 2, "LR": 1e-3, "SCHEDULE": "wsd",
+                        "LABEL": "rows", "RESULTS_LABEL": "first", "TOKEN_STORE": made}.items():
+        monkeypatch.setenv(f"TOMAT_{name}", str(value))
+    monkeypatch.chdir(tmp_path)
+    assert tomat("train") == Done(0, "runs/first/model\n", "")
+    said = json.loads((tmp_path / "runs/first/config.json").read_text())["config"]
+    assert [said[key] for key in ("steps", "batch_size", "seed", "val_seqs", "lr", "schedule")] == [3, 2, 5, 2, 1e-3, "wsd"]
+    assert tomat("train", "--steps", 4, "--out", "other").code == 0  # what is given wins
+    assert len((tmp_path / "other/log.jsonl").read_text().splitlines()) == 4
+    monkeypatch.setenv("TOMAT_STEPS", "many")
+    assert tomat("train").code == 2
+
+
+def test_a_dry_run_writes_nothing(tomat, tmp_path, made):
+    with nothing_changes(tmp_path, made):
+        done = tomat("train", made / "rows", "--model", "30M", "--steps", 100, "--dry-run", "--out", tmp_path / "run")
+    assert done.code == 0 and all(word in done.out for word in ("parameters", "FLOPs", "memory, all", "tokens", "hours expected"))
+
+
+def test_runs_are_listed(tomat, tmp_path, made):
+    shutil.copytree(made / "run", tmp_path / "runs/one")
+    done = tomat("runs", tmp_path / "runs")
+    assert done.code == 0 and "one" in done.out and "3/3" in done.out and (tmp_path / "runs/one/loss.png").is_file()
+    (run,) = json.loads(tomat("runs", tmp_path / "runs", "--json").out)["runs"]
+    assert run["run"] == "one" and run["model"] == "nano" and run["finished"]
+    is_one_sentence(tomat("runs", tmp_path / "nothing"), "nothing")
+
+
+def test_training_is_judged_by_free_running_predictions(tomat, tmp_path, made):
+    assert tomat("train", made / "rows", "--out", tmp_path / "run", "--steps", 2, "--batch-size", 2, "--eval-every", 1,
+                 "--judge", made / "store", "--judge-materials", 1).code == 0
+    lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert len(lines) == 2 and all(line["val"].get("nmae", 1) > 0 for line in lines)

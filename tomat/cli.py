@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['app', 'Json', 'Layout', 'PatchSize', 'CodecName', 'Target', 'Workers', 'Cores', 'info', 'convert', 'fetch',
-           'tokenize', 'verify', 'sync', 'fit_codec', 'show_tokens', 'train', 'predict', 'evaluate', 'demo', 'main']
+           'tokenize', 'verify', 'sync', 'fit_codec', 'show_tokens', 'train', 'runs', 'predict', 'evaluate', 'demo',
+           'main']
 
-# %% ../nbs/15_cli.ipynb #bc6826f7
+# %% ../nbs/15_cli.ipynb #d31e145e
 import io
 import json
 import os
+import re
 import signal
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,6 +23,7 @@ from rich.table import Table
 from .files import TomatError, is_remote
 
 if TYPE_CHECKING:
+    from tomat.plan import Judge
     from tomat.settings import DataSet
     from tomat.source import Source
     from tomat.tokenizer import Tokenizer
@@ -142,14 +145,14 @@ def _tokenizer(layout: str,
     return Tokenizer(layout, density_codec, patch_size=patch_size, pad_to=pad_to or None,
                      target=target or facts.get("target", "total"), unit=facts.get("unit", TOTAL))
 
-# %% ../nbs/15_cli.ipynb #81651162
+# %% ../nbs/15_cli.ipynb #f5cb3382
 def _part(text: str | None,  # "3/16"
           ) -> tuple[int, int] | None:
     "Which worker of how many."
     if text is None:
         return None
     i, _, n = text.partition("/")
-    if not (i.isdigit() and n.isdigit()):
+    if not re.fullmatch("[0-9]+/[0-9]+", text):
         raise TomatError(f"--worker is the number of a worker and how many there are, such as 3/16, not {text!r}.")
     return int(i), int(n)
 
@@ -324,24 +327,104 @@ def show_tokens(file: Annotated[str, typer.Argument(help="A folder of rows, one 
         raise TomatError(f"{file}, row {row}: {err}.") from err
     print(tokenizer.show(ids, full))
 
-# %% ../nbs/15_cli.ipynb #fddeeeaa
-@app.command()
-def train(data: Annotated[str, typer.Argument(help="A folder of rows.")],
-          out: Annotated[str, typer.Option(help="Folder of the run; one that stopped goes on.")],
+# %% ../nbs/15_cli.ipynb #fe64812a
+def _run_place(data: str | None,        # as given
+               out: str | None,         # as given
+               label: str,              # of a data set in the token store
+               results_label: str,      # of a run
+               ) -> tuple[str, str]:  # folder of the rows, folder of the run
+    "Where rows are and where the run goes, from names or labels."
+    from tomat.settings import setting
+    data = data or (f"{setting('token_store', 'rows').rstrip('/')}/{label}" if label else None)
+    out = out or (f"runs/{results_label}" if results_label else None)
+    if not data or not out:
+        raise TomatError("Training needs rows and a folder: give DATA or --label, and --out or --results-label.")
+    if is_remote(out):
+        raise TomatError(f"{out} is remote, and a run is kept on a disk: give a local folder and copy it with `tomat sync`.")
+    return data, out
+
+def _judge_of(store: str,      # a raw store with a validation part
+              materials: int,  # from its head
+              ) -> "Judge":
+    "Free-running NMAE of a few held-out materials."
+    from tomat import evaluate as room
+    from tomat.store import RawStore
+    found = RawStore(store)
+    trues = [found.read(id) for id in found.split("validation")[:materials]]
+    def judge(model: Any, tokenizer: "Tokenizer") -> dict[str, float]:
+        try:
+            return {"nmae": room.summary(room.evaluate(trues, model, tokenizer)[0])["mean_nmae_free_running"]}
+        except TomatError:  # a model that has hardly learnt may write a density without electrons: no score yet
+            return {}
+    return judge
+
+# %% ../nbs/15_cli.ipynb #93aed20a
+@app.command(context_settings={"auto_envvar_prefix": "TOMAT"})
+def train(data: Annotated[str | None, typer.Argument(help="A folder of rows, or see --label.")] = None,
+          out: Annotated[str | None, typer.Option(help="Folder of the run; one that stopped goes on.")] = None,
+          label: Annotated[str, typer.Option(help="Rows in the token store of settings.ini, by their label.")] = "",
+          results_label: Annotated[str, typer.Option(help="Name of the run; it goes to runs/NAME.")] = "",
           model: Annotated[str, typer.Option(help="nano, micro, 30M, 208M or 1B.")] = "nano",
           steps: Annotated[int, typer.Option(help="Weight updates.")] = 300,
-          batch_size: Annotated[int, typer.Option(help="Rows a step.")] = 8,
+          batch_size: Annotated[int, typer.Option(help="Rows a step, on all devices together.")] = 8,
           lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-3,
+          schedule: Annotated[str, typer.Option(help="cosine, constant or wsd.")] = "cosine",
+          warmup: Annotated[int, typer.Option(help="Steps until the peak.")] = 20,
+          optimizer: Annotated[str, typer.Option(help="adamw or muon.")] = "adamw",
           loss_on: Annotated[str, typer.Option(help="density: density tokens alone; all: every token.")] = "density",
+          emd: Annotated[float, typer.Option(help="Share of the earth mover's distance in the loss, 0 to 1.")] = 0.0,
           seed: Annotated[int, typer.Option(help="Of the weights and of the order of rows.")] = 0,
+          val: Annotated[str | None, typer.Option(help="A folder of held-out rows.")] = None,
+          val_seqs: Annotated[int, typer.Option(help="Held-out rows to score; without --val, of the last materials.")] = 0,
+          eval_every: Annotated[int, typer.Option(help="Steps between two evaluations.")] = 100,
+          judge: Annotated[str | None, typer.Option(help="A raw store: NMAE of validation materials, free-running.")] = None,
+          judge_materials: Annotated[int, typer.Option(help="How many of them.")] = 2,
+          save_every: Annotated[int, typer.Option(help="Steps between two saves.")] = 100,
+          rows_at_once: Annotated[int, typer.Option(help="On one device; 0: as its memory allows.")] = 0,
+          shard: Annotated[bool, typer.Option("--shard", help="Spread the weights over devices (FSDP2).")] = False,
+          device: Annotated[str, typer.Option(help="cpu or cuda; what there is, if not given.")] = "",
+          workers: Annotated[int, typer.Option(help="Processes that read rows; 0: none.")] = 0,
+          wandb: Annotated[bool, typer.Option("--wandb", help="Log at Weights & Biases too.")] = False,
+          dry: Annotated[bool, typer.Option("--dry-run", help="Say what it would take, and stop.")] = False,
           ) -> None:
     """Train a model on rows; writes OUT/model, a checkpoint for `tomat predict` and for transformers.
 
     Example: `tomat train rows/ --out run/ --model nano --steps 500`
     """
-    from tomat import train as room
-    config = room.TrainConfig(model=model, steps=steps, batch_size=batch_size, lr=lr, loss_on=loss_on, seed=seed)
-    print(room.train(data, out, config))
+    from tomat import plan, train as room
+    config = plan.TrainConfig(model, steps, batch_size, lr, warmup, schedule, optimizer, seed=seed, loss_on=loss_on, emd=emd,
+                              val_seqs=val_seqs, eval_every=eval_every)
+    setup = plan.Setup(save_every, rows_at_once=rows_at_once, device=device, shard=shard, workers=workers, wandb=wandb)
+    data, out = _run_place(data, out or ("-" if dry else None), label, results_label)
+    if dry:
+        return _tell(plan.dry_run(data, config, setup), False)
+    asked = _judge_of(judge, judge_materials) if judge else None
+    room.train(data, out, config, setup, val, asked)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{out}/model")
+
+# %% ../nbs/15_cli.ipynb #3a285250
+@app.command()
+def runs(folder: Annotated[str, typer.Argument(help="Where runs are, at any depth.")] = "runs",
+         as_json: Json = False,
+         ) -> None:
+    """List runs: model, data, steps, losses, speed; draws each one's loss into its loss.png.
+
+    Example: `tomat runs runs/`
+    """
+    from dataclasses import asdict
+    from tomat import runs as room
+    found = room.list_runs(folder)
+    for run in found:
+        room.save_picture(f"{folder}/{run.run}")
+    if as_json:
+        return _tell({"folder": folder, "runs": [asdict(run) for run in found]}, True)
+    table = Table("run", "model", "data", "steps", "tokens", "loss", "held-out", "tok/s", "MFU", box=None)
+    for run in found:
+        best = "" if run.best is None else f"{run.best:.4f}"
+        table.add_row(run.run, run.model, run.data, run.steps, f"{run.tokens:,}", f"{run.loss:.4f}", best,
+                      f"{run.tokens_per_s:,.0f}", f"{100 * run.mfu:.1f} %")
+    Console(soft_wrap=True).print(table)
 
 # %% ../nbs/15_cli.ipynb #8aaa2f26
 @app.command()
@@ -419,7 +502,7 @@ def demo(out: Annotated[str, typer.Option(help="Folder to write.")] = "demo-out"
     else:
         _print_demo(result)
 
-# %% ../nbs/15_cli.ipynb #0a4457df
+# %% ../nbs/15_cli.ipynb #2c0a2b1d
 def main() -> None:
     "Run the command line; a `TomatError` becomes one sentence and exit code 2."
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here comes from a hub
@@ -434,6 +517,9 @@ def main() -> None:
     except OSError as err:
         print(f"tomat: {err.filename or 'the system'}: {err.strerror or err}.", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("tomat: stopped.", file=sys.stderr)
+        sys.exit(130)
     except MemoryError as err:
         print(f"tomat: this needs more memory than there is: {str(err).rstrip('.') or 'a smaller grid may fit'}.", file=sys.stderr)
         sys.exit(2)
@@ -441,3 +527,7 @@ def main() -> None:
         if end.code == 130:  # how typer hands on a Ctrl-C
             print("tomat: stopped.", file=sys.stderr)
         raise
+
+# %% ../nbs/15_cli.ipynb #cc2367d2
+if __name__ == "__main__" and "__file__" in globals():
+    main()

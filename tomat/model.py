@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MODELS', 'ModelSize', 'model_size', 'n_parameters', 'flops_per_token', 'qwen3_config', 'rank_code', 'numeric_slices',
-           'make_model', 'save_checkpoint', 'load_checkpoint']
+           'make_model', 'hidden_states', 'save_checkpoint', 'load_checkpoint']
 
-# %% ../nbs/09_model.ipynb #ca1bdf7b
+# %% ../nbs/09_model.ipynb #0cd9b0d4
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from .files import TomatError, local_copy, read_json, write_aside, write_json
+from .files import TomatError, local_copy, md5_of, read_json, write_aside, write_json
 from .tokenizer import BOS, EOS, PAD, Tokenizer, Vocabulary, tokenizer_from_dict
 
 # %% ../nbs/09_model.ipynb #be66d5fb
@@ -72,16 +72,19 @@ def flops_per_token(size: ModelSize,  # the network
     "Floating-point operations to train on one token: 6·N + 12·layers·width·context, as in the published run table."
     return 6 * n_parameters(size, vocab_size) + 12 * size.layers * size.width * context
 
-# %% ../nbs/09_model.ipynb #2c72557c
+# %% ../nbs/09_model.ipynb #3fe615f0
 def qwen3_config(size: ModelSize,      # the network
                  vocab: Vocabulary,    # the ids it reads and writes
                  context: int = 8192,  # longest row, tokens
+                 causal: bool = True,  # False: every token sees the whole row
                  ) -> Qwen3Config:
     "The transformers configuration of a size."
+    more: dict[str, Any] = {} if causal else {"is_causal": False}
     return Qwen3Config(
         vocab_size=vocab.size, hidden_size=size.width, num_hidden_layers=size.layers, num_attention_heads=size.heads,
         num_key_value_heads=size.kv_heads or size.heads, head_dim=size.head_dim, intermediate_size=size.mlp,
-        max_position_embeddings=context, tie_word_embeddings=True, pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS)
+        max_position_embeddings=context, tie_word_embeddings=True, pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS,
+        **more)
 
 # %% ../nbs/09_model.ipynb #d701bdfe
 def rank_code(n: int,      # ids in a slice
@@ -101,15 +104,16 @@ def numeric_slices(vocab: Vocabulary,  # the ids
     "The slices of the vocabulary in which a higher id means a higher number."
     return [vocab.blocks["integer"], *vocab.slots("position"), *vocab.slots("density")]
 
-# %% ../nbs/09_model.ipynb #7b174eec
+# %% ../nbs/09_model.ipynb #bad4565b
 def make_model(size: ModelSize,       # the network
                vocab: Vocabulary,     # the ids it reads and writes
                seed: int = 0,         # of the initial weights
                context: int = 8192,   # longest row, tokens
                smooth: bool = True,   # numbers start as neighbours
+               causal: bool = True,   # False: the parallel variant, in which every token sees the whole row
                ) -> Qwen3ForCausalLM:
     "A fresh model; the same seed gives the same weights."
-    config = qwen3_config(size, vocab, context)
+    config = qwen3_config(size, vocab, context, causal)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen3ForCausalLM(config)
@@ -118,7 +122,15 @@ def make_model(size: ModelSize,       # the network
         embedding[ids.start:ids.stop] += config.initializer_range * rank_code(len(ids), size.width, seed=ids.start)
     return model
 
-# %% ../nbs/09_model.ipynb #c896a4f6
+# %% ../nbs/09_model.ipynb #e3c1cab5
+def hidden_states(model: Qwen3ForCausalLM,
+                  ids_BxL: torch.Tensor,  # (B, L) ids; of a parallel model all rows must be full
+                  ) -> torch.Tensor:  # (B, L, width) the last layer's vectors, after its norm
+    "What the network makes of rows, by the kernels that build no L × L matrix."
+    causal = getattr(model.config, "is_causal", True)
+    return model.model(ids_BxL, attention_mask={"full_attention": None}, use_cache=False, is_causal=causal).last_hidden_state
+
+# %% ../nbs/09_model.ipynb #16c64b37
 def _line(err: Exception,  # somebody else's
           ) -> str:
     "An error in one line without a full stop."
@@ -140,9 +152,10 @@ def save_checkpoint(model: Qwen3ForCausalLM,  # what to save
         except SafetensorError as err:
             raise TomatError(f"{path} cannot be written, free some space or choose another place: {_line(err)}.") from err
         tokenizer.save_hf(folder)
-        write_json(folder / "tomat.json", {"tokenizer": tokenizer.to_dict(), "training": training or {}})
+        written = {name: md5_of(folder / name) for name in ("config.json", "model.safetensors")}
+        write_json(folder / "tomat.json", {"tokenizer": tokenizer.to_dict(), "training": training or {}, "md5": written})
 
-# %% ../nbs/09_model.ipynb #064398ee
+# %% ../nbs/09_model.ipynb #d7b99645
 def _read_model(folder: Path,       # with config.json and model.safetensors
                 vocab: Vocabulary,  # what its ids should be
                 ) -> Qwen3ForCausalLM:
@@ -160,6 +173,15 @@ def _read_model(folder: Path,       # with config.json and model.safetensors
     model.tie_weights()
     return model
 
+def _refuse_changed(path: str | Path,      # of the checkpoint, for the sentence
+                    folder: Path,          # where it lies
+                    facts: dict[str, Any], # its tomat.json
+                    ) -> None:
+    "Raise `TomatError` where a file is not what was written."
+    for name, md5 in facts.get("md5", {}).items():
+        if not (folder / name).is_file() or md5_of(folder / name) != md5:
+            raise TomatError(f"{path}/{name} is not the file that was written with this checkpoint: copy or train it again.")
+
 def load_checkpoint(path: str | Path,  # a folder or URL that `save_checkpoint` wrote
                     ) -> tuple[Qwen3ForCausalLM, Tokenizer]:
     "Read a model, ready to predict, and its tokenizer."
@@ -167,7 +189,9 @@ def load_checkpoint(path: str | Path,  # a folder or URL that `save_checkpoint` 
         if not (folder / "tomat.json").is_file():
             raise TomatError(f"{path} is no tomat checkpoint, it has no tomat.json: give the folder that `tomat train` wrote.")
         try:
-            tokenizer = tokenizer_from_dict(read_json(folder / "tomat.json")["tokenizer"])
+            facts = read_json(folder / "tomat.json")
+            tokenizer = tokenizer_from_dict(facts["tokenizer"])
+            _refuse_changed(path, folder, facts)
             return _read_model(folder, tokenizer.vocab).eval(), tokenizer
         except (SafetensorError, StrictDataclassError, OSError, KeyError, TypeError, ValueError, RuntimeError,
                 AttributeError) as err:

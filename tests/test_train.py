@@ -1,0 +1,596 @@
+"""A run that was killed ends with the same bits; nothing that was saved is lost, or taken for what it is not."""
+
+import json
+import math
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pymatgen.core import Lattice, Structure
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import tomat.loss
+import tomat.train
+from tomat.codecs import PUBLISHED_DENSITY, fit_levels
+from tomat.density import Density
+from tomat.feed import kept_rows, pieces_of, train_and_val
+from tomat.files import TomatError
+from tomat.loss import Learner, chunked_loss, loss_sum, objective_of
+from tomat.model import MODELS, ModelSize, hidden_states, load_checkpoint, make_model, save_checkpoint
+from tomat.optim import SCHEDULES, learning_rate
+from tomat.plan import dry_run
+from tomat.rows import read_rows
+from tomat.runs import list_runs, read_log, save_picture
+from tomat.shards import tokenize
+from tomat.states import states_in
+from tomat.stream import Batches, ParquetRows
+from tomat.tokenizer import Tokenizer
+from tomat.train import Setup, TrainConfig, train
+
+SMALL = ModelSize(width=32, layers=2, heads=2, mlp=64, kv_heads=1)
+LEVELS = fit_levels(np.random.default_rng(7).lognormal(0, 2, 20_000), 64)
+TOKENIZER = Tokenizer("framed", LEVELS, patch_size=2, pad_to=None)
+CONFIG = TrainConfig(steps=40, batch_size=2, warmup=5, seed=11, val_seqs=5, eval_every=8)
+SETUP = Setup(save_every=3)
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch):
+    "One thread, so that sums come in one order; no progress bars; a model of a size for tests."
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.setenv("TOMAT_PROGRESS", "0")
+    monkeypatch.setitem(MODELS, "nano", SMALL)
+    yield
+    torch.set_num_threads(threads)
+
+
+def a_density(seed, shape=(6, 7, 8), n_atoms=2):
+    rng = np.random.default_rng(seed)
+    matrix = np.diag(rng.uniform(3, 9, 3)) + rng.uniform(-1.2, 1.2, (3, 3))
+    structure = Structure(Lattice(matrix), rng.choice(["Li", "O", "Na", "Fe"], n_atoms).tolist(), rng.random((n_atoms, 3)))
+    return Density(rng.lognormal(0, 2, shape).astype(np.float32), structure, id=f"m-{seed}")
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    "A data set of 30 short rows of five materials, of different lengths."
+    folder = tmp_path_factory.mktemp("data") / "rows"
+    tokenize([a_density(seed, n_atoms=seed + 1) for seed in range(5)], TOKENIZER, folder, 6, label="five")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(rows, tmp_path_factory):
+    "A run that nobody disturbed."
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TOMAT_PROGRESS", "0")
+        patch.setitem(MODELS, "nano", SMALL)
+        return train(rows, tmp_path_factory.mktemp("whole") / "run", CONFIG, SETUP).parent
+
+
+def timeless(run):
+    "All of a log that the clock does not decide."
+    return [{key: value for key, value in line.items() if key != "time"} for line in read_log(run)]
+
+
+def tree(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
+
+
+def same_run(one, other):
+    "The weights bit for bit, every line of the log, the best model, and the last state with the optimiser."
+    for name in ("model", "best"):
+        assert tree(one / name) == tree(other / name)
+    assert timeless(one) == timeless(other)
+    assert [s.name for s in states_in(one)] == [s.name for s in states_in(other)]
+    a, b = (torch.load(states_in(run)[-1] / "state.pt", weights_only=True) for run in (one, other))
+    assert a["facts"] == b["facts"] and a["optimizer"]["state"].keys() == b["optimizer"]["state"].keys()
+    for name, learnt in a["optimizer"]["state"].items():
+        assert all(torch.equal(learnt[key], b["optimizer"]["state"][name][key]) for key in learnt)
+
+
+PROGRAM = """
+import json, signal, sys, torch
+from tomat.model import MODELS, ModelSize
+from tomat.train import Setup, TrainConfig, train
+MODELS["nano"] = ModelSize(width=32, layers=2, heads=2, mlp=64, kv_heads=1)
+torch.set_num_threads(1)
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+data, out, config, setup = sys.argv[1:]
+train(data, out, TrainConfig(**json.loads(config)), Setup(**json.loads(setup)))
+"""
+
+
+def started(rows, out, config=CONFIG, setup=SETUP, processes=1):
+    "A run in a process of its own, or in several."
+    env = os.environ | {"TOMAT_PROGRESS": "0", "OMP_NUM_THREADS": "1"}
+    many = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
+    program = out.parent / "program.py"
+    program.write_text(PROGRAM)
+    line = [sys.executable, *many, program, rows, out, *(json.dumps(vars(part)) for part in (config, setup))]
+    return subprocess.Popen(line, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_lines(run, out, n):
+    deadline = time.monotonic() + 120
+    while not (out / "log.jsonl").exists() or (out / "log.jsonl").read_text().count("\n") < n:
+        assert run.poll() is None and time.monotonic() < deadline, run.communicate()
+        time.sleep(0.001)
+
+
+# Never lost
+
+
+LONG = replace(CONFIG, steps=160)
+
+
+@pytest.fixture(scope="module")
+def whole_long(rows, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TOMAT_PROGRESS", "0")
+        patch.setitem(MODELS, "nano", SMALL)
+        return train(rows, tmp_path_factory.mktemp("long") / "run", LONG, SETUP).parent
+
+
+def test_a_killed_run_goes_on_bit_for_bit(rows, whole_long, tmp_path):
+    out, rng = tmp_path / "run", np.random.default_rng(5)
+    run = started(rows, out, LONG)
+    wait_for_lines(run, out, int(rng.integers(5, 60)))
+    time.sleep(rng.uniform(0, 0.05))  # somewhere between two saves, or inside one
+    run.send_signal(signal.SIGKILL)
+    run.communicate()
+    assert run.returncode == -signal.SIGKILL and not (out / "model").exists()
+    train(rows, out, LONG, SETUP)
+    same_run(whole_long, out)
+
+
+def test_sigterm_saves_the_step_it_came_in(rows, whole_long, tmp_path):
+    out, setup = tmp_path / "run", replace(SETUP, save_every=1000)
+    run = started(rows, out, LONG, setup)
+    wait_for_lines(run, out, 7)
+    run.send_signal(signal.SIGTERM)
+    assert run.communicate()[0] == "" and run.returncode == 143
+    (state,), log = states_in(out), read_log(out)
+    assert 7 <= len(log) < 160 and state.name == f"step-{len(log):08}" and not list(tmp_path.rglob(".partial-*"))
+    train(rows, out, LONG, setup)
+    assert timeless(out) == timeless(whole_long) and tree(out / "model") == tree(whole_long / "model")
+
+
+@pytest.mark.parametrize("options", [{}, {"optimizer": "muon", "schedule": "wsd", "emd": 0.5, "clip": 0.5}])
+def test_a_run_stopped_anywhere_goes_on_bit_for_bit(rows, tmp_path, monkeypatch, options):
+    """Stopped at three steps, twice of them between saves; each time in a process that has drawn random numbers."""
+    config = replace(CONFIG, steps=20, **options)
+    train(rows, tmp_path / "whole", config, SETUP)
+    step, stops = tomat.train._step, [4, 9, 16]
+    def stopping(run, *args):
+        if stops and run.counters["step"] == stops[0]:
+            stops.pop(0)
+            raise KeyboardInterrupt
+        return step(run, *args)
+    monkeypatch.setattr(tomat.train, "_step", stopping)
+    while stops:
+        with pytest.raises(KeyboardInterrupt):
+            train(rows, tmp_path / "run", config, SETUP)
+        torch.rand(3)
+        np.random.default_rng().random()
+    train(rows, tmp_path / "run", config, SETUP)
+    same_run(tmp_path / "whole", tmp_path / "run")
+
+
+def test_a_finished_run_changes_nothing_when_started_again(rows, whole):
+    before = tree(whole)
+    train(rows, whole, CONFIG, SETUP)
+    assert tree(whole) == before
+
+
+def test_the_last_states_stay(whole, rows, tmp_path):
+    assert [state.name for state in states_in(whole)] == ["step-00000039", "step-00000040"]
+    train(rows, tmp_path / "run", replace(CONFIG, steps=7), Setup(save_every=2, keep=3))
+    assert [state.name for state in states_in(tmp_path / "run")] == ["step-00000004", "step-00000006", "step-00000007"]
+
+
+@contextmanager
+def limited(size):
+    "No file may grow beyond `size` bytes, as on a full disk."
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_leaves_the_state_before(rows, tmp_path, monkeypatch, whole):
+    """The disk is full from step 9 on: the state of step 6 is whole, the run goes on from it to the same numbers."""
+    step = tomat.train._step
+    def filling(run, *args):
+        if run.counters["step"] == 8:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, resource.RLIM_INFINITY))
+        return step(run, *args)
+    monkeypatch.setattr(tomat.train, "_step", filling)
+    now, words = resource.getrlimit(resource.RLIMIT_FSIZE)[0], r"step-00000006, is whole\.$"
+    with limited(now), pytest.raises(TomatError, match=words) as err:
+        train(rows, tmp_path / "run", CONFIG, SETUP)
+    assert "step-00000009" in str(err.value) and "\n" not in str(err.value)
+    monkeypatch.undo()
+    monkeypatch.setitem(MODELS, "nano", SMALL)
+    assert [s.name for s in states_in(tmp_path / "run")] == ["step-00000003", "step-00000006"]
+    assert not list(tmp_path.rglob(".partial-*"))
+    train(rows, tmp_path / "run", CONFIG, SETUP)
+    same_run(whole, tmp_path / "run")
+
+
+def test_a_full_disk_at_the_first_save_promises_nothing(rows, tmp_path):
+    with limited(60_000), pytest.raises(TomatError, match="free some space") as err:
+        train(rows, tmp_path / "run", replace(CONFIG, val_seqs=0), SETUP)
+    assert "whole" not in str(err.value) and states_in(tmp_path / "run") == []
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.7, 1.0])
+@pytest.mark.parametrize("name", ["states", "model"])
+def test_one_flipped_byte_is_refused(rows, whole, tmp_path, name, share):
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    file = states_in(run)[-1] / "state.pt" if name == "states" else run / "model/model.safetensors"
+    good = file.read_bytes()
+    place = round(share * (len(good) - 1))
+    file.write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1:])
+    with pytest.raises(TomatError, match=file.name.replace(".", r"\.")):
+        train(rows, run, CONFIG, SETUP) if name == "states" else load_checkpoint(run / "model")
+
+
+@pytest.mark.parametrize("cut, words", [
+    (lambda lines: lines[:20] + lines[21:], "line 21"),
+    (lambda lines: [*lines[:20], lines[20][:30] + "\n", *lines[21:]], "line 21"),
+    (lambda lines: lines[:20], "ends at step 20"), (lambda lines: [], "ends at step 0"), (None, "log.jsonl"),
+    (lambda lines: [*lines[:39], lines[39][:-5]], "ends at step 39"), (lambda lines: [lines[1], lines[0], *lines[2:]], "line 1")])
+def test_a_log_with_a_hole_is_noticed(rows, whole, tmp_path, cut, words):
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    log = run / "log.jsonl"
+    log.write_text("".join(cut(log.read_text().splitlines(keepends=True)))) if cut else log.unlink()
+    with pytest.raises(TomatError, match=words):
+        train(rows, run, CONFIG, SETUP)
+
+
+def test_half_a_line_after_the_last_state_is_forgotten(rows, whole, tmp_path):
+    run = tmp_path / "run"
+    train(rows, run, CONFIG, SETUP)
+    shutil.rmtree(run / "model")
+    shutil.rmtree(states_in(run)[-1])
+    log = run / "log.jsonl"
+    log.write_text(log.read_text()[:-7])
+    train(rows, run, CONFIG, SETUP)
+    assert timeless(run) == timeless(whole)
+
+
+def test_a_run_refuses_what_is_not_its_own(rows, whole, tmp_path):
+    for other in (replace(CONFIG, steps=41), replace(CONFIG, seed=12), TrainConfig()):
+        with pytest.raises(TomatError, match="another configuration"):
+            train(rows, whole, other, SETUP)
+    tokenize([a_density(9)], TOKENIZER, tmp_path / "rows", 30)
+    with pytest.raises(TomatError, match="other data"):
+        train(tmp_path / "rows", whole, replace(CONFIG, val_seqs=0), SETUP)
+    with pytest.raises(TomatError, match="other data"):
+        train(rows, whole, CONFIG, SETUP, val=tmp_path / "rows")
+
+
+@pytest.mark.parametrize("spoil, words", [
+    (lambda run: (run / "letter.txt").write_text("Dear reader"), "letter.txt"),
+    (lambda run: (run / "config.json").unlink(), "config.json"),
+    (lambda run: (run / "meta.json").write_text("{}"), "data set of rows"),
+    (lambda run: shutil.rmtree(run / "states"), "states are gone"),
+    (lambda run: (run / "config.json").write_text("{"), "config.json")])
+def test_a_folder_with_other_things_is_refused(rows, whole, tmp_path, spoil, words):
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    spoil(run)
+    before = tree(run)
+    with pytest.raises(TomatError, match=words):
+        train(rows, run, CONFIG, SETUP)
+    assert tree(run) == before
+
+
+# The same numbers, however they are come by
+
+
+@pytest.fixture(scope="module")
+def pair(rows, tmp_path_factory):
+    "Two real processes over the loopback."
+    folder = tmp_path_factory.mktemp("pair")
+    run = started(rows, folder / "run", replace(CONFIG, steps=16, batch_size=6), replace(SETUP, rows_at_once=2), processes=2)
+    said = run.communicate(timeout=180)
+    assert run.returncode == 0, said
+    return folder / "run"
+
+
+def test_two_processes_learn_what_one_does(rows, pair, tmp_path):
+    train(rows, tmp_path / "run", replace(CONFIG, steps=16, batch_size=6), SETUP)
+    one, two = read_log(tmp_path / "run"), read_log(pair)
+    for a, b in zip(one, two, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5) and a["tokens"] == b["tokens"] and a["padded"] >= b["padded"]
+        assert ("val" in a) == ("val" in b)
+        if "val" in a:
+            assert a["val"]["loss"] == pytest.approx(b["val"]["loss"], abs=1e-5)
+    ours, theirs = (load_checkpoint(run / "model")[0].state_dict() for run in (tmp_path / "run", pair))
+    assert all(torch.allclose(ours[name], theirs[name], atol=1e-4) for name in ours)
+
+
+def test_a_run_of_two_processes_can_be_finished_by_one(rows, pair, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(pair, run)
+    shutil.rmtree(states_in(run)[-1])
+    shutil.rmtree(run / "model")
+    train(rows, run, replace(CONFIG, steps=16, batch_size=6), SETUP)
+    assert [line["loss"] for line in read_log(run)] == pytest.approx([line["loss"] for line in read_log(pair)], abs=1e-5)
+
+
+def test_pieces_and_padding_change_no_more_than_rounding(rows, whole, tmp_path, monkeypatch):
+    train(rows, tmp_path / "pieces", CONFIG, replace(SETUP, rows_at_once=1))
+    monkeypatch.setattr(tomat.train._Run, "multiple", 64)
+    train(rows, tmp_path / "padded", CONFIG, SETUP)
+    for name in ("pieces", "padded"):
+        log = read_log(tmp_path / name)
+        assert [line["loss"] for line in log] == pytest.approx([line["loss"] for line in read_log(whole)], abs=1e-4)
+    assert read_log(tmp_path / "padded")[-1]["padded"] > 1.5 * read_log(tmp_path / "pieces")[-1]["padded"]
+
+
+def test_seeds_decide_the_bytes(rows, tmp_path):
+    weights = {}
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        checkpoint = train(rows, tmp_path / name, TrainConfig(steps=3, batch_size=2, seed=seed))
+        weights[name] = (checkpoint / "model.safetensors").read_bytes()
+    assert weights["a"] == weights["b"] != weights["c"]
+
+
+# It learns
+
+
+def test_the_loss_falls(whole):
+    losses = [line["loss"] for line in read_log(whole)]
+    assert len(losses) == 40 and np.mean(losses[-8:]) < np.mean(losses[:8]) - 0.1
+
+
+def test_four_rows_are_learnt_by_heart(tmp_path, monkeypatch):
+    """The real `nano`, on 4 rows of 64 voxels of noise: below 0.05 nats a voxel."""
+    monkeypatch.setitem(MODELS, "nano", ModelSize(width=128, layers=4, heads=4, mlp=512, kv_heads=1))
+    tokenize([a_density(1)], Tokenizer("framed", LEVELS, patch_size=4, pad_to=None), tmp_path / "rows", 4)
+    train(tmp_path / "rows", tmp_path / "run", TrainConfig(steps=80, batch_size=4, lr=2e-3, warmup=10))
+    losses = [line["loss"] for line in read_log(tmp_path / "run")]
+    assert losses[0] > 3.5 and max(losses[-5:]) < 0.05
+
+
+def seen_rows(monkeypatch, rows, out, config, val=None):
+    "Material and corner of every row that is learnt from, step by step."
+    step, seen = tomat.train._step, []
+    def noting(run, block, started):
+        names = run.batches.stream.names
+        seen.append([(names[m], *corner) for m, corner in zip(block.materials.tolist(), block.offsets.tolist(), strict=True)])
+        return step(run, block, started)
+    monkeypatch.setattr(tomat.train, "_step", noting)
+    train(rows, out, config, val=val)
+    return seen
+
+
+def test_an_epoch_holds_every_row_once_also_where_a_batch_holds_more(rows, tmp_path, monkeypatch):
+    for size in (5, 30, 45):
+        batches = seen_rows(monkeypatch, rows, tmp_path / str(size), TrainConfig(steps=90 // size, batch_size=size))
+        order = [row for batch in batches for row in batch]
+        every = sorted(order[:30])
+        assert len(set(every)) > 25 and all(sorted(order[30 * k:30 * (k + 1)]) == every for k in range(3))
+        assert order[:30] != order[30:60]
+
+
+def test_held_out_materials_are_not_learnt_from(rows, tmp_path, monkeypatch):
+    for val_seqs, left in ((1, 4), (6, 4), (7, 3), (24, 1)):
+        seen = seen_rows(monkeypatch, rows, tmp_path / str(val_seqs), replace(CONFIG, steps=30, val_seqs=val_seqs))
+        assert {row[0] for batch in seen for row in batch} == {f"m-{i}" for i in range(left)}
+    with pytest.raises(TomatError, match="cannot keep back 25 rows"):
+        train(rows, tmp_path / "none", replace(CONFIG, val_seqs=25))
+
+
+def test_held_out_rows_of_their_own(rows, tmp_path, monkeypatch):
+    tokenize([a_density(9)], TOKENIZER, tmp_path / "val", 3)
+    seen = seen_rows(monkeypatch, rows, tmp_path / "run", replace(CONFIG, val_seqs=0), val=tmp_path / "val")
+    assert {row[0] for batch in seen for row in batch} == {f"m-{i}" for i in range(5)}
+    assert [line["step"] for line in read_log(tmp_path / "run") if "val" in line] == [8, 16, 24, 32, 40]
+    tokenize([a_density(9)], replace(TOKENIZER, patch_size=3), tmp_path / "other", 3)
+    with pytest.raises(TomatError, match="another tokenizer"):
+        train(rows, tmp_path / "run2", CONFIG, val=tmp_path / "other")
+
+
+def test_the_best_model_is_kept_and_the_judge_is_asked(rows, tmp_path):
+    """Held-out noise: the loss rises at last, and `best` is the model of the evaluation with the lowest."""
+    asked = []
+    def judge(model, tokenizer):
+        asked.append(next(model.parameters()).detach().clone())
+        return {"nmae": 1 / len(asked)}
+    train(rows, tmp_path / "run", replace(CONFIG, lr=2e-2), SETUP, judge=judge)
+    scores = {line["step"]: line["val"] for line in read_log(tmp_path / "run") if "val" in line}
+    assert [s["nmae"] for s in scores.values()] == [1, 1 / 2, 1 / 3, 1 / 4, 1 / 5]
+    best = min(scores, key=lambda step: scores[step]["loss"])
+    model, _ = load_checkpoint(tmp_path / "run/best")
+    assert torch.equal(model.model.embed_tokens.weight, asked[list(scores).index(best)])
+    assert json.loads((tmp_path / "run/best/tomat.json").read_text())["training"]["step"] == best
+    _, judged = train_and_val(rows, CONFIG.seed, CONFIG.window, CONFIG.val_seqs, None)
+    block, _ = kept_rows(judged, CONFIG.val_seqs)
+    learner, ids = Learner(model, objective_of(TOKENIZER)), block.ids.long()
+    with torch.no_grad():
+        places = learner.places(ids)
+        assert learner(ids, places).item() / len(places) == pytest.approx(scores[best]["loss"], rel=1e-5)
+
+
+def test_a_loss_that_is_no_number_names_its_rows(rows, tmp_path, monkeypatch):
+    config = replace(CONFIG, lr=1e9, warmup=0)
+    with pytest.raises(TomatError, match=r"lower the learning rate.*bad-rows-\d+\.json") as err:
+        seen_rows(monkeypatch, rows, tmp_path / "run", config)
+    assert "\n" not in str(err.value)
+    (path,) = (tmp_path / "run").glob("bad-rows-*.json")
+    bad = json.loads(path.read_text())
+    expected = ParquetRows(rows, config.seed, config.window)
+    learn, _ = train_and_val(rows, config.seed, config.window, config.val_seqs, None)
+    block = next(batch for number, batch in enumerate(Batches(learn, 2), 1) if number == bad["step"])
+    assert [row["material"] for row in bad["rows"]] == [expected.names[m] for m in block.materials.tolist()]
+    assert [row["offset"] for row in bad["rows"]] == block.offsets.tolist()
+    assert len(read_log(tmp_path / "run")) == bad["step"] - 1
+    monkeypatch.undo()
+    monkeypatch.setitem(MODELS, "nano", SMALL)
+    if not states_in(tmp_path / "run"):
+        train(rows, tmp_path / "run", replace(CONFIG, steps=3), SETUP)  # what failed at once can be begun anew
+
+
+# Losses
+
+
+@settings(derandomize=True, deadline=None, max_examples=30)
+@given(st.integers(1, 40), st.integers(2, 30), st.integers(1, 500), st.sampled_from([0.0, 0.25, 1.0]), st.integers(0, 99))
+def test_a_loss_in_chunks_is_the_plain_loss(tokens, n_ids, at_once, emd, seed):
+    generator = torch.Generator().manual_seed(seed)
+    hidden, weight = (torch.randn(n, 8, generator=generator) for n in (tokens, n_ids))
+    target, values = torch.randint(n_ids, (tokens,), generator=generator), torch.randn(n_ids, generator=generator)
+    values_V = values if emd else None
+    found = []
+    for plain in (False, True):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(tomat.loss.LOGITS, "cpu", at_once)
+            loss = loss_sum(h @ w.T, target, emd, values_V) if plain else chunked_loss(h, w, target, emd, values_V)
+            (loss / 3).backward()
+        found.append((loss.detach(), h.grad, w.grad))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_the_distance_is_the_mean_error_of_a_draw():
+    generator = torch.Generator().manual_seed(0)
+    logits, values, target = torch.randn(1, 50, generator=generator), torch.randn(50, generator=generator), torch.tensor([7])
+    draws = torch.multinomial(logits.softmax(1)[0], 200_000, replacement=True, generator=generator)
+    assert loss_sum(logits, target, 1.0, values).item() == pytest.approx((values[draws] - values[7]).abs().mean().item(), rel=0.01)
+
+
+def test_padding_does_not_change_the_loss(rows):
+    learner, ids = Learner(make_model(SMALL, TOKENIZER.vocab), objective_of(TOKENIZER)), torch.tensor(read_rows(rows).ids[0]).long()
+    short, long = ids[None], torch.nn.functional.pad(ids[None], (0, 30))
+    assert len(learner.places(short)) == len(learner.places(long)) == 8
+    assert learner(short, learner.places(short)).item() == pytest.approx(learner(long, learner.places(long)).item(), rel=1e-5)
+
+
+def test_two_token_codecs_have_no_distance(tmp_path):
+    tokenize([a_density(1)], Tokenizer("framed", PUBLISHED_DENSITY, patch_size=2, pad_to=None), tmp_path / "rows", 4)
+    with pytest.raises(TomatError, match="one token a value"):
+        train(tmp_path / "rows", tmp_path / "run", TrainConfig(emd=0.5))
+    for loss_on in ("all", "density"):
+        train(tmp_path / "rows", tmp_path / loss_on, TrainConfig(steps=2, loss_on=loss_on))
+    assert read_log(tmp_path / "all")[0]["loss"] > read_log(tmp_path / "density")[0]["loss"]
+
+
+# Pieces of a batch, schedules, plans
+
+
+@settings(derandomize=True, deadline=None, max_examples=30)
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=9), st.integers(1, 5), st.sampled_from([1, 8, 64]))
+def test_pieces_hold_every_row_once_and_nothing_else(lengths, size, multiple):
+    from tomat.stream import Block
+    ids = torch.zeros(len(lengths), max(lengths), dtype=torch.int64)
+    for row, length in enumerate(lengths):
+        ids[row, :length] = 100 * (row + 1) + torch.arange(length)
+    n = torch.zeros(len(lengths), dtype=torch.int32)
+    pieces = pieces_of(Block(ids, torch.tensor(lengths, dtype=torch.int32), n, n, n, n), size, multiple)
+    assert len(pieces) == -(-len(lengths) // size) and all(len(piece) <= size for piece in pieces)
+    assert all((piece.shape[1] - 1) % multiple == 0 and piece.shape[1] - max(2, int((piece > 0).sum(1).max())) < multiple
+               for piece in pieces)
+    assert sorted(row[row > 0].tolist() for piece in pieces for row in piece) == sorted(row[row > 0].tolist() for row in ids)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_learning_rate_rises_then_falls_or_stays(schedule):
+    rates = [learning_rate(step, 40, 1e-3, 5, schedule) for step in range(41)]
+    assert np.argmax(rates) in (4, 5) and max(rates) == 1e-3 and all(np.diff(rates[:5]) > 0)
+    assert rates[40] == pytest.approx(1e-3 if schedule == "constant" else 1e-4)
+    assert all(np.diff(rates[5:]) <= 0) and all(rate == 1e-3 for rate in rates[5:32] if schedule != "cosine")
+
+
+@pytest.mark.parametrize("options, word", [
+    ({"model": "7T"}, "7T"), ({"schedule": "linear"}, "linear"), ({"optimizer": "sgd"}, "sgd"), ({"loss_on": "luck"}, "luck"),
+    ({"steps": 0}, "step"), ({"batch_size": 0}, "row"), ({"lr": math.nan}, "lr"), ({"lr": math.inf}, "lr"), ({"seed": -1}, "seed"),
+    ({"eval_every": 0}, "evaluation")])
+def test_wrong_options_are_refused(options, word):
+    with pytest.raises(TomatError, match=word):
+        TrainConfig(**options)
+
+
+def test_a_dry_run_writes_nothing_and_counts_right(rows, tmp_path, whole):
+    before = tree(rows)
+    facts = dry_run(rows, CONFIG, Setup(device="cpu"), mfu=0.5)
+    assert tree(rows) == before and facts["rows"] == 80 and facts["devices"] == 1
+    assert facts["parameters"] == make_model(SMALL, TOKENIZER.vocab).num_parameters()
+    assert facts["tokens"] == pytest.approx(read_log(whole)[-1]["tokens"], rel=0.15)
+    seconds = 3600 * facts["hours expected"]
+    assert facts["FLOPs"] == pytest.approx(seconds * 0.5 * 1e12 * facts["peak of a device, TFLOP/s"])
+
+
+def test_runs_are_listed_and_drawn(whole):
+    (run,) = list_runs(whole.parent)
+    assert (run.run, run.steps, run.model, run.data, run.finished) == ("run", "40/40", "nano", "five", True)
+    log = read_log(whole)
+    assert run.loss == log[-1]["loss"] and run.best == min(line["val"]["loss"] for line in log if "val" in line)
+    assert run.tokens_per_s > 0 and run.mfu > 0
+    assert save_picture(whole).read_bytes()[:4] == b"\x89PNG"
+    with pytest.raises(TomatError, match="no folder"):
+        list_runs(whole / "nothing")
+
+
+def test_weights_and_biases_offline(rows, tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    train(rows, tmp_path / "run", replace(CONFIG, steps=9), replace(SETUP, wandb=True))
+    (record,) = (tmp_path / "run/wandb").glob("offline-run-*/run-*.wandb")
+    assert b"grad_norm" in record.read_bytes() and b"val.loss" in record.read_bytes()
+
+
+# A checkpoint
+
+
+def test_a_checkpoint_is_plain_transformers(whole, rows):
+    model, tokenizer = load_checkpoint(whole / "model")
+    plain, words = AutoModelForCausalLM.from_pretrained(whole / "model"), AutoTokenizer.from_pretrained(whole / "model")
+    ids = torch.tensor(read_rows(rows).ids[0])[None].long()
+    with torch.inference_mode():
+        assert torch.equal(plain(ids).logits, model(ids).logits)
+    text = " ".join(tokenizer.vocab.word(int(i)) for i in ids[0])
+    assert words(text).input_ids == ids[0].tolist() and words.decode(ids[0].tolist()) == text
+    assert len(words) == tokenizer.vocab.size and words.convert_tokens_to_ids("[DENS_START]") == tokenizer.vocab.id("DENS_START")
+    assert (words.pad_token_id, words.bos_token_id, words.eos_token_id) == (0, 1, 2)
+    facts = json.loads((whole / "model" / "tomat.json").read_text())["training"]
+    assert facts["steps"] == 40 and facts["data"] == "five" and facts["materials"] == [f"m-{i}" for i in range(5)]
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_token_sees_what_its_network_lets_it(causal, tmp_path):
+    """Changing a token changes the places after it, and those before it only where there is no causal mask; kept on disk."""
+    save_checkpoint(make_model(SMALL, TOKENIZER.vocab, seed=3, causal=causal), TOKENIZER, tmp_path / "model")
+    model, _ = load_checkpoint(tmp_path / "model")
+    ids = torch.randint(1, TOKENIZER.vocab.size, (2, 30), generator=torch.Generator().manual_seed(0))
+    ids[1] = ids[0]
+    ids[1, 20] = 5
+    with torch.inference_mode():
+        hidden, logits = hidden_states(model, ids), model(ids).logits
+        torch.testing.assert_close(hidden @ model.lm_head.weight.T, logits, rtol=1e-4, atol=1e-5)
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+        assert torch.equal(plain(ids).logits, logits)
+    changed = (hidden[0] - hidden[1]).abs().amax(-1) > 1e-7
+    assert changed[20:].all() and changed[:20].all() == (not causal) == changed[:20].any()
