@@ -1,13 +1,14 @@
 """This training loop beside a plain transformers loop, on the same rows and the same model, in one run.
 
-    python scripts/bench_train.py STORE [--models micro] [--batch 2] [--steps 3] [--out results/train/bench.json]
+    python scripts/bench_train.py STORE [--models micro] [--batch 1] [--steps 3] [--out results/train/bench.json]
 
-On a CPU it takes `micro`, two rows a step. Where there is a CUDA device it takes 30M with 32 rows a step and 208M with 16,
+On a CPU it takes `micro`, one row a step. Where there is a CUDA device it takes 30M with 32 rows a step and 208M with 16,
 says how much memory each took beside the estimate, and compares the plain loop with as many rows as it can hold.
 Rows are framed, P = 14, two_token_9_12, padded to 8,192, made from the training part of STORE.
 The plain loop hands padded rows to `Qwen3ForCausalLM(input_ids, attention_mask, labels)` as a tutorial would: default loss and
 attention, no compiling, autocast on CUDA. Both use AdamW and clip the gradient, and learn from all tokens but PAD; a third
 line is this loop as `tomat train` runs it, with the loss on density tokens alone. Losses of the first step must agree.
+On a CPU one thread works and the clock is the process's own, so that other programs on the machine do not count.
 MFU: 6·N + 12·layers·width·context FLOPs a token, on real tokens (context: the row) and on all that the device read.
 """
 
@@ -23,11 +24,13 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any
 
 import torch
 
+import tomat.cost
+import tomat.train
 from tomat.codecs import PUBLISHED_DENSITY
 from tomat.cost import memory_estimate, peak_of, row_flops
 from tomat.files import TomatError, write_json
@@ -42,6 +45,7 @@ from tomat.train import Setup, TrainConfig, train
 
 TOKENIZER = Tokenizer("framed", PUBLISHED_DENSITY)
 CUDA = torch.cuda.is_available()
+clock = perf_counter if CUDA else process_time
 Step = dict[str, float]
 
 
@@ -53,7 +57,7 @@ def plain_steps(rows: str, config: TrainConfig, at_once: int) -> list[Step]:
     (optimizer,) = make_optimizers(model, "adamw", config.lr, config.weight_decay)
     steps: list[Step] = []
     for block in Batches(ParquetRows(rows, config.seed, config.window), config.batch_size, pad_to=TOKENIZER.pad_to):
-        start, loss = perf_counter(), 0.0
+        start, loss = clock(), 0.0
         for rows_, lengths in zip(block.ids.split(at_once), block.lengths.split(at_once), strict=True):
             ids = rows_.to(device)
             mask, labels = (ids != PAD).long(), torch.where(ids == PAD, -100, ids)
@@ -67,7 +71,7 @@ def plain_steps(rows: str, config: TrainConfig, at_once: int) -> list[Step]:
         optimizer.zero_grad()
         if CUDA:
             torch.cuda.synchronize()
-        steps.append({"loss": loss, "seconds": perf_counter() - start,
+        steps.append({"loss": loss, "seconds": clock() - start,
                       "real": int(block.lengths.sum()), "flops_real": row_flops(size, n_ids, block.lengths.tolist()),
                       "padded": block.ids.numel(), "flops_padded": row_flops(size, n_ids, [block.ids.shape[1]] * len(block.ids))})
         if len(steps) == config.steps:
@@ -109,7 +113,7 @@ def measured(work: Callable[[], list[Step]], peak: float, skip: int) -> dict[str
 def compare(name: str, rows: str, args: argparse.Namespace, peak: float) -> dict[str, Any]:
     "All loops with one model."
     size, skip = model_size(name), 2 if CUDA else 1
-    batch = args.batch or ({"30M": 32}.get(name, 16) if CUDA else 2)
+    batch = args.batch or ({"30M": 32}.get(name, 16) if CUDA else 1)
     config = TrainConfig(name, args.steps + skip, batch, lr=1e-3, warmup=1, schedule="constant", loss_on="all")
     setup = Setup(save_every=10**6, compiled=None if CUDA or not args.compile else True)
     found: dict[str, Any] = {"parameters": n_parameters(size, TOKENIZER.vocab.size), "batch": batch}
@@ -137,12 +141,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("store", help="a raw store with a part named train")
     parser.add_argument("--models", nargs="+", default=["30M", "208M"] if CUDA else ["micro"])
-    parser.add_argument("--batch", type=int, default=0, help="rows a step; 0: 2 on a CPU, 32 for 30M and 16 for others on CUDA")
+    parser.add_argument("--batch", type=int, default=0, help="rows a step; 0: 1 on a CPU, 32 for 30M and 16 for others on CUDA")
     parser.add_argument("--steps", type=int, default=20 if CUDA else 3, help="that are timed, after one (CUDA: two) that are not")
     parser.add_argument("--compile", action="store_true", help="on a CPU too, where it takes a minute first")
     parser.add_argument("--out", type=Path, default=Path("results/train/bench.json"))
     args = parser.parse_args()
     os.environ["TOMAT_PROGRESS"] = "0"
+    if not CUDA:
+        torch.set_num_threads(1)
+        for module in (tomat.cost, tomat.train):
+            vars(module)["perf_counter"] = clock
     peak, source = peak_of(torch.device("cuda" if CUDA else "cpu"))
     load = os.getloadavg()[0]
     try:

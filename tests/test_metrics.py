@@ -4,11 +4,25 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from pymatgen.core import Lattice, Structure
 
 from tomat.files import TomatError
-from tomat.metrics import METRICS, electron_error, nmae, rmse
+from tomat.metrics import (
+    METRICS,
+    atom_spheres,
+    chi_sq,
+    electron_error,
+    hellinger,
+    jensen_shannon,
+    nmae,
+    rmse,
+    sphere_error,
+    touching_radii,
+    weighted_mae,
+)
 
 quick = settings(derandomize=True, deadline=None, max_examples=100)
+DISTANCES = (chi_sq, jensen_shannon, hellinger)
 shapes = hnp.array_shapes(min_dims=3, max_dims=3, max_side=5)
 
 
@@ -17,7 +31,7 @@ def pairs(draw, low=-100.0):
     "A prediction and a truth on one small grid, the truth not zero everywhere."
     shape = draw(shapes)
     predicted, true = (draw(hnp.arrays(np.float64, shape, elements=st.floats(low, 1000, width=16))) for _ in range(2))
-    true.flat[0] = 1.0
+    true.flat[0], predicted.flat[0] = 1.0, 2.0  # each is positive somewhere
     return predicted, true
 
 
@@ -26,6 +40,7 @@ def test_hand_worked():
     assert nmae(predicted, true) == 3 / 8
     assert rmse(predicted, true) == pytest.approx(np.sqrt(3 / 4))
     assert electron_error(predicted, true) == 0.25
+    assert weighted_mae(predicted, true) == (4 + 2 + 0 + 1) / 8
     assert nmae(-true, true) == 2 and nmae(true, -true) == 2
 
 
@@ -43,6 +58,9 @@ def test_units(pair, factor):
     scaled = [factor * v for v in pair]
     assert nmae(*scaled) == pytest.approx(nmae(*pair), rel=1e-9)
     assert rmse(*scaled) == pytest.approx(factor * rmse(*pair), rel=1e-9)
+    assert weighted_mae(*scaled) == pytest.approx(factor * weighted_mae(*pair), rel=1e-9)
+    for distance in DISTANCES:
+        assert distance(*scaled) == pytest.approx(distance(*pair), rel=1e-9, abs=1e-12)
     assert electron_error(*scaled) == pytest.approx(factor * electron_error(*pair), rel=1e-9, abs=1e-9)
 
 
@@ -65,7 +83,7 @@ def test_electrons_are_bounded_by_nmae(pair):
 @given(pairs())
 def test_zero_only_for_the_truth(pair):
     predicted, true = pair
-    for metric in (nmae, rmse):
+    for metric in (nmae, rmse):  # the others forgive what lies where the true density is zero, or a factor
         assert metric(true, true) == 0 and (metric(predicted, true) > 0) == bool((predicted != true).any())
         assert isinstance(metric(predicted, true), float)
 
@@ -90,3 +108,76 @@ def test_refusals(metric):
 def test_a_true_density_of_zeros_has_no_nmae():
     with pytest.raises(TomatError, match="zero everywhere"):
         nmae(np.ones((2, 2, 2)), np.zeros((2, 2, 2)))
+
+
+def test_distances_by_hand():
+    "Two coins: (3/4, 1/4) against (1/4, 3/4)."
+    p, q = np.array([3.0, 1.0]), np.array([1.0, 3.0])
+    assert chi_sq(p, q) == pytest.approx(0.5 * 2 * 0.25 / 1)
+    assert jensen_shannon(p, q) == pytest.approx(1 - (-0.75 * np.log2(0.75) - 0.25 * np.log2(0.25)))
+    assert hellinger(p, q) == pytest.approx((np.sqrt(3) - 1) / 2)
+
+
+@quick
+@given(pairs(low=0.0))
+def test_distances_are_symmetric_bounded_and_in_topsoes_order(pair):
+    for distance in DISTANCES:
+        assert -1e-12 <= distance(*pair) <= 1 + 1e-9
+        assert distance(*pair) == pytest.approx(distance(*pair[::-1]), rel=1e-9, abs=1e-12)
+    c, j, h2 = chi_sq(*pair), jensen_shannon(*pair), hellinger(*pair) ** 2
+    assert h2 <= c * (1 + 1e-9) + 1e-15 and c <= 2 * h2 * (1 + 1e-9) + 1e-15
+    assert c / (2 * np.log(2)) <= j * (1 + 1e-9) + 1e-15 and j <= c * (1 + 1e-9) + 1e-15
+
+
+@quick
+@given(pairs(low=0.0), st.floats(0.01, 0.99))
+def test_hellinger_keeps_the_triangle_inequality(pair, share):
+    p, q = pair
+    between = share * p / p.sum() + (1 - share) * q / q.sum()
+    assert hellinger(p, q) <= hellinger(p, between) + hellinger(between, q) + 1e-9
+
+
+def test_small_differences_are_not_lost_to_rounding():
+    q = np.random.default_rng(0).random(1000) + 0.5
+    p = q * (1 + 1e-7 * np.random.default_rng(1).normal(size=1000))
+    assert jensen_shannon(p, q) == pytest.approx(chi_sq(p, q) / (2 * np.log(2)), rel=1e-3)
+    assert chi_sq(p, q) == pytest.approx(2 * hellinger(p, q) ** 2, rel=1e-3)
+
+
+def test_no_distribution():
+    with pytest.raises(TomatError, match="no distribution"):
+        chi_sq(np.zeros(3), np.ones(3))
+    with pytest.raises(TomatError, match="zero everywhere"):
+        weighted_mae(np.ones(3), np.zeros(3))
+
+
+def test_spheres_of_caesium_chloride():
+    "By hand: the nearest neighbour is half a space diagonal away, and the spheres fill π√3/8 of the cell."
+    cell = Structure.from_spacegroup("Pm-3m", Lattice.cubic(4.0), ["Cs", "Cl"], [[0, 0, 0], [0.5, 0.5, 0.5]])
+    np.testing.assert_allclose(touching_radii(cell), np.sqrt(3))
+    spheres = atom_spheres(cell, (48, 48, 48))
+    assert sum(map(len, spheres)) / 48**3 == pytest.approx(np.pi * np.sqrt(3) / 8, rel=0.01)
+    assert len(np.unique(np.concatenate(spheres))) == sum(map(len, spheres))
+    true = np.ones((48, 48, 48))
+    wrong = true.copy()
+    wrong.flat[spheres[0]] = 3.0
+    assert sphere_error(wrong, true, spheres) == pytest.approx(2 * len(spheres[0]) / 48**3 / 2)  # the other atom has no error
+
+
+@quick
+@given(st.floats(60, 120), st.floats(60, 120), st.integers(0, 2**32 - 1))
+def test_spheres_in_skewed_cells(alpha, beta, seed):
+    "Against pymatgen's search over images; a lone atom's sphere touches its own image."
+    rng = np.random.default_rng(seed)
+    cell = Structure(Lattice.from_parameters(3, 4, 5, alpha, beta, 90), ["Na"], [rng.random(3)])
+    shape = (9, 10, 11)
+    points = np.stack(np.meshgrid(*(np.arange(n) / n for n in shape), indexing="ij"), -1).reshape(-1, 3)
+    found = cell.lattice.get_points_in_sphere(points, cell.cart_coords[0], touching_radii(cell)[0] - 1e-9, zip_results=False)
+    assert set(atom_spheres(cell, shape)[0]) >= set(np.array(found[2], int))
+    assert len(atom_spheres(cell, shape)[0]) <= len(found[2]) + 2  # points on the surface itself
+    assert cell[0].distance(cell[0], jimage=None) == 0 and touching_radii(cell)[0] <= 1.5 + 1e-9
+
+
+def test_a_sphere_smaller_than_the_grid_has_its_nearest_point():
+    h2 = Structure(Lattice.cubic(8.0), ["H", "H"], [[0, 0, 0], [0.01, 0, 0]])
+    assert [len(inside) for inside in atom_spheres(h2, (8, 8, 8))] == [1, 1]

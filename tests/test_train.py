@@ -104,24 +104,29 @@ def same_run(one, other):
 
 
 PROGRAM = """
-import json, signal, sys, torch
+import json, os, signal, sys, torch
 from tomat.model import MODELS, ModelSize
 from tomat.train import Setup, TrainConfig, train
 MODELS["nano"] = ModelSize(width=32, layers=2, heads=2, mlp=64, kv_heads=1)
 torch.set_num_threads(1)
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-data, out, config, setup = sys.argv[1:]
-train(data, out, TrainConfig(**json.loads(config)), Setup(**json.loads(setup)))
+if "RANK" in os.environ:
+    torch.distributed.init_process_group("gloo")
+for job in json.loads(sys.argv[1]):
+    train(job["data"], job["out"], TrainConfig(**job["config"]), Setup(**job["setup"]))
+if "RANK" in os.environ:
+    torch.distributed.destroy_process_group()
 """
 
 
-def started(rows, out, config=CONFIG, setup=SETUP, processes=1):
-    "A run in a process of its own, or in several."
+def started(*jobs, processes=1):
+    "Runs, one after the other, in a process of their own, or in several: each (rows, out, config, setup)."
     env = os.environ | {"TOMAT_PROGRESS": "0", "OMP_NUM_THREADS": "1"}
     many = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
-    program = out.parent / "program.py"
+    program = jobs[0][1].parent / "program.py"
     program.write_text(PROGRAM)
-    line = [sys.executable, *many, program, rows, out, *(json.dumps(vars(part)) for part in (config, setup))]
+    told = [{"data": str(data), "out": str(out), "config": vars(config), "setup": vars(setup)} for data, out, config, setup in jobs]
+    line = [sys.executable, *many, program, json.dumps(told)]
     return subprocess.Popen(line, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -148,7 +153,7 @@ def whole_long(rows, tmp_path_factory):
 
 def test_a_killed_run_goes_on_bit_for_bit(rows, whole_long, tmp_path):
     out, rng = tmp_path / "run", np.random.default_rng(5)
-    run = started(rows, out, LONG)
+    run = started((rows, out, LONG, SETUP))
     wait_for_lines(run, out, int(rng.integers(5, 60)))
     time.sleep(rng.uniform(0, 0.05))  # somewhere between two saves, or inside one
     run.send_signal(signal.SIGKILL)
@@ -160,7 +165,7 @@ def test_a_killed_run_goes_on_bit_for_bit(rows, whole_long, tmp_path):
 
 def test_sigterm_saves_the_step_it_came_in(rows, whole_long, tmp_path):
     out, setup = tmp_path / "run", replace(SETUP, save_every=1000)
-    run = started(rows, out, LONG, setup)
+    run = started((rows, out, LONG, setup))
     wait_for_lines(run, out, 7)
     run.send_signal(signal.SIGTERM)
     assert run.communicate()[0] == "" and run.returncode == 143
@@ -308,35 +313,53 @@ def test_a_folder_with_other_things_is_refused(rows, whole, tmp_path, spoil, wor
 # The same numbers, however they are come by
 
 
+PAIR = replace(CONFIG, steps=16, batch_size=6)
+
+
 @pytest.fixture(scope="module")
 def pair(rows, tmp_path_factory):
-    "Two real processes over the loopback."
+    "Two real processes over the loopback: each with the whole model, then the model shared between them."
     folder = tmp_path_factory.mktemp("pair")
-    run = started(rows, folder / "run", replace(CONFIG, steps=16, batch_size=6), replace(SETUP, rows_at_once=2), processes=2)
-    said = run.communicate(timeout=180)
+    setup = replace(SETUP, rows_at_once=2)
+    run = started((rows, folder / "whole", PAIR, setup), (rows, folder / "shared", PAIR, replace(setup, shard=True)), processes=2)
+    said = run.communicate(timeout=300)
     assert run.returncode == 0, said
-    return folder / "run"
+    return folder
 
 
-def test_two_processes_learn_what_one_does(rows, pair, tmp_path):
-    train(rows, tmp_path / "run", replace(CONFIG, steps=16, batch_size=6), SETUP)
-    one, two = read_log(tmp_path / "run"), read_log(pair)
+@pytest.mark.parametrize("name", ["whole", "shared"])
+def test_two_processes_learn_what_one_does(rows, pair, tmp_path, name):
+    train(rows, tmp_path / "run", PAIR, SETUP)
+    one, two = read_log(tmp_path / "run"), read_log(pair / name)
     for a, b in zip(one, two, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-5) and a["tokens"] == b["tokens"] and a["padded"] >= b["padded"]
         assert ("val" in a) == ("val" in b)
         if "val" in a:
             assert a["val"]["loss"] == pytest.approx(b["val"]["loss"], abs=1e-5)
-    ours, theirs = (load_checkpoint(run / "model")[0].state_dict() for run in (tmp_path / "run", pair))
-    assert all(torch.allclose(ours[name], theirs[name], atol=1e-4) for name in ours)
+    for kind in ("model", "best"):
+        ours, theirs = (load_checkpoint(run / kind)[0].state_dict() for run in (tmp_path / "run", pair / name))
+        assert all(torch.allclose(ours[weight], theirs[weight], atol=1e-4) for weight in ours)
 
 
-def test_a_run_of_two_processes_can_be_finished_by_one(rows, pair, tmp_path):
+@pytest.mark.parametrize("name", ["whole", "shared"])
+def test_a_run_of_two_processes_can_be_finished_by_one(rows, pair, tmp_path, name):
     run = tmp_path / "run"
-    shutil.copytree(pair, run)
+    shutil.copytree(pair / name, run)
     shutil.rmtree(states_in(run)[-1])
     shutil.rmtree(run / "model")
-    train(rows, run, replace(CONFIG, steps=16, batch_size=6), SETUP)
-    assert [line["loss"] for line in read_log(run)] == pytest.approx([line["loss"] for line in read_log(pair)], abs=1e-5)
+    train(rows, run, PAIR, SETUP)
+    assert [line["loss"] for line in read_log(run)] == pytest.approx([line["loss"] for line in read_log(pair / name)], abs=1e-5)
+
+
+def test_processes_that_read_rows_change_nothing(rows, whole, tmp_path):
+    train(rows, tmp_path / "run", replace(CONFIG, steps=10), replace(SETUP, workers=2))
+    assert [line["tokens"] for line in read_log(tmp_path / "run")] == [line["tokens"] for line in read_log(whole)[:10]]
+
+
+def test_two_byte_numbers_change_little(rows, whole, tmp_path):
+    train(rows, tmp_path / "run", CONFIG, replace(SETUP, bf16=True))
+    ours, theirs = ([line["loss"] for line in read_log(run)] for run in (tmp_path / "run", whole))
+    assert ours == pytest.approx(theirs, abs=0.02)
 
 
 def test_pieces_and_padding_change_no_more_than_rounding(rows, whole, tmp_path, monkeypatch):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['train']
 
-# %% ../nbs/10_train.ipynb #454692dc
+# %% ../nbs/10_train.ipynb #02dc1686
 import hashlib
 import json
 import math
@@ -95,7 +95,7 @@ class _Run:
         if self.on.here.rank == 0:
             save_checkpoint(model, self.tokenizer, self.out / name, {**self.about, **self.counters})
 
-# %% ../nbs/10_train.ipynb #63f8b583
+# %% ../nbs/10_train.ipynb #9c7e84cb
 def _begin(data: str | Path,         # a folder of rows
            out: Path,                # folder of the run
            config: TrainConfig,

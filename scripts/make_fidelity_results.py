@@ -1,0 +1,77 @@
+"""Measure every scheme of tomat.schemes on every material of a store, and on density files of other programs.
+
+    python scripts/make_fidelity_results.py STORE VASP_FILE… [--out results/fidelity] [--workers N]
+
+Writes store.csv.gz and vasp.csv.gz (the sweeps, one line a material and scheme), materials.csv (what the materials are) and
+run.json (how long this start of it took).  First it fits 16,384 levels to the training part, for the density and for its
+difference to the free atoms.  Takes about eight minutes on two free cores and goes on where it was stopped.
+"""
+import argparse
+import os
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from time import perf_counter
+
+from tomat.codecs import save_levels
+from tomat.density import RHO, Density
+from tomat.fidelity import sweep
+from tomat.files import write_json, write_text
+from tomat.fit import TARGETS, fit_codec
+from tomat.formats import read_density
+from tomat.progress import n_cores
+from tomat.promolecule import with_promolecule
+from tomat.schemes import SCHEMES, Scheme, fitted_schemes
+from tomat.source import InMemory, Source
+from tomat.store import RawStore
+
+
+def with_levels(store: RawStore, ids: list[str], workers: int) -> dict[str, Scheme]:
+    "The table of schemes, and those with levels fitted to these materials."
+    schemes = dict(SCHEMES)
+    with tempfile.TemporaryDirectory() as folder:
+        for target in TARGETS:
+            prepare = with_promolecule if target == "difference" else None
+            codec, _ = fit_codec(ids, store.read, 16384, target=target, unit=RHO, prepare=prepare, workers=workers)
+            save_levels(codec, f"{folder}/{target}.npz", {"target": target, "unit": RHO, "objective": "l1"})
+            schemes |= fitted_schemes(f"{folder}/{target}.npz")
+    return schemes
+
+
+def described(density: Density, part: str) -> str:
+    "A material's line in materials.csv."
+    facts = [density.id, density.formula, part, len(density.structure), density.values.size,
+             f"{density.volume:.6g}", f"{density.n_electrons:.6g}"]
+    return ",".join(map(str, facts))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("store", help="a raw store with the parts train and validation")
+    parser.add_argument("vasp", nargs="*", help="density files of other programs")
+    parser.add_argument("--out", default="results/fidelity", help="folder to write")
+    parser.add_argument("--materials", type=int, help="only so many of the store, for a trial")
+    parser.add_argument("--workers", type=int, default=n_cores(), help="processes")
+    args = parser.parse_args()
+    store, out = RawStore(args.store), Path(args.out)
+    ids, parts = store.ids[:args.materials], {id: part for part in store.splits for id in store.split(part)}
+    others = InMemory(replace(read_density(file), id=Path(file).name) for file in args.vasp)
+    out.mkdir(parents=True, exist_ok=True)
+    start = perf_counter()
+    schemes = with_levels(store, [id for id in ids if parts.get(id) == "train"], args.workers)
+    took = {"fit": perf_counter() - start}
+    tables: list[tuple[str, Source, list[str]]] = [("store", store, ids), ("vasp", others, others.ids)]
+    for name, source, chosen in tables:
+        start = perf_counter()
+        lines = sweep(source, out / f"{name}.csv.gz", schemes, chosen, args.workers)
+        took[name] = perf_counter() - start
+        print(f"wrote {out / name}.csv.gz, {lines:,} lines")
+    describe = [described(store.read(id), parts.get(id, "")) for id in ids]
+    describe += [described(others.read(id), "vasp") for id in others.ids]
+    write_text(out / "materials.csv", "\n".join(["id,formula,part,atoms,voxels,volume,electrons", *describe]) + "\n")
+    seconds = {name: round(s) for name, s in took.items()}
+    write_json(out / "run.json", {"workers": args.workers, "seconds": seconds, "cpu_seconds": round(sum(os.times()[:4]))})
+
+
+if __name__ == "__main__":
+    main()
