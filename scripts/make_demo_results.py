@@ -2,15 +2,13 @@
 
     python scripts/make_demo_results.py
 """
-import shutil
 import tempfile
 from pathlib import Path
 
 from tomat.demo import demo
-from tomat.evaluate import slices_png
-from tomat.files import write_aside
-from tomat.model import load_checkpoint
-from tomat.predict import best_choice, predict
+from tomat.files import read_json, write_aside, write_json
+from tomat.predict import load_predictor
+from tomat.report import slices_png
 from tomat.store import sample_store
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "demo"
@@ -21,10 +19,12 @@ def main() -> None:
     store = sample_store()
     true = next(density for density in map(store.read, store.split("validation")) if density.formula == PICTURE)
     with tempfile.TemporaryDirectory() as folder:
-        files = demo(folder)["files"]
-        shutil.copy(f"{folder}/scores.json", RESULTS / "scores.json")
-        model, tokenizer = load_checkpoint(next(name for name in files if name.endswith("run/model")))
-        png = slices_png(true, predict(true.structure, true.shape, model, tokenizer, best_choice(tokenizer)))
+        demo(folder)
+        found = read_json(f"{folder}/scores.json")
+        kept = {name: found[name] for name in ("summary", "materials", "skipped", "notes")}
+        write_json(RESULTS / "scores.json", kept)
+        predictor = load_predictor(f"{folder}/parallel/model")
+        png = slices_png(true, {"parallel": predictor.predict(true.structure, true.shape)})
     with write_aside(RESULTS / "slices.png") as aside:
         aside.write_bytes(png)
     print(f"wrote {RESULTS / 'scores.json'} and {RESULTS / 'slices.png'}")

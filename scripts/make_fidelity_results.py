@@ -3,8 +3,9 @@
     python scripts/make_fidelity_results.py STORE VASP_FILE… [--out results/fidelity] [--workers N]
 
 Writes store.csv.gz and vasp.csv.gz (the sweeps, one line a material and scheme), materials.csv (what the materials are) and
-run.json (how long this start of it took).  First it fits 16,384 levels to the training part, for the density and for its
-difference to the free atoms.  Takes about eight minutes on two free cores and goes on where it was stopped.
+run.json (how long it took, and how many materials a start that was stopped had measured before).  First it fits 16,384 levels
+to the training part, for the density and for its difference to the free atoms.  Takes about eight minutes on two free cores.
+Stopped and started again, it goes on in the table where it was.
 """
 import argparse
 import os
@@ -59,18 +60,19 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     start = perf_counter()
     schemes = with_levels(store, [id for id in ids if parts.get(id) == "train"], args.workers)
-    took = {"fit": perf_counter() - start}
+    took, found = {"fit": perf_counter() - start}, {}
     tables: list[tuple[str, Source, list[str]]] = [("store", store, ids), ("vasp", others, others.ids)]
     for name, source, chosen in tables:
-        start = perf_counter()
+        start, found[name] = perf_counter(), len(list(out.glob(f"{name}.csv.gz.parts/*.csv")))
         lines = sweep(source, out / f"{name}.csv.gz", schemes, chosen, args.workers)
         took[name] = perf_counter() - start
         print(f"wrote {out / name}.csv.gz, {lines:,} lines")
     describe = [described(store.read(id), parts.get(id, "")) for id in ids]
     describe += [described(others.read(id), "vasp") for id in others.ids]
     write_text(out / "materials.csv", "\n".join(["id,formula,part,atoms,voxels,volume,electrons", *describe]) + "\n")
-    seconds = {name: round(s) for name, s in took.items()}
-    write_json(out / "run.json", {"workers": args.workers, "seconds": seconds, "cpu_seconds": round(sum(os.times()[:4]))})
+    write_json(out / "run.json", {"workers": args.workers, "seconds": {name: round(s) for name, s in took.items()},
+                                  "cpu_seconds": round(sum(os.times()[:4])), "materials": len(ids) + len(others.ids),
+                                  "measured_before": sum(found.values())})
 
 
 if __name__ == "__main__":

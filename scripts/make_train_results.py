@@ -1,33 +1,43 @@
-"""Train `nano` for one epoch on the training part of a store, once for each learning rate, and write the curves.
+"""Train `nano` on four rows, for an epoch at several learning rates, and on rows shuffled more or less; write the curves.
 
     OMP_NUM_THREADS=1 python scripts/make_train_results.py STORE --out results/train
 
-Rows are framed and hold patches of 4 voxels a side, 8 of every training material and 4 of every validation material; their
-tokens say the difference to the sum of free atoms in 256 levels fitted to the training part. The loss is on density tokens.
-sweep.csv: every step of every run, the held-out loss twelve times. Also trains on four rows alone: overfit.csv.
+overfit.csv: four rows of one material, every step.
+sweep.csv: one epoch of the training part of STORE at each learning rate, every step, the held-out loss twelve times.
+order.csv: the demo's language model on the packaged sample, with rows shuffled among some materials or among all.
+Rows of the first two are framed and hold patches of 4 voxels a side, 8 of every training material and 4 of every validation
+material; their tokens say the difference to the sum of free atoms in 256 levels fitted to the training part. The loss is on
+density tokens. One thread; `--only order` makes one file.
 """
 import argparse
 import csv
 import os
 import tempfile
 import time
-from dataclasses import asdict
+from dataclasses import replace
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from tomat.demo import DemoConfig, demo_tokenizer
 from tomat.files import write_aside
 from tomat.fit import fit_codec
+from tomat.metrics import nmae
+from tomat.predict import load_predictor
 from tomat.promolecule import with_promolecule
 from tomat.runs import read_log
 from tomat.shards import tokenize
-from tomat.store import RawStore
+from tomat.store import RawStore, sample_store
+from tomat.stream import Batches, ParquetRows
 from tomat.tokenizer import Tokenizer
 from tomat.train import Setup, TrainConfig, train
 
 RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
 BATCH, EVALUATIONS = 16, 12
+WINDOWS, SEEDS = (1024, 8192), (0, 1, 2)
 
 
 def make_rows(store: RawStore, folder: str) -> int:
@@ -56,28 +66,62 @@ def write_csv(path: Path, lines: list[dict[str, Any]]) -> None:
         writer.writerows(lines)
 
 
+def overfit(folder: str) -> list[dict[str, Any]]:
+    "A hundred and twenty steps on the same four rows."
+    config = TrainConfig(steps=120, batch_size=4, lr=2e-3)
+    train(f"{folder}/four", f"{folder}/overfit", config)
+    return curve(f"{folder}/overfit", config)
+
+
+def sweep(folder: str, n_rows: int) -> list[dict[str, Any]]:
+    "An epoch at each learning rate."
+    lines, steps = list[dict[str, Any]](), n_rows // BATCH
+    for lr in RATES:
+        config = TrainConfig(steps=steps, batch_size=BATCH, lr=lr, eval_every=steps // EVALUATIONS)
+        train(f"{folder}/train", f"{folder}/{lr}", config, Setup(save_every=steps), val=f"{folder}/val")
+        lines += curve(f"{folder}/{lr}", config)
+        print(f"peak rate {lr:g}: held-out loss {lines[-1]['val_loss']}", flush=True)
+    return lines
+
+
+def order(folder: str) -> list[dict[str, Any]]:
+    "300 steps with the demo's settings, for each window and seed: what rows were seen, and what it scored."
+    demo, store, lines = DemoConfig(threads=1), sample_store(), list[dict[str, Any]]()
+    learn, judge = ([store.read(id) for id in store.split(part)] for part in ("train", "validation"))
+    tokenizer = demo_tokenizer(learn, demo)
+    tokenize(learn, tokenizer, f"{folder}/demo", demo.patches, demo.seed, "demo")
+    tokenize(judge, tokenizer, f"{folder}/judge", 8, demo.seed, "judge")
+    for seed in SEEDS:
+        for window in WINDOWS:
+            config = replace(demo.train, steps=300, window=window, seed=seed, eval_every=300)
+            blocks = islice(Batches(ParquetRows(f"{folder}/demo", seed, window), config.batch_size), config.steps)
+            seen = {material for block in blocks for material in block.materials.tolist()}
+            start = time.process_time()
+            model = train(f"{folder}/demo", f"{folder}/{seed}-{window}", config, val=f"{folder}/judge")
+            seconds = time.process_time() - start
+            causal, last = load_predictor(model, choose=demo.choose), read_log(model.parent)[-1]
+            errors = [nmae(causal.predict(true.structure, true.shape).density.total, true.total) for true in judge]
+            lines.append({"seed": seed, "window": window, "rows": config.steps * config.batch_size, "materials": len(learn),
+                          "materials_seen": len(seen), "val_loss": f"{last['val']['loss']:.5f}",
+                          "nmae": f"{sum(errors) / len(errors):.6f}", "cpu_seconds": round(seconds)})
+            print(lines[-1], flush=True)
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("store", help="a raw store with the parts train and validation")
     parser.add_argument("--out", type=Path, default=Path("results/train"))
-    parser.add_argument("--rates", type=float, nargs="+", default=RATES)
+    parser.add_argument("--only", choices=("overfit", "sweep", "order"), nargs="+", default=("overfit", "sweep", "order"))
     args = parser.parse_args()
     os.environ["TOMAT_PROGRESS"] = "0"
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        n_rows = make_rows(RawStore(args.store), folder)
-        four = TrainConfig(steps=120, batch_size=4, lr=2e-3)
-        train(f"{folder}/four", f"{folder}/overfit", four)
-        write_csv(args.out / "overfit.csv", curve(f"{folder}/overfit", four))
-        lines: list[dict[str, Any]] = []
-        for lr in args.rates:
-            steps = n_rows // BATCH
-            config = TrainConfig(steps=steps, batch_size=BATCH, lr=lr, eval_every=steps // EVALUATIONS)
-            start = time.perf_counter()
-            train(f"{folder}/train", f"{folder}/{lr}", config, Setup(save_every=steps), val=f"{folder}/val")
-            lines += curve(f"{folder}/{lr}", config)
-            write_csv(args.out / "sweep.csv", lines)
-            print({**asdict(config), "seconds": round(time.perf_counter() - start), "val": lines[-1]["val_loss"]}, flush=True)
+        n_rows = make_rows(RawStore(args.store), folder) if set(args.only) - {"order"} else 0
+        for name, made in (("overfit", partial(overfit, folder)), ("sweep", partial(sweep, folder, n_rows)),
+                           ("order", partial(order, folder))):
+            if name in args.only:
+                write_csv(args.out / f"{name}.csv", made())
 
 
 if __name__ == "__main__":

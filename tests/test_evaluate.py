@@ -314,6 +314,18 @@ def test_what_was_scored_otherwise_is_scored_anew(store, tmp_path, monkeypatch, 
     assert [s.id for s in result.scores if s.entry == name] == store.ids
 
 
+def test_a_report_shows_the_pictures_of_its_own_run(store, tmp_path):
+    """Not those that another predictor left in the folder; and those that were not asked for before are drawn later."""
+    def shown(share, drawn):
+        calls = []
+        result = evaluate(store, store.ids, {"half": Halfway(share, calls)}, tmp_path / "out", slices_png, drawn)
+        return len(calls), result.pictures, report_html("t", result).count("<h3>")
+    assert shown(0.5, 3) == (3, store.ids, 3)
+    assert shown(0.25, 1) == (3, store.ids[:1], 1)
+    assert shown(0.25, 3) == (2, store.ids, 3)
+    assert shown(0.25, 0) == (0, [], 0) and shown(0.25, 2) == (0, ["m-1", "m-3"], 2)
+
+
 def test_what_cannot_be_scored_is_skipped_and_named(tmp_path):
     strange = replace(material(1), baseline=None, values=material(1).values * 2)
     source = InMemory([replace(strange, id="strange"), material(2)])

@@ -3,6 +3,7 @@ import csv
 import gzip
 import io
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -86,11 +87,10 @@ class Slow(Scheme):
         return as_numbers(tokens, None).reshape(shape)
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_killed_and_started_again(tmp_path, workers):
+def test_killed_and_started_again(tmp_path):
     "A kill that nothing can catch; what was done is not done again, and the table is as if nothing had happened."
     code = ("import sys; sys.path.insert(0, 'tests'); from pathlib import Path; from test_fidelity import *; "
-            f"sweep(STORE, Path({str(tmp_path / 'slow.csv')!r}), {{'slow': Slow()}}, STORE.ids[:8], workers={workers})")
+            f"sweep(STORE, Path({str(tmp_path / 'slow.csv')!r}), {{'slow': Slow()}}, STORE.ids[:8], workers=2)")
     started = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"TOMAT_PROGRESS": "0"}, start_new_session=True)
     parts, deadline = tmp_path / "slow.csv.parts", time.monotonic() + 60
     while len(list(parts.glob("[!.]*.csv"))) < 3 and time.monotonic() < deadline:
@@ -100,7 +100,7 @@ def test_killed_and_started_again(tmp_path, workers):
     done = {path: path.stat().st_mtime_ns for path in parts.glob("[!.]*.csv")}
     assert 3 <= len(done) < 8 and not (tmp_path / "slow.csv").exists()
     times = []
-    sweep(Watched(times, done), tmp_path / "slow.csv", {"slow": Slow()}, STORE.ids[:8])
+    sweep(Watched(times), tmp_path / "slow.csv", {"slow": Slow()}, STORE.ids[:8])
     sweep(STORE, tmp_path / "fresh.csv", {"slow": Slow()}, STORE.ids[:8], workers=2)
     assert len(times) == 8 - len(done)
     assert lines_of(tmp_path / "slow.csv") == lines_of(tmp_path / "fresh.csv")
@@ -110,7 +110,7 @@ def test_killed_and_started_again(tmp_path, workers):
 class Watched:
     "The sample, which tells what was read."
 
-    def __init__(self, times, done):
+    def __init__(self, times):
         self.times, self.ids, self.stamp = times, STORE.ids, STORE.stamp
 
     def split(self, name):
@@ -134,7 +134,7 @@ def test_other_schemes_and_other_densities_do_not_find_old_parts(tmp_path):
     rng = np.random.default_rng(0)
     first, second = (replace(noise(rng), id=id) for id in ("a", "b"))
     interrupted([first, second], {"x": LowWaves(0.5)})
-    assert len(list((tmp_path / "t.csv.parts").iterdir())) == 1
+    assert len(list((tmp_path / "t.csv.parts").glob("*.csv"))) == 1
     other = replace(first, values=first.values + np.float32(1))
     sweep(InMemory([other, second]), tmp_path / "t.csv", {"x": LowWaves(0.5)})
     sweep(InMemory([other, second]), tmp_path / "fresh.csv", {"x": LowWaves(0.5)})
@@ -202,6 +202,45 @@ def test_refusals(tmp_path, out, ids, words):
     with pytest.raises(TomatError, match=words) as caught:
         sweep(STORE, place, FEW, ids)
     assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
+
+
+def test_a_second_run_into_the_same_table_is_refused_and_the_first_is_not_disturbed(tmp_path):
+    code = ("import sys; sys.path.insert(0, 'tests'); from test_fidelity import *; "
+            f"sweep(STORE, {str(tmp_path / 'slow.csv')!r}, {{'slow': Slow()}}, STORE.ids[:6])")
+    first = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"TOMAT_PROGRESS": "0"})
+    deadline = time.monotonic() + 60
+    while not list((tmp_path / "slow.csv.parts").glob("[!.]*.csv")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    with pytest.raises(TomatError, match="Another run is writing") as caught:
+        sweep(STORE, tmp_path / "slow.csv", FEW, IDS)
+    assert "\n" not in str(caught.value)
+    assert first.wait() == 0 and len(lines_of(tmp_path / "slow.csv")) == 6
+    assert os.listdir(tmp_path) == ["slow.csv"]
+
+
+def test_a_full_disk_leaves_the_parts_that_fit(tmp_path):
+    "Told in one sentence; with room again the run goes on."
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(TomatError, match=r"t\.csv cannot be written, .* too large\.$"):
+            sweep(STORE, tmp_path / "t.csv", FEW, IDS)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert os.listdir(tmp_path) == ["t.csv.parts"]
+    parts = {part: part.stat().st_mtime_ns for part in (tmp_path / "t.csv.parts").glob("*.csv")}
+    assert len(parts) == len(IDS) and all(len(part.read_text().splitlines()) == len(FEW) for part in parts)
+    times = []
+    sweep(Watched(times), tmp_path / "t.csv", FEW, IDS)
+    assert not times and os.listdir(tmp_path) == ["t.csv"]
+
+
+@pytest.mark.parametrize("out", ["file/t.csv", "t.csv"])
+def test_a_run_that_cannot_begin_leaves_nothing(tmp_path, out):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(TomatError, match=r"cannot be written|workers"):
+        sweep(STORE, tmp_path / out, FEW, IDS, workers=0)
+    assert os.listdir(tmp_path) == ["file"]
 
 
 def test_another_folder_is_not_emptied(tmp_path):

@@ -207,6 +207,12 @@ def test_no_material_is_refused(crystals):
         fit_atoms([], crystals.read)
 
 
+@pytest.mark.parametrize("wrong", [{"seed": -1}, {"voxels": 0}])
+def test_wrong_numbers_are_refused(crystals, wrong):
+    with pytest.raises(TomatError, match="seed is a whole number"):
+        fit_atoms(crystals.ids, crystals.read, **wrong)
+
+
 def test_an_element_without_electrons_is_refused(parts):
     sums = add_up(parts)
     wrong = replace(sums, charge=dict.fromkeys(sums.charge, 0.0))

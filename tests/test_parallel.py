@@ -1,5 +1,6 @@
 """The parallel decoder: what must not change a density does not, and a fit repeats, resumes and learns."""
 
+import csv
 import json
 import os
 import shutil
@@ -15,12 +16,17 @@ from hypothesis import strategies as st
 from pymatgen.core import Lattice, Structure
 from safetensors.torch import load_file
 
+import tomat
 from tomat.codecs import fit_levels
 from tomat.files import TomatError
 from tomat.fit_parallel import FitConfig, fit_parallel
 from tomat.geometry import GAUSSIANS, LEVELS, STEP, harmonics, images_of, neighbours, radial_basis
-from tomat.parallel import ParallelConfig, ParallelModel, level_probabilities, load_parallel, predict_field, save_parallel
-from tomat.promolecule import promolecule
+from tomat.metrics import nmae
+from tomat.parallel import (
+    ParallelConfig, ParallelModel, balanced, level_probabilities, load_parallel, predict_field, save_parallel,
+)
+from tomat.predict import Parallel, load_predictor
+from tomat.promolecule import promolecule, valence_electrons
 from tomat.runs import read_log
 from tomat.store import sample_store
 
@@ -66,7 +72,7 @@ def test_a_point_sees_every_atom_within_reach_once(cell, seed, reach):
     structure = Structure(cell, ["Na", "Cl"], rng.uniform(-1, 2, (2, 3)))
     points = rng.random((3, 3)) @ cell.matrix
     near = neighbours(points, images_of(structure, reach))
-    for point, found in zip(points, near.vector_Px3.split(near.count_N.tolist()), strict=True):
+    for point, found in zip(points, near.vector_3xP.T.split(near.count_N.tolist()), strict=True):
         sites = structure.get_sites_in_sphere(point, reach)
         if any(abs(site.nn_distance - reach) < 1e-4 for site in sites):
             continue
@@ -77,7 +83,7 @@ def test_an_atom_does_not_see_itself_but_its_images():
     alone = Structure(Lattice.cubic(3.0), ["Na"], [[0.2, 0.9, 1.7]])
     near = neighbours(alone.frac_coords % 1 @ alone.lattice.matrix, images_of(alone, 3.5), skip_self=True)
     assert near.count_N.tolist() == [6]
-    assert np.allclose(near.vector_Px3.norm(dim=1), 3.0)
+    assert np.allclose(near.vector_3xP.norm(dim=0), 3.0)
 
 
 def test_radial_functions_have_no_step_anywhere():
@@ -93,7 +99,7 @@ def test_radial_functions_have_no_step_anywhere():
 def test_squares_of_harmonics_do_not_turn(seed):
     vectors = torch.tensor(np.random.default_rng(seed).normal(size=(10, 3))).float()
     turn = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(seed)))[0]
-    for here, there in zip(harmonics(vectors).split(LEVELS), harmonics(vectors @ turn).split(LEVELS), strict=True):
+    for here, there in zip(harmonics(vectors.T).split(LEVELS), harmonics((vectors @ turn).T).split(LEVELS), strict=True):
         assert torch.allclose((here**2).sum(0), (there**2).sum(0), atol=1e-5)
 
 
@@ -146,6 +152,29 @@ def test_a_block_at_the_edge_is_like_any_other(model, crystal):
     free = free_atoms(crystal, (20, 20, 20))
     fine, coarse = (np.stack(predict_field(model, crystal, x.shape, x)) for x in (free, free[::2, ::2, ::2]))
     assert np.abs(fine[:, ::2, ::2, ::2] - coarse).max() < 1e-4 * np.abs(coarse).max()
+
+
+def test_any_number_of_threads_gives_the_same_bits(model, crystal):
+    shape, before, fields = (20, 17, 9), torch.get_num_threads(), []
+    try:
+        for n in (1, 3):
+            torch.set_num_threads(n)
+            fields.append(field(model, crystal, shape))
+            assert torch.get_num_threads() == n
+    finally:
+        torch.set_num_threads(before)
+    assert (fields[0] == fields[1]).all()
+
+
+@settings(derandomize=True, deadline=None, max_examples=50)
+@given(st.integers(0, 2**16), st.floats(0.01, 3))
+def test_electrons_are_made_exact_and_none_is_borrowed(seed, mean):
+    total = np.random.default_rng(seed).normal(1, 1, (4, 5, 6))
+    made = balanced(total, mean)
+    assert made.mean() == pytest.approx(mean, rel=1e-9)
+    assert (made >= np.minimum(total, 0) - 1e-12).all()
+    order = np.argsort(total, axis=None)
+    assert (np.diff(made.ravel()[order]) >= -1e-12).all()
 
 
 def test_before_training_it_is_the_sum_of_free_atoms(crystal):
@@ -280,3 +309,63 @@ def test_a_fit_refuses_what_makes_no_sense(tmp_path):
     (tmp_path / "other" / "notes.txt").write_text("mine")
     with pytest.raises(TomatError, match="such as notes"):
         fit(tmp_path / "other")
+
+
+# The packaged checkpoint
+
+PACKAGED = Path(tomat.__file__).parent / "data" / "parallel"
+RESULTS = Path(__file__).parents[1] / "results" / "parallel"
+
+
+@pytest.fixture(scope="module")
+def packaged() -> Parallel:
+    made = load_predictor()
+    assert isinstance(made, Parallel)
+    return made
+
+
+def measured() -> dict[str, dict[str, str]]:
+    with open(RESULTS / "validation.csv", encoding="utf-8", newline="") as file:
+        return {row["id"]: row for row in csv.DictReader(file)}
+
+
+def test_the_card_says_what_was_measured(packaged):
+    summary, text = json.loads((RESULTS / "validation.json").read_text()), (PACKAGED / "README.md").read_text()
+    rows, facts = measured(), packaged.model.training_facts
+    assert summary["training"] == {name: facts[name] for name in summary["training"]}  # the checkpoint that was measured
+    assert summary["materials"] == len(rows) and not {*rows} & {*facts["materials"]}
+    for name, how in (("mean", np.mean), ("median", np.median), ("worst", max)):
+        score = how([float(row["nmae"]) for row in rows.values()])
+        assert score == pytest.approx(summary[f"nmae_{name}"], rel=1e-4)
+        assert f"{100 * summary[f'nmae_{name}']:.2f} %" in text
+    for said in (f"{100 * summary['free_atoms_mean']:.2f} %", f"{summary['ratio_of_means']:.3f}", summary["command"],
+                 f"{summary['training']['steps']:,} steps", "e/Å³", " ".join(facts["elements"]), *summary["rare_elements"],
+                 *(f"| {kind} | {x['materials']} | {100 * x['nmae_mean']:.2f} % |" for kind, x in summary["classes"].items())):
+        assert said in text
+
+
+def test_the_packaged_checkpoint_halves_the_error_of_materials_it_never_saw(packaged):
+    store, rows, scores = sample_store(), measured(), []
+    for id in store.split("validation"):
+        true = store.read(id)
+        made = packaged.predict(true.structure, true.shape).density
+        scores.append((nmae(made.total, true.total), nmae(promolecule(true.structure, true.shape), true.total)))
+        assert id not in packaged.model.training_facts["materials"]
+        assert scores[-1][0] == pytest.approx(float(rows[id]["nmae"]), rel=0.01)
+        assert made.n_electrons == pytest.approx(valence_electrons(true.structure), rel=1e-6)
+        assert made.values.min() > -0.01 * made.values.max()
+    ours, free = np.mean(scores, 0)
+    assert len(scores) == 8 and ours < free / 2
+
+
+def test_the_packaged_checkpoint_knows_no_origin_and_no_cell(packaged):
+    true = sample_store().read("gp-00559")
+    shape, steps = (16, 16, 16), (3, 15, 8)
+    here = packaged.predict(true.structure, shape)
+    moved, twice = true.structure.copy(), true.structure.make_supercell([1, 1, 2], in_place=False)
+    moved.translate_sites(range(len(moved)), np.divide(steps, shape))
+    for structure, grid, change in ((moved, shape, lambda x: np.roll(x, steps, (0, 1, 2))),
+                                    (twice, (16, 16, 32), lambda x: np.concatenate([x, x], 2))):
+        there = packaged.predict(structure, grid)
+        for one, other in ((there.density.rho, here.density.rho), (there.spread_xyz, here.spread_xyz)):
+            assert np.abs(one - change(other)).max() < 1e-4 * np.abs(other).max()

@@ -22,19 +22,24 @@ from pymatgen.core import Lattice, Structure
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tomat.loss
+import tomat.runs
 import tomat.train
 from tomat.codecs import PUBLISHED_DENSITY, fit_levels
+from tomat.cost import memory_estimate, rows_at_once
 from tomat.density import Density
 from tomat.feed import kept_rows, pieces_of, train_and_val
 from tomat.files import TomatError
+from tomat.fit_parallel import FitConfig, fit_parallel
 from tomat.loss import Learner, chunked_loss, loss_sum, objective_of
 from tomat.model import MODELS, ModelSize, hidden_states, load_checkpoint, make_model, save_checkpoint
 from tomat.optim import SCHEDULES, learning_rate
+from tomat.parallel import ParallelConfig
 from tomat.plan import dry_run
 from tomat.rows import read_rows
-from tomat.runs import list_runs, read_log, save_picture
+from tomat.runs import flat, list_runs, read_log, save_picture
 from tomat.shards import tokenize
 from tomat.states import states_in
+from tomat.store import sample_store
 from tomat.stream import Batches, ParquetRows
 from tomat.tokenizer import Tokenizer
 from tomat.train import Setup, TrainConfig, train
@@ -284,7 +289,7 @@ def test_half_a_line_after_the_last_state_is_forgotten(rows, whole, tmp_path):
 
 
 def test_a_run_refuses_what_is_not_its_own(rows, whole, tmp_path):
-    for other in (replace(CONFIG, steps=41), replace(CONFIG, seed=12), TrainConfig()):
+    for other in (replace(CONFIG, steps=41), replace(CONFIG, seed=12), replace(CONFIG, model="micro"), TrainConfig()):
         with pytest.raises(TomatError, match="another configuration"):
             train(rows, whole, other, SETUP)
     tokenize([a_density(9)], TOKENIZER, tmp_path / "rows", 30)
@@ -505,6 +510,19 @@ def test_the_distance_is_the_mean_error_of_a_draw():
     assert loss_sum(logits, target, 1.0, values).item() == pytest.approx((values[draws] - values[7]).abs().mean().item(), rel=0.01)
 
 
+@settings(derandomize=True, deadline=None, max_examples=30)
+@given(st.integers(1, 9), st.integers(2, 30), st.floats(0, 1), st.integers(0, 99))
+def test_a_mixture_is_shares_of_both(tokens, n_ids, emd, seed):
+    """(1 - share) · Σ -log p(true) + share · Σ p |ρ - ρ_true|, worked out in eight-byte numbers."""
+    rng = np.random.default_rng(seed)
+    logits, values, target = rng.normal(size=(tokens, n_ids)), rng.normal(size=n_ids), rng.integers(n_ids, size=tokens)
+    shares = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    surprise = -np.log(shares[np.arange(tokens), target]).sum()
+    distance = (shares * np.abs(values - values[target, None])).sum()
+    found = loss_sum(torch.from_numpy(logits), torch.from_numpy(target), emd, torch.from_numpy(values).float())
+    assert found.item() == pytest.approx((1 - emd) * surprise + emd * distance, rel=1e-5, abs=1e-5)
+
+
 def test_padding_does_not_change_the_loss(rows):
     learner, ids = Learner(make_model(SMALL, TOKENIZER.vocab), objective_of(TOKENIZER)), torch.tensor(read_rows(rows).ids[0]).long()
     short, long = ids[None], torch.nn.functional.pad(ids[None], (0, 30))
@@ -566,6 +584,45 @@ def test_a_dry_run_writes_nothing_and_counts_right(rows, tmp_path, whole):
     assert facts["FLOPs"] == pytest.approx(seconds * 0.5 * 1e12 * facts["peak of a device, TFLOP/s"])
 
 
+def test_the_batch_that_ran_out_of_memory_fits():
+    """32 rows of 8,192 places of 30M on one device of 80 GB, uncompiled, every row full; its logits alone would take 18 GB."""
+    estimate = memory_estimate(MODELS["30M"], 6792, 32, 8192, bf16=True, device="cuda")
+    assert 60e9 < estimate["all"] < 72e9 and estimate["logits"] < 1.1e9
+    assert rows_at_once(MODELS["30M"], 6792, 5568, 32, 64 << 30, True, device="cuda") == 32
+
+
+def test_a_line_says_all_that_is_promised(whole):
+    log = read_log(whole)
+    for line in log:
+        assert {"step", "loss", "lr", "grad_norm", "tokens", "padded", "flops", "time"} <= line.keys()
+        assert line["time"].keys() == {"seconds", "tokens_per_s", "padded_per_s", "mfu_real", "mfu_padded"}
+        assert 0 < line["time"]["tokens_per_s"] <= line["time"]["padded_per_s"]
+        assert 0 < line["time"]["mfu_real"] <= line["time"]["mfu_padded"] * 1.001
+    assert [line["step"] for line in log if "val" in line] == [8, 16, 24, 32, 40]
+
+
+def test_one_line_on_the_terminal_lives(rows, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tomat.runs, "silent", lambda: False)
+    train(rows, tmp_path / "run", replace(CONFIG, steps=8), SETUP)
+    said = capsys.readouterr().err
+    assert all(word in said for word in ("train", "8/8", "loss ", "held-out ", "tok/s"))
+
+
+def test_runs_of_both_kinds_stand_in_one_list(whole, tmp_path):
+    """A parallel decoder counts no FLOPs; a folder of another program is passed over."""
+    store, tiny = sample_store(), ParallelConfig(width=8, rounds=1, atom_channels=(4, 2, 2), voxel_channels=(4, 2, 2), trunk=16)
+    fit = FitConfig(model=tiny, steps=3, materials=2, voxels=20, kept=300, warmup=2, levels=16)
+    shutil.copytree(whole, tmp_path / "causal")
+    fit_parallel(store, store.split("train")[:2], tmp_path / "parallel", fit)
+    (tmp_path / "another").mkdir()
+    for name in ("config.json", "log.jsonl"):
+        (tmp_path / "another" / name).write_text('{"step": 1}\n')
+    causal, parallel = list_runs(tmp_path)
+    assert (causal.run, parallel.run, parallel.model, parallel.steps) == ("causal", "parallel", "parallel", "3/3")
+    assert causal.mfu > 0 and parallel.mfu is None and parallel.tokens_per_s > 0
+    assert save_picture(tmp_path / "parallel").read_bytes()[:4] == b"\x89PNG"
+
+
 def test_runs_are_listed_and_drawn(whole):
     (run,) = list_runs(whole.parent)
     assert (run.run, run.steps, run.model, run.data, run.finished) == ("run", "40/40", "nano", "five", True)
@@ -582,7 +639,8 @@ def test_weights_and_biases_offline(rows, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     train(rows, tmp_path / "run", replace(CONFIG, steps=9), replace(SETUP, wandb=True))
     (record,) = (tmp_path / "run/wandb").glob("offline-run-*/run-*.wandb")
-    assert b"grad_norm" in record.read_bytes() and b"val.loss" in record.read_bytes()
+    said, line = record.read_bytes(), read_log(tmp_path / "run")[-1]
+    assert all(name.encode() in said for name in flat(line)) and "val.loss" in flat(line) and "time.mfu_padded" in flat(line)
 
 
 # A checkpoint

@@ -57,14 +57,14 @@ def row_flops(size: ModelSize,
     "Floating-point operations to train on rows, each attending to itself."
     return float(sum(n * flops_per_token(size, vocab_size, n) for n in lengths))
 
-# %% ../nbs/09d_cost.ipynb #83fbbe79
+# %% ../nbs/09d_cost.ipynb #7b8af572
 def memory_estimate(size: ModelSize,
                     vocab_size: int,
                     rows: int,          # that a device holds at once
                     length: int,        # tokens of the longest
                     bf16: bool = False,  # autocast
                     optimizer: str = "adamw",  # "adamw" or "muon"
-                    shards: int = 1,    # devices that share weights, gradients and the optimiser's memory
+                    shards: int = 1,    # devices that share weights and the optimiser's memory
                     device: str = "cpu",  # for the size of a chunk of logits
                     ) -> dict[str, int]:  # bytes: weights, gradients, optimizer, activations, logits, and all
     "Memory of a step on one device, uncompiled; compiling lowers the activations."
@@ -72,7 +72,7 @@ def memory_estimate(size: ModelSize,
     inside = n - vocab_size * size.width if optimizer == "muon" else 0
     width, keys, mlp = (36, 10, 8) if bf16 else (40, 16, 16)
     layer = width * size.width + keys * size.kv_width + mlp * size.mlp
-    parts = {"weights": 4 * n // shards + (2 * n if bf16 else 0), "gradients": 4 * n // shards,
+    parts = {"weights": 4 * n // shards + (2 * n if bf16 else 0), "gradients": 4 * n,  # whole until the last piece
              "optimizer": (8 * n - 4 * inside) // shards,
              "activations": tokens * (size.layers * layer + 24 * size.width), "logits": 16 * LOGITS[device]}
     return parts | {"all": sum(parts.values())}

@@ -6,11 +6,11 @@
 __all__ = ['Entry', 'Draw', 'free_atoms', 'copied', 'codec_floor', 'teacher_forced', 'entries_of', 'score_material', 'Evaluation',
            'evaluate']
 
-# %% ../nbs/12_evaluate.ipynb #2f9dbf98
+# %% ../nbs/12_evaluate.ipynb #3b1c15ea
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -137,19 +137,20 @@ def score_material(true: Density,                             # a converged dens
             blind[entry] = prediction
     return scores, blind
 
-# %% ../nbs/12_evaluate.ipynb #adde5cfb
+# %% ../nbs/12_evaluate.ipynb #10648156
 _RULES = 1  # of scoring; another number where they change
 
 def _read_scores(path: str,          # of one material
                  setup: str,         # of this run
                  stamp: str | None,  # of the density; None: nobody knows
+                 drawn: bool,        # whether there must be a picture too
                  ) -> list[Score] | None:  # None: there are none, or they are of something else
     if stamp is None or not exists(path):
         return None
     kept = read_json(path)
-    if not isinstance(kept, dict) or (kept.get("setup"), kept.get("stamp")) != (setup, stamp):
+    if not isinstance(kept, dict) or (kept.get("setup"), kept.get("stamp")) != (setup, stamp) or drawn > kept.get("drawn", False):
         return None
-    names = {field.name for field in fields(Score)}
+    names = {part.name for part in fields(Score)}
     return [Score(**{**line, "shape": tuple(line["shape"])}) for line in kept["scores"] if set(line) == names]
 
 @dataclass(frozen=True)
@@ -159,8 +160,9 @@ class Evaluation:
     skipped: dict[str, str]     # material → why it has no scores
     setup: dict[str, Any]       # what decides them beside the densities, ready for JSON
     folder: str                 # materials/ID.json and pictures/ID.png lie in it
+    pictures: list[str] = field(default_factory=list)  # materials that are drawn there
 
-# %% ../nbs/12_evaluate.ipynb #1ef0e61b
+# %% ../nbs/12_evaluate.ipynb #ec030571
 def evaluate(source: Source,                       # of true densities
              ids: Sequence[str],                   # which of them
              predictors: Mapping[str, Predictor],  # name in the tables → predictor
@@ -176,21 +178,23 @@ def evaluate(source: Source,                       # of true densities
     pictured = {ids[i] for i in np.linspace(0, len(ids) - 1, min(drawn, len(ids))).astype(int)} if draw else set()
     scores: list[Score] = []
     skipped: dict[str, str] = {}
+    pictures: list[str] = []
     for id in track(ids, "evaluate", unit="materials"):
-        path, stamp = f"{out}/materials/{id}.json", stamp_of(id)
-        found = _read_scores(path, key, stamp)
+        path, stamp, shown = f"{out}/materials/{id}.json", stamp_of(id), id in pictured
+        found = _read_scores(path, key, stamp, shown)
         if found is None:
             try:
                 found, blind = score_material(source.read(id), entries)
             except TomatError as err:
                 skipped[id] = str(err)
                 continue
-            if draw and id in pictured:
+            if draw and shown:
                 with write_aside(f"{out}/pictures/{id}.png") as aside:
                     aside.write_bytes(draw(source.read(id), blind))
-            write_json(path, {"setup": key, "stamp": stamp, "scores": [asdict(line) for line in found]})
+            write_json(path, {"setup": key, "stamp": stamp, "drawn": shown, "scores": [asdict(line) for line in found]})
         scores += found
+        pictures += [id] * shown
     if not scores:
         why = f" {next(iter(skipped.values()))}" if skipped else " choose another part of the source."
         raise TomatError(f"There is no material to score:{why}")
-    return Evaluation(scores, skipped, setup, str(out))
+    return Evaluation(scores, skipped, setup, str(out), pictures)

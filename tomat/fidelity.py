@@ -5,13 +5,15 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'Row', 'measure', 'measure_all', 'sweep', 'read_sweep', 'summary']
 
-# %% ../nbs/08_fidelity.ipynb #7be55ff5
+# %% ../nbs/08_fidelity.ipynb #067743ac
 import csv
+import fcntl
 import gzip
 import io
 import shutil
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -102,7 +104,31 @@ def _do_one(id: str,       # of a material
         write_text(part, _text(rows))
     return part
 
-# %% ../nbs/08_fidelity.ipynb #b6f884bc
+# %% ../nbs/08_fidelity.ipynb #4c89336d
+@contextmanager
+def _alone(folder: str,  # of the parts
+           ) -> Iterator[None]:
+    "Make the folder and keep other runs out of it; one that finds nothing to keep there takes it away again."
+    refuse_strangers(folder, r"\w+\.csv|lock")
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        lock = open(f"{folder}/lock", "w")
+    except OSError as err:
+        raise TomatError(f"{folder} cannot be written, choose another place or free it: {err.strerror}.") from err
+    with lock:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not the workers', who outlive a kill by a moment
+        except (BlockingIOError, PermissionError) as err:
+            raise TomatError(f"Another run is writing into {folder}: wait for it, or give another name for the table.") from err
+        except OSError:
+            pass  # a file system without locks: two runs at once are then the user's affair
+        try:
+            yield
+        finally:
+            if not any(Path(folder).glob("*.csv")):
+                shutil.rmtree(folder, ignore_errors=True)
+
+# %% ../nbs/08_fidelity.ipynb #4ec9cc6d
 def sweep(source: Source,      # of true densities
           out: str | Path,     # .csv or .csv.gz to write
           schemes: Mapping[str, Scheme] = SCHEMES,  # name → scheme
@@ -116,15 +142,14 @@ def sweep(source: Source,      # of true densities
     if is_remote(place) or not place.endswith((".csv", ".csv.gz")):
         raise TomatError(f"{place} is no name for a table: give a local file and end it with .csv or .csv.gz.")
     folder = f"{place}.parts"
-    refuse_strangers(folder, r"\w+\.csv")
-    Path(folder).mkdir(parents=True, exist_ok=True)
     work = partial(_do_one, source=source, schemes=schemes, folder=folder, recipe=_recipe(schemes))
-    parts = list(track(in_order(work, chosen, workers), "fidelity", len(chosen), "materials"))
-    text = ",".join(COLUMNS) + "\n" + "".join(map(read_text, parts))
-    with write_aside(place) as aside:
-        data = text.encode()
-        aside.write_bytes(gzip.compress(data, mtime=0) if place.endswith(".gz") else data)
-    shutil.rmtree(folder)
+    with _alone(folder):
+        parts = list(track(in_order(work, chosen, workers), "fidelity", len(chosen), "materials"))
+        text = ",".join(COLUMNS) + "\n" + "".join(map(read_text, parts))
+        with write_aside(place) as aside:
+            data = text.encode()
+            aside.write_bytes(gzip.compress(data, mtime=0) if place.endswith(".gz") else data)
+        shutil.rmtree(folder)
     return text.count("\n") - 1
 
 # %% ../nbs/08_fidelity.ipynb #5e260837

@@ -223,7 +223,7 @@ def solve(sums: FitSums,                  # of some materials
              "electrons_unexplained": counted.off, "pulled_to": prior.name}
     return FreeAtoms(atoms, "the fitted atoms", facts)
 
-# %% ../nbs/05b_fit_atoms.ipynb #6e15a3ec
+# %% ../nbs/05b_fit_atoms.ipynb #a72d4488
 def fit_atoms(ids: Sequence[T],              # names of materials
               read: Callable[[T], Density],  # reads one of them; can be pickled where there are workers
               prior: FreeAtoms | None = None,  # where to pull; None: the packaged free atoms
@@ -235,6 +235,8 @@ def fit_atoms(ids: Sequence[T],              # names of materials
     "Read every material once and fit an atom for each element; the same for any number of workers."
     if not ids and not parts:
         raise TomatError("There is no material to fit atoms to: choose another part of the source.")
+    if seed < 0 or voxels < 1:
+        raise TomatError(f"A seed is a whole number from 0 on and voxels are 1 or more, not {seed} and {voxels}.")
     one = partial(_read_and_sum, read=read, voxels=voxels, seed=seed)
     sums = add_up([*parts, add_up(track(in_order(one, ids, workers), "fit", len(ids), "materials"))])
     return solve(sums, prior), sums

@@ -6,7 +6,7 @@
 __all__ = ['FitConfig', 'Material', 'read_material', 'Example', 'example_of', 'Batch', 'batch_of', 'loss_of', 'sampled_errors',
            'judged', 'fit_parallel']
 
-# %% ../nbs/10r_fit_parallel.ipynb #9a408d36
+# %% ../nbs/10r_fit_parallel.ipynb #4ed69f98
 import copy
 import math
 import signal
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any
 
 import numpy as np
@@ -192,10 +192,11 @@ def _fresh(config: FitConfig,
               {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0}]
     return _Fit(config, out, examples, model.train(), copy.deepcopy(model).eval(), AdamW(groups, config.lr, betas=(0.9, 0.99)))
 
-# %% ../nbs/10r_fit_parallel.ipynb #d3d18979
+# %% ../nbs/10r_fit_parallel.ipynb #c3f40764
 def _update(fit: _Fit) -> dict[str, Any]:  # a line of the log
     "One update of the weights and of their average."
-    config, started, lr = fit.config, perf_counter(), _rate(fit.step, fit.config)
+    config, lr = fit.config, _rate(fit.step, fit.config)
+    started, busy = perf_counter(), process_time()
     chosen = [fit.examples[i] for i in _chosen(fit.step, len(fit.examples), config)]
     batch = batch_of(chosen, config.voxels, np.random.default_rng([config.seed, 2, fit.step]))
     for group in fit.optimizer.param_groups:
@@ -215,10 +216,10 @@ def _update(fit: _Fit) -> dict[str, Any]:  # a line of the log
     with torch.no_grad():
         torch._foreach_lerp_(list(fit.average.parameters()), list(fit.model.parameters()), 1 - memory)
     seconds, n = perf_counter() - started, len(batch.rho_N)
-    speed = {"seconds": seconds, "tokens_per_s": n / seconds}
+    speed = {"seconds": seconds, "cpu_seconds": process_time() - busy, "tokens_per_s": n / seconds}
     return {"step": fit.step, "loss": float(nmae), "lr": lr, "grad_norm": norm, "tokens": fit.step * n, "time": speed}
 
-# %% ../nbs/10r_fit_parallel.ipynb #e683abad
+# %% ../nbs/10r_fit_parallel.ipynb #03cfef66
 @torch.inference_mode()
 def sampled_errors(model: ParallelModel,
                    example: Example,
@@ -234,13 +235,13 @@ def sampled_errors(model: ParallelModel,
 def judged(model: ParallelModel,
            examples: Sequence[Example],
            ) -> dict[str, float]:
-    "Mean and median NMAE over materials, on drawn voxels, and what the expected error lacks."
+    "Mean and median NMAE over materials, on drawn voxels, and what the expected errors lack."
     pairs = [sampled_errors(model, e) for e in examples]
     scores = [float(error.mean()) / e.material.mean for (error, _), e in zip(pairs, examples, strict=True)]
-    lacking = [float(np.log(error.mean() / width.mean())) for error, width in pairs]
-    return {"loss": float(np.mean(scores)), "median": float(np.median(scores)), "widen": math.exp(float(np.mean(lacking)))}
+    lacking = [float((error / width).mean()) for error, width in pairs]
+    return {"loss": float(np.mean(scores)), "median": float(np.median(scores)), "widen": float(np.mean(lacking))}
 
-# %% ../nbs/10r_fit_parallel.ipynb #c61e25d8
+# %% ../nbs/10r_fit_parallel.ipynb #1b3a3691
 def _facts(config: FitConfig,
            source: Source,
            ids: Sequence[str],
@@ -254,7 +255,7 @@ def _facts(config: FitConfig,
 
 def _finish(fit: _Fit,
             held_out: Sequence[Example],
-            seconds: float,  # so far
+            log: list[dict[str, Any]],  # of all steps
             widen: float,    # what expected errors are multiplied with, where no held-out materials say it
             ) -> Path:  # the checkpoint
     "Widen the expected errors, fit the codec and save the averaged weights."
@@ -265,13 +266,14 @@ def _finish(fit: _Fit,
     materials = [e.material for e in fit.examples]
     model.codec = fit_levels(np.concatenate([(m.rho_V - m.free_V)[:2000] for m in materials]), fit.config.levels, name="difference")
     elements = sorted({s for e in fit.examples for s in e.atoms.symbols}, key=lambda s: Element(s).Z)
-    training = {"elements": elements, "materials": [m.id for m in materials], "steps": fit.step, "seconds": round(seconds),
+    training = {"elements": elements, "materials": [m.id for m in materials], "steps": fit.step,
+                **{name: round(sum(line["time"][name] for line in log)) for name in ("seconds", "cpu_seconds")},
                 "threads": torch.get_num_threads(), "seed": fit.config.seed, "widen": widen,
                 "parameters": sum(p.numel() for p in model.parameters()), "held_out": scores}
     save_parallel(model, fit.out / "model", training)
     return fit.out / "model"
 
-# %% ../nbs/10r_fit_parallel.ipynb #23d639dd
+# %% ../nbs/10r_fit_parallel.ipynb #1984d61c
 def _go_on(fit: _Fit,
            before: list[dict[str, Any]],  # the log so far
            held_out: Sequence[Example],
@@ -320,4 +322,4 @@ def fit_parallel(source: Source,                # densities made with the setups
     with stoppable() as stop:
         if fit.step < config.steps:
             _go_on(fit, before, examples[len(ids):], stop, save_every)
-    return _finish(fit, examples[len(ids):], sum(line["time"]["seconds"] for line in read_log(out)), widen)
+    return _finish(fit, examples[len(ids):], read_log(out), widen)

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['BLOCK', 'ParallelConfig', 'Gather', 'Atoms', 'atoms_of', 'ParallelModel', 'level_probabilities', 'predict_field',
-           'save_parallel', 'load_parallel']
+           'balanced', 'save_parallel', 'load_parallel']
 
-# %% ../nbs/10q_parallel.ipynb #3f1c6ee6
-from collections.abc import Iterator, Sequence
+# %% ../nbs/10q_parallel.ipynb #06b64eef
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from .codecs import LevelCodec, codec_from_dict
 from .files import TomatError, local_copy, md5_of, read_json, write_aside, write_json
 from .geometry import DENSITY, N_BASIS, POTENTIAL, Neighbours, descriptor, gather, images_of, neighbours, radial_basis
-from .progress import track
+from .progress import T, track
 
 # %% ../nbs/10q_parallel.ipynb #b261e8ad
 @dataclass(frozen=True)
@@ -178,7 +179,7 @@ def level_probabilities(centre: np.ndarray,  # (...) e/Å³
     ends = np.zeros((*below.shape[:-1], 1)), np.ones((*below.shape[:-1], 1))
     return np.diff(np.concatenate([ends[0], below, ends[1]], -1))
 
-# %% ../nbs/10q_parallel.ipynb #83451ded
+# %% ../nbs/10q_parallel.ipynb #02a245ac
 BLOCK = 16  # voxels along each axis that are predicted together
 
 def _boxes(shape: Sequence[int],  # (nx, ny, nz)
@@ -194,6 +195,18 @@ def _points(box: tuple[slice, ...],  # of a grid
     axes = [np.arange(part.start, part.stop) / n for part, n in zip(box, shape, strict=True)]
     return np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 3) @ lattice
 
+def _side_by_side(work: Callable[[T], object],
+                  items: Sequence[T],
+                  ) -> Iterator[None]:
+    "Do the work, one item a thread; as many threads as PyTorch may use, each of which then uses one."
+    n = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(n, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            for _ in pool.map(work, items):
+                yield
+    finally:
+        torch.set_num_threads(n)
+
 @torch.inference_mode()
 def predict_field(model: ParallelModel,
                   structure: Structure,         # ordered sites only
@@ -208,13 +221,35 @@ def predict_field(model: ParallelModel,
     tables = model.tables(atoms_of(structure, model.config.atom_reach))
     images = images_of(structure, model.config.reach)
     centre_xyz, width_xyz = np.empty(shape, np.float32), np.empty(shape, np.float32)
-    boxes = list(_boxes(shape))
-    for box in track(boxes, "predict", unit="blocks") if show else boxes:
+
+    @torch.inference_mode()
+    def fill(box: tuple[slice, ...]) -> None:
         near = neighbours(_points(box, shape, images.lattice), images)
         free_N = torch.from_numpy(np.ascontiguousarray(baseline_xyz[box], np.float32).ravel())
         for out_xyz, values_N in zip((centre_xyz, width_xyz), model(tables, near, free_N), strict=True):
             out_xyz[box] = values_N.numpy().reshape(out_xyz[box].shape)
+
+    boxes = list(_boxes(shape))
+    filled = _side_by_side(fill, boxes)
+    for _ in track(filled, "predict", len(boxes), "blocks") if show else filled:
+        pass
     return centre_xyz, width_xyz
+
+# %% ../nbs/10q_parallel.ipynb #6ef77eda
+def balanced(total_xyz: np.ndarray,  # (nx, ny, nz) a density, in any unit
+             mean: float,            # that it should have, above 0
+             ) -> np.ndarray:  # (nx, ny, nz) float64
+    "Shift all values alike to a given mean, none that is above zero to below it."
+    assert mean > 0
+    moved_xyz, floor_xyz, shift = np.asarray(total_xyz, np.float64), np.minimum(total_xyz, 0), 0.0
+    excess = float(moved_xyz.mean()) - mean
+    if excess <= 0:
+        return moved_xyz - excess
+    while excess > 1e-10 * mean:  # Newton's method on a convex, piecewise linear function: each step falls short, the last by nothing
+        shift += excess / float((moved_xyz > floor_xyz).mean())
+        moved_xyz = np.maximum(total_xyz - shift, floor_xyz, dtype=np.float64)
+        excess = float(moved_xyz.mean()) - mean
+    return moved_xyz
 
 # %% ../nbs/10q_parallel.ipynb #9c15db09
 def save_parallel(model: ParallelModel,

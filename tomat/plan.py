@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Judge', 'TrainConfig', 'Setup', 'plan_memory', 'dry_run']
 
-# %% ../nbs/09h_plan.ipynb #129a18c1
+# %% ../nbs/09h_plan.ipynb #4e35aeca
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -90,7 +90,7 @@ def plan_memory(meta: dict[str, Any],   # of the data set
     rows = setup.rows_at_once or rows_at_once(size, n_ids, length, share, free_memory(here.device), *rest)
     return min(rows, share), memory_estimate(size, n_ids, min(rows, share), length, *rest)
 
-# %% ../nbs/09h_plan.ipynb #e68f9efa
+# %% ../nbs/09h_plan.ipynb #d4a8e2ac
 def dry_run(data: str | Path,             # a folder of rows
             config: TrainConfig,
             setup: Setup = Setup(),

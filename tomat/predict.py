@@ -6,7 +6,7 @@
 __all__ = ['CLOSEST', 'Prediction', 'Predictor', 'check_crystal', 'finished', 'fingerprint', 'Causal', 'predict', 'Parallel',
            'load_predictor']
 
-# %% ../nbs/11_predict.ipynb #ddfce324
+# %% ../nbs/11_predict.ipynb #57a30edd
 import hashlib
 from dataclasses import dataclass
 from importlib.resources import files
@@ -22,19 +22,19 @@ from .decode import best_choice, free_run
 from .density import RHO, Density, check_structure, formula_of
 from .files import TomatError, exists, read_json
 from .model import load_checkpoint
-from .parallel import ParallelModel, load_parallel, predict_field
+from .parallel import ParallelModel, balanced, load_parallel, predict_field
 from .patches import cover, stitch
 from .progress import track
 from .promolecule import promolecule, valence_electrons
 from .tokenizer import Tokenizer
 
-# %% ../nbs/11_predict.ipynb #79291d5d
+# %% ../nbs/11_predict.ipynb #a03f90ea
 @dataclass(frozen=True, eq=False)
 class Prediction:
     "A predicted density and how sure its model was."
     density: Density                     # float32, electrons
     spread_xyz: np.ndarray | None        # (nx, ny, nz) float32, expected absolute error, e/Å³; None: the model does not say
-    electrons_before: float              # what the model wrote, before the density was scaled
+    electrons_before: float              # what the model wrote, before they were made exact
     borders: tuple[np.ndarray, ...] | None = None  # per axis, the grid planes that begin a patch; None: no patches
 
 class Predictor(Protocol):
@@ -64,7 +64,7 @@ def check_crystal(structure: Structure,  # asked for
         raise TomatError(f"Atoms {a} and {b} of {formula_of(structure)} are {distance[0]:.2f} Å apart: remove one, or mend the "
                          "positions.")
 
-# %% ../nbs/11_predict.ipynb #0315fa46
+# %% ../nbs/11_predict.ipynb #121b9c19
 def finished(structure: Structure,
              total_xyz: np.ndarray,               # (nx, ny, nz) density × cell volume as the model wrote it, electrons
              spread_xyz: np.ndarray | None,       # (nx, ny, nz) expected absolute error, e/Å³
@@ -72,11 +72,12 @@ def finished(structure: Structure,
              elements: frozenset[str] | None,     # that the model has seen; None: nobody knows
              rescale: bool = True,                # to the exact number of valence electrons
              borders: tuple[np.ndarray, ...] | None = None,
+             shift: bool = False,                 # make electrons exact by one shift of all voxels, not by one factor
              ) -> Prediction:
     "The last step of every decoder: electrons made exact, and what the reader should know put into the metadata."
-    electrons = float(total_xyz.mean())
+    electrons, exact = float(total_xyz.mean()), valence_electrons(structure)
     if rescale:
-        total_xyz = total_xyz * _scale(structure, electrons, valence_electrons(structure))
+        total_xyz = balanced(total_xyz, exact) if shift else total_xyz * _scale(structure, electrons, exact)
     unseen = [] if elements is None else sorted({site.specie.symbol for site in structure} - elements)
     density = Density(total_xyz.astype(np.float32), structure, metadata={
         "made_by": made_by, "electrons_before_rescaling": electrons, "rescaled": rescale, "elements_never_seen": unseen})
@@ -189,7 +190,7 @@ def predict(structure: Structure,         # the crystal
     "The density alone, of a causal model."
     return Causal(model, tokenizer, choose, overlap, batch_size, rescale).predict(structure, shape, show).density
 
-# %% ../nbs/11_predict.ipynb #406cb30f
+# %% ../nbs/11_predict.ipynb #2e0ae693
 @dataclass(frozen=True, eq=False)
 class Parallel:
     "A network that predicts all voxels at once, as the difference to the sum of free atoms."
@@ -208,7 +209,7 @@ class Parallel:
         difference_xyz, spread_xyz = predict_field(self.model, structure, shape, known_xyz / structure.volume, show=show)
         elements = frozenset(self.model.training_facts["elements"])
         total_xyz = known_xyz + difference_xyz * structure.volume
-        return finished(structure, total_xyz, spread_xyz, "tomat, parallel", elements, self.rescale)
+        return finished(structure, total_xyz, spread_xyz, "tomat, parallel", elements, self.rescale, shift=True)
 
     def identity(self) -> dict[str, Any]:
         "Weights and settings."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Cell', 'summary', 'slices_png', 'reliability_png', 'report_html', 'scores_csv', 'write_report']
 
-# %% ../nbs/12b_report.ipynb #eb20f3ed
+# %% ../nbs/12b_report.ipynb #29c75c24
 import base64
 import csv
 import io
@@ -18,7 +18,7 @@ import numpy as np
 
 from .density import Density, plot_slice
 from .evaluate import Evaluation
-from .files import exists, local_copy, write_json, write_text
+from .files import local_copy, write_json, write_text
 from .metrics import nmae
 from .predict import Prediction
 from .scores import Score, miscalibration
@@ -146,7 +146,7 @@ def _materials(scores: Sequence[Score]) -> str:
     head = ["NMAE", *(f"{entry}{' *' if reads[entry] == 'truth' else ''}" for entry in entries)]
     return _table(head, [("", [name, *(_percent(found.get((id, entry))) for entry in entries)]) for id, name in names.items()])
 
-# %% ../nbs/12b_report.ipynb #e22012ca
+# %% ../nbs/12b_report.ipynb #ed8e0028
 _LEGEND = """NMAE over the whole grid, Σ|ρ̂ - ρ| / Σ|ρ|. Entries that read the structure alone are predictions: structure and grid
 in, density out. Those in grey italics, or with a *, read the truth and are there for comparison: the codec's floor is
 what perfect tokens would score; teacher-forced, a model guesses each voxel from the true ones before it; the copy
@@ -165,8 +165,8 @@ def report_html(title: str,
         return f'<img alt="{escape(what)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
     summaries, pictures = summary(result.scores), []
     for id, formula in {s.id: s.formula for s in result.scores}.items():
-        if exists(path := f"{result.folder}/pictures/{id}.png"):
-            with local_copy(path) as here:
+        if id in result.pictures:
+            with local_copy(f"{result.folder}/pictures/{id}.png") as here:
                 what = f"Slices of predicted and true density of {formula}"
                 pictures.append(f"<h3>{escape(formula)} ({escape(id)})</h3>{picture(here.read_bytes(), what)}")
     curve = reliability_png(summaries)

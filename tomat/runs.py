@@ -156,7 +156,7 @@ def save_picture(run: str | Path,  # folder of a run
             plot_log(log, Path(run).name).savefig(aside, format="png", dpi=100)
     return path
 
-# %% ../nbs/09g_runs.ipynb #bcd9583c
+# %% ../nbs/09g_runs.ipynb #c2135603
 @dataclass(frozen=True)
 class Summary:
     "A run in a line."
@@ -164,30 +164,37 @@ class Summary:
     model: str
     data: str              # label of the data set
     steps: str             # done/planned
-    tokens: int            # real ones, so far
-    loss: float            # of the last step
+    tokens: int            # real ones, so far; of a parallel decoder: voxels
+    loss: float | None     # of the last step
     best: float | None     # the lowest held-out loss
-    tokens_per_s: float    # the middle one over the steps
-    mfu: float             # on real tokens, the middle one
+    tokens_per_s: float | None  # the middle one over the steps
+    mfu: float | None      # on real tokens, the middle one; None: such a run does not say
     finished: bool         # whether it holds a model
 
 def _summary(folder: Path,  # of a run
              under: Path,   # where the list starts
              ) -> Summary:
     facts, log = read_json(folder / "config.json"), read_log(folder)
-    def middle(name: str) -> float:
-        values = sorted(line["time"][name] for line in log)
-        return values[len(values) // 2] if values else 0.0
+    def middle(name: str) -> float | None:
+        values = sorted(line["time"][name] for line in log if name in line.get("time", {}))
+        return values[len(values) // 2] if values else None
     held_out = [line["val"]["loss"] for line in log if "loss" in line.get("val", {})]
-    last: dict[str, Any] = log[-1] if log else {"tokens": 0, "loss": float("nan")}
+    last: dict[str, Any] = log[-1] if log else {"tokens": 0, "loss": None}
     return Summary(str(folder.relative_to(under)), facts["config"]["model"], facts["data"]["label"],
                    f"{len(log)}/{facts['config']['steps']}", last["tokens"], last["loss"],
                    min(held_out, default=None), middle("tokens_per_s"), middle("mfu_real"), (folder / "model").is_dir())
+
+def _is_run(folder: Path) -> bool:
+    "Whether a folder with a log.jsonl is a run's: other programs have such files too."
+    if not (folder / "config.json").is_file():
+        return False
+    facts = read_json(folder / "config.json")
+    return isinstance(facts, dict) and {"config", "data"} <= facts.keys()
 
 def list_runs(folder: str | Path,  # where runs are, at any depth; or a run itself
               ) -> list[Summary]:  # by name
     "The runs below a folder."
     if not Path(folder).is_dir():
         raise TomatError(f"{folder} is no folder: give the one that holds the runs.")
-    found = sorted(path.parent for path in Path(folder).rglob("log.jsonl") if (path.parent / "config.json").is_file())
+    found = sorted(path.parent for path in Path(folder).rglob("log.jsonl") if _is_run(path.parent))
     return [_summary(run, Path(folder)) for run in found]
