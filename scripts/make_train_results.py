@@ -3,7 +3,8 @@
     OMP_NUM_THREADS=1 python scripts/make_train_results.py STORE --out results/train
 
 overfit.csv: four rows of one material, every step.
-sweep.csv: one epoch of the training part of STORE at each learning rate, every step, the held-out loss twelve times.
+sweep.csv: one epoch of the training part of STORE at each learning rate with two seeds, every step, the held-out loss
+twelve times.
 order.csv: the demo's language model on the packaged sample, with rows shuffled among some materials or among all.
 Rows of the first two are framed and hold patches of 4 voxels a side, 8 of every training material and 4 of every validation
 material; their tokens say the difference to the sum of free atoms in 256 levels fitted to the training part. The loss is on
@@ -16,7 +17,7 @@ import tempfile
 import time
 from dataclasses import replace
 from functools import partial
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from tomat.train import Setup, TrainConfig, train
 
 RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
 BATCH, EVALUATIONS = 16, 12
+SWEEP_SEEDS = (0, 1)
 WINDOWS, SEEDS = (1024, 8192), (0, 1, 2)
 
 
@@ -53,7 +55,7 @@ def make_rows(store: RawStore, folder: str) -> int:
 
 def curve(run: str, config: TrainConfig) -> list[dict[str, Any]]:
     "The log of a run as lines of a table."
-    return [{"optimizer": config.optimizer, "lr_peak": config.lr, "step": line["step"], "tokens": line["tokens"],
+    return [{"seed": config.seed, "lr_peak": config.lr, "step": line["step"], "tokens": line["tokens"],
              "lr": f"{line['lr']:.6g}", "loss": f"{line['loss']:.5f}", "grad_norm": f"{line['grad_norm']:.4f}",
              "val_loss": f"{line['val']['loss']:.5f}" if "val" in line else "", "seconds": f"{line['time']['seconds']:.3f}"}
             for line in read_log(run)]
@@ -74,13 +76,13 @@ def overfit(folder: str) -> list[dict[str, Any]]:
 
 
 def sweep(folder: str, n_rows: int) -> list[dict[str, Any]]:
-    "An epoch at each learning rate."
+    "An epoch at each learning rate, with each seed."
     lines, steps = list[dict[str, Any]](), n_rows // BATCH
-    for lr in RATES:
-        config = TrainConfig(steps=steps, batch_size=BATCH, lr=lr, eval_every=steps // EVALUATIONS)
-        train(f"{folder}/train", f"{folder}/{lr}", config, Setup(save_every=steps), val=f"{folder}/val")
-        lines += curve(f"{folder}/{lr}", config)
-        print(f"peak rate {lr:g}: held-out loss {lines[-1]['val_loss']}", flush=True)
+    for seed, lr in product(SWEEP_SEEDS, RATES):
+        config = TrainConfig(steps=steps, batch_size=BATCH, lr=lr, seed=seed, eval_every=steps // EVALUATIONS)
+        train(f"{folder}/train", f"{folder}/{seed}-{lr}", config, Setup(save_every=steps), val=f"{folder}/val")
+        lines += curve(f"{folder}/{seed}-{lr}", config)
+        print(f"seed {seed}, peak rate {lr:g}: held-out loss {lines[-1]['val_loss']}", flush=True)
     return lines
 
 

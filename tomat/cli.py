@@ -366,13 +366,13 @@ def show_tokens(file: Annotated[str, typer.Argument(help="A folder of rows, one 
         raise TomatError(f"{file}, row {row}: {err}.") from err
     print(tokenizer.show(ids, full))
 
-# %% ../nbs/15_cli.ipynb #65336635
+# %% ../nbs/15_cli.ipynb #36417f4e
 @app.command()
 def fidelity(source: Annotated[str, typer.Argument(help="A raw store, a folder of CHGCARs, one density file, or mp-ids.")],
              out: Annotated[str, typer.Option(help="Table to write, .csv or .csv.gz.")],
              split: Annotated[str, typer.Option(help="Part of the store: train, validation, all.")] = "all",
              materials: Annotated[int | None, typer.Option(help="How many, from the head of the part.")] = None,
-             levels: Annotated[list[str] | None, typer.Option(help="An .npz of fitted levels to measure too; may be repeated.")] = None,
+             levels: Annotated[list[str] | None, typer.Option(help="An .npz of fitted levels too; may be repeated.")] = None,
              only: Annotated[str, typer.Option(help="Only schemes whose name begins so, such as 'Δ table'.")] = "",
              workers: Workers = None,
              as_json: Json = False,
