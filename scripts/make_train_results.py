@@ -28,7 +28,7 @@ from tomat.files import write_aside
 from tomat.fit import fit_codec
 from tomat.metrics import nmae
 from tomat.predict import load_predictor
-from tomat.promolecule import with_promolecule
+from tomat.promolecule import promolecule, with_promolecule
 from tomat.runs import read_log
 from tomat.shards import tokenize
 from tomat.store import RawStore, sample_store
@@ -90,6 +90,7 @@ def order(folder: str) -> list[dict[str, Any]]:
     "300 steps with the demo's settings, for each window and seed: what rows were seen, and what it scored."
     demo, store, lines = DemoConfig(threads=1), sample_store(), list[dict[str, Any]]()
     learn, judge = ([store.read(id) for id in store.split(part)] for part in ("train", "validation"))
+    free = [nmae(promolecule(true.structure, true.shape), true.total) for true in judge]
     tokenizer = demo_tokenizer(learn, demo)
     tokenize(learn, tokenizer, f"{folder}/demo", demo.patches, demo.seed, "demo")
     tokenize(judge, tokenizer, f"{folder}/judge", 8, demo.seed, "judge")
@@ -105,7 +106,8 @@ def order(folder: str) -> list[dict[str, Any]]:
             errors = [nmae(causal.predict(true.structure, true.shape).density.total, true.total) for true in judge]
             lines.append({"seed": seed, "window": window, "rows": config.steps * config.batch_size, "materials": len(learn),
                           "materials_seen": len(seen), "val_loss": f"{last['val']['loss']:.5f}",
-                          "nmae": f"{sum(errors) / len(errors):.6f}", "cpu_seconds": round(seconds)})
+                          "nmae": f"{sum(errors) / len(errors):.6f}", "nmae_free_atoms": f"{sum(free) / len(free):.6f}",
+                          "cpu_seconds": round(seconds)})
             print(lines[-1], flush=True)
     return lines
 

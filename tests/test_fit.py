@@ -277,7 +277,7 @@ def test_perfect_tokens_predict_the_density_in_either_unit(monkeypatch, target, 
     codec = fit_histogram(Histogram.of(field_of(density, target, unit), target, unit), 40)
     tokenizer = Tokenizer("framed", codec, patch_size=4, pad_to=None, target=target, unit=unit)
     ids = tokenizer.encode(density, tomat.predict.cover(density.shape, 4))[0]
-    monkeypatch.setattr(tomat.predict, "free_run", lambda model, tok, prompts, choose: iter(ids[:, prompts.shape[1]:-2].T))
+    monkeypatch.setattr("tomat.decode.free_run", lambda model, tok, prompts, choose: iter(ids[:, prompts.shape[1]:-2].T))
     model = make_model(MODELS["nano"], tokenizer.vocab)
     (score,), (prediction,) = evaluate([density], model, tokenizer, rescale=False)
     assert prediction.units == TOTAL and 0 < score.nmae_codec_floor < 0.05

@@ -285,7 +285,7 @@ def test_a_prediction_without_electrons_is_refused():
 
 def test_an_element_without_a_free_atom_is_refused_before_the_work(monkeypatch):
     (model, tokenizer), structure = small(), Structure(Lattice.cubic(4), ["Tc"], [[0, 0, 0]])
-    monkeypatch.setattr(tomat.predict, "free_run", lambda *args: pytest.fail("the work was done first"))
+    monkeypatch.setattr("tomat.decode.free_run", lambda *args: pytest.fail("the work was done first"))
     with pytest.raises(TomatError, match="Tc"):
         predict(structure, (4, 4, 4), model, tokenizer)
 
@@ -584,13 +584,17 @@ def test_places_that_cannot_be_written_are_found_before_the_work(stand_in, tmp_p
     (tmp_path / "full.zarr").mkdir()
     (tmp_path / "full.zarr" / "a").write_text("a")
     crystal(1).to(str(tmp_path / "a.cif"), fmt="cif")
+    write_density(stand_in.predict(crystal(3), (4, 4, 4)).density, tmp_path / "b.CHGCAR")
+    with pytest.raises(TomatError, match="no name"):
+        plan_jobs([crystal(1)], "")
     before = sorted(p.name for p in tmp_path.rglob("*"))
     one, both = [tmp_path / "a.cif"], [crystal(1), crystal(2, elements=("Na",))]
     for sources, out, options, words in (
             (one, "letter.txt/x.cube", {}, "letter.txt"), (one, "full.zarr", {}, "full.zarr"), (one, "x.xyz", {}, "x.xyz"),
             (one, "x.cube", {"spread": f"{tmp_path}/x.cube"}, "x.cube"), (one, "x.cube", {"spread": f"{tmp_path}/x.xyz"}, "x.xyz"),
             (one, "x.cube", {"picture": f"{tmp_path}/letter.txt/x.png"}, "letter.txt"),
-            (one, "x.cube", {"format": "zarr"}, "format"),
+            (one, "x.cube", {"format": "zarr"}, "format"), (one, "x.cube", {"picture": f"{tmp_path}/x.pdf"}, ".png"),
+            ([tmp_path / "b.CHGCAR"], "b.CHGCAR", {}, "replace"), ([tmp_path], "", {}, "replace"),
             (both, "x.cube", {}, "2"), (both, "letter.txt/out", {}, "letter.txt"), (both, "new", {"format": "xyz"}, "xyz"),
             ([crystal(1), crystal(1)], "new", {}, "Two structures"), ([], "new", {}, "no structure"),
             ([tmp_path / "full.zarr"], "new", {}, "no structure"), ([tmp_path / "none.cif"], "x.cube", {}, "none.cif")):

@@ -6,8 +6,9 @@
 __all__ = ['SPACING', 'SUFFIXES', 'Found', 'as_structure', 'default_grid', 'Job', 'refuse_unwritable', 'find_structures',
            'plan_jobs', 'picture_png', 'write_prediction', 'run_jobs']
 
-# %% ../nbs/11a_batch.ipynb #7bc0a340
+# %% ../nbs/11a_batch.ipynb #eda8013b
 import io
+import os
 import re
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -121,7 +122,7 @@ def find_structures(sources: Sequence[Any],  # files, folders, objects of pymatg
         raise TomatError(f"There is no structure in {', '.join(map(str, sources)) or 'an empty list'}{why}")
     return found, over
 
-# %% ../nbs/11a_batch.ipynb #566e0a2b
+# %% ../nbs/11a_batch.ipynb #f5da052a
 def plan_jobs(sources: Sequence[Any],                        # files, folders, objects of pymatgen or ase
               out: str,                                      # a file for one, a folder for many
               grid: tuple[int, int, int] | None = None,      # None: that of a density file, else `default_grid`
@@ -130,6 +131,8 @@ def plan_jobs(sources: Sequence[Any],                        # files, folders, o
               format: str | None = None,                     # of many densities, a key of SUFFIXES
               ) -> tuple[list[Job], dict[str, str]]:  # what to do; what is passed over: name → reason
     "Read all structures and try all places; whatever is wrong comes up here."
+    if not out:
+        raise TomatError("The result has no name: give a file, or a folder with / at its end.")
     found, over = find_structures(sources)
     inside = [path for path in sources if isinstance(path, (str, Path)) and _is_folder(str(path))]
     many = len(found) > 1 or bool(inside) or out.endswith("/") or (known_format(out) is None and kind_of(out) == "folder")
@@ -137,14 +140,14 @@ def plan_jobs(sources: Sequence[Any],                        # files, folders, o
         raise TomatError(f"{out} is a name for one density, and this makes {len(found)}: name a folder, with / at its end.")
     suffix = SUFFIXES[_batch_format(format)] if many else ""
     if not many:
-        _refuse_names(out, spread, format)
+        _refuse_names(out, spread, picture, format)
     jobs = []
     for name, structure, shape in found:
         def place(where: str | None, end: str, name: str = name) -> str | None:
             return f"{where.rstrip('/')}/{name}{end}" if many and where else where
         jobs.append(Job(name, structure, grid or shape or default_grid(structure), place(out, suffix) or "",
                         place(spread, suffix), place(picture, ".png")))
-    _refuse_places(jobs)
+    _refuse_places(jobs, sources)
     return jobs, over
 
 def _batch_format(format: str | None) -> str:
@@ -152,21 +155,32 @@ def _batch_format(format: str | None) -> str:
         raise TomatError(f"{format!r} is no format to write: use one of {', '.join(SUFFIXES)}.")
     return format or "chgcar"
 
-def _refuse_names(out: str, spread: str | None, format: str | None) -> None:
-    "Names of files that say no format."
+def _refuse_names(out: str, spread: str | None, picture: str | None, format: str | None) -> None:
+    "Names of files that say no format, or another one."
+    if picture is not None and not picture.lower().endswith(".png"):
+        raise TomatError(f"{picture} is to be a PNG: let its name end with .png.")
     if format is not None:
         raise TomatError(f"A format is for many densities in a folder, and {out} says its own by its name: leave it out.")
     for path in (out, spread):
         if path is not None:
             format_of(path)
 
-def _refuse_places(jobs: Sequence[Job]) -> None:
-    "Two results in one file, and what cannot be written."
+def _where(path: Any) -> str:
+    "The same for all names of a file."
+    return str(path) if is_remote(path) else os.path.realpath(path)
+
+def _refuse_places(jobs: Sequence[Job], sources: Sequence[Any]) -> None:
+    "Two results in one file, results over what is read, and what cannot be written."
+    named = [path for path in sources if isinstance(path, (str, Path))]
+    read = {_where(path) for path in named}
+    read |= {_where(f"{path}/{name}") for path in named if _is_folder(str(path)) for name in list_folder(path)}
     taken: dict[str, str] = {}
     for job in jobs:
         if job.spread == job.out and known_format(job.out) != "zarr":
             raise TomatError(f"{job.out} cannot hold the density and its uncertainty, as only Zarr can: name two files.")
         for path in {job.out, job.spread, job.picture} - {None}:
+            if _where(path) in read:
+                raise TomatError(f"{path} is read here, and the result would replace it: give another name.")
             if taken.setdefault(str(path), job.name) != job.name or [j.name for j in jobs].count(job.name) > 1:
                 raise TomatError(f"Two structures are called {job.name!r}, and both would be written to {path}: rename one.")
     folders = {str(Path(path).parent): path for path in taken if not is_remote(path)}

@@ -29,7 +29,7 @@ from .store import RawStore, sample_store
 from .tokenizer import Tokenizer
 from .train import train
 
-# %% ../nbs/12a_demo.ipynb #de2f71d3
+# %% ../nbs/12a_demo.ipynb #65294424
 @dataclass(frozen=True)
 class DemoConfig:
     "Sizes of the demo, small enough for two cores."
@@ -37,9 +37,9 @@ class DemoConfig:
     levels: int = 256             # of the fitted codec
     target: str = "difference"    # what tokens say: the "difference" to the free atoms, or the "total" density
     patches: int = 96             # rows a training material
-    train: TrainConfig = field(default_factory=lambda: TrainConfig(steps=200, batch_size=8, lr=4e-3))
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(steps=120, batch_size=8, lr=4e-3))
     choose: str = "median"        # how `causal` picks tokens
-    fit: FitConfig = field(default_factory=lambda: FitConfig(steps=600))  # of `parallel`
+    fit: FitConfig = field(default_factory=lambda: FitConfig(steps=300))  # of `parallel`
     seed: int = 42                # of the patches
     threads: int = 2              # of PyTorch; sums in another order round differently, so the numbers fix it
 

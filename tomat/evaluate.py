@@ -6,7 +6,7 @@
 __all__ = ['Entry', 'Draw', 'free_atoms', 'copied', 'codec_floor', 'teacher_forced', 'entries_of', 'score_material', 'Evaluation',
            'evaluate']
 
-# %% ../nbs/12_evaluate.ipynb #3b1c15ea
+# %% ../nbs/12_evaluate.ipynb #10e34931
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from .batch import refuse_unwritable
 from .decode import Chooser
 from .density import RHO, Density
 from .files import TomatError, exists, read_json, write_aside, write_json
@@ -162,7 +163,7 @@ class Evaluation:
     folder: str                 # materials/ID.json and pictures/ID.png lie in it
     pictures: list[str] = field(default_factory=list)  # materials that are drawn there
 
-# %% ../nbs/12_evaluate.ipynb #ec030571
+# %% ../nbs/12_evaluate.ipynb #afa4c691
 def evaluate(source: Source,                       # of true densities
              ids: Sequence[str],                   # which of them
              predictors: Mapping[str, Predictor],  # name in the tables → predictor
@@ -171,6 +172,7 @@ def evaluate(source: Source,                       # of true densities
              drawn: int = 24,                      # of so many materials, spread over the ids
              ) -> Evaluation:
     "Predict each material from its structure and grid shape alone, score it, write it down, go on."
+    refuse_unwritable(f"{out}/materials/a.json")
     entries = entries_of(predictors)
     setup = {"rules": _RULES, "predictors": {name: predictor.identity() for name, predictor in predictors.items()}}
     key = hashlib.md5(json.dumps(setup, sort_keys=True).encode()).hexdigest()

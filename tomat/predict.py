@@ -6,27 +6,27 @@
 __all__ = ['CLOSEST', 'Prediction', 'Predictor', 'check_crystal', 'finished', 'fingerprint', 'Causal', 'predict', 'Parallel',
            'load_predictor']
 
-# %% ../nbs/11_predict.ipynb #57a30edd
+# %% ../nbs/11_predict.ipynb #30d9fada
 import hashlib
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 from pymatgen.core import Structure
-from transformers import Qwen3ForCausalLM
 
-from .decode import best_choice, free_run
 from .density import RHO, Density, check_structure, formula_of
 from .files import TomatError, exists, read_json
-from .model import load_checkpoint
 from .parallel import ParallelModel, balanced, load_parallel, predict_field
 from .patches import cover, stitch
 from .progress import track
 from .promolecule import promolecule, valence_electrons
 from .tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from transformers import Qwen3ForCausalLM
 
 # %% ../nbs/11_predict.ipynb #a03f90ea
 @dataclass(frozen=True, eq=False)
@@ -92,8 +92,8 @@ def _scale(structure: Structure,
                          "factor can mend: train it for longer, or predict without rescaling.")
     return exact / electrons
 
-# %% ../nbs/11_predict.ipynb #765acbd7
-def _written(model: Qwen3ForCausalLM,
+# %% ../nbs/11_predict.ipynb #3f7507a6
+def _written(model: "Qwen3ForCausalLM",
              tokenizer: Tokenizer,
              prompts_NxL: np.ndarray,  # (N, L) the beginnings of all rows
              choose: str,              # one of CHOICES
@@ -101,6 +101,7 @@ def _written(model: Qwen3ForCausalLM,
              show: bool,               # a progress bar
              ) -> tuple[np.ndarray, np.ndarray | None]:  # (N, Px, Py, Pz) values and their expected errors
     "The values of every patch, in the tokenizer's unit."
+    from tomat.decode import free_run  # with transformers, which takes longer to import than most grids to predict
     places = ((start, place, written) for start in range(0, len(prompts_NxL), batch_size)
               for place, written in enumerate(free_run(model, tokenizer, prompts_NxL[start:start + batch_size], choose)))
     n, codec = tokenizer.n_density_tokens, tokenizer.density_codec
@@ -136,11 +137,11 @@ def _borders(shape: tuple[int, ...],  # (nx, ny, nz) of the grid
     starts = [np.arange(0, n, side - overlap) for n, side in zip(shape, size, strict=True)]
     return tuple(np.union1d(start, (start + side) % n) for start, side, n in zip(starts, size, shape, strict=True))
 
-# %% ../nbs/11_predict.ipynb #4ff584f6
+# %% ../nbs/11_predict.ipynb #b6a9d153
 @dataclass(frozen=True, eq=False)
 class Causal:
     "A language model that writes a density token by token."
-    model: Qwen3ForCausalLM
+    model: "Qwen3ForCausalLM"
     tokenizer: Tokenizer             # the model's own
     choose: str | None = None        # one of CHOICES; None: `best_choice`
     overlap: int = 0                 # voxels that neighbouring patches share and average
@@ -151,6 +152,7 @@ class Causal:
     @property
     def choice(self) -> str:
         "How it chooses tokens."
+        from tomat.decode import best_choice
         return self.choose or best_choice(self.tokenizer)
 
     def predict(self,
@@ -176,10 +178,10 @@ class Causal:
         return {"decoder": "causal", "weights": fingerprint(self.model), "tokenizer": self.tokenizer.to_dict(),
                 "choose": self.choice, "overlap": self.overlap, "rescale": self.rescale}
 
-# %% ../nbs/11_predict.ipynb #fb2b82d6
+# %% ../nbs/11_predict.ipynb #01926ecf
 def predict(structure: Structure,         # the crystal
             shape: tuple[int, int, int],  # (nx, ny, nz) of the grid to fill
-            model: Qwen3ForCausalLM,
+            model: "Qwen3ForCausalLM",
             tokenizer: Tokenizer,         # the model's own
             choose: str | None = None,    # one of CHOICES; None: `best_choice`
             overlap: int = 0,             # voxels that neighbouring patches share and average
@@ -215,7 +217,7 @@ class Parallel:
         "Weights and settings."
         return {"decoder": "parallel", "weights": fingerprint(self.model), "rescale": self.rescale}
 
-# %% ../nbs/11_predict.ipynb #afd9fe36
+# %% ../nbs/11_predict.ipynb #2fe26556
 def load_predictor(path: str | Path | None = None,  # a folder or URL of a checkpoint; None: the packaged one
                    **options: Any,                  # of `Causal`: choose, overlap, batch_size; None and 0 leave it as it is
                    ) -> Causal | Parallel:
@@ -230,6 +232,7 @@ def load_predictor(path: str | Path | None = None,  # a folder or URL of a check
         if given:
             raise TomatError(f"{place} predicts all voxels at once, so {' and '.join(given)} cannot be chosen: leave it out.")
         return Parallel(load_parallel(place))
+    from tomat.model import load_checkpoint
     model, tokenizer = load_checkpoint(place)
     elements = (facts.get("training") or {}).get("elements")
     return Causal(model, tokenizer, elements=None if elements is None else frozenset(elements), **given)
