@@ -26,12 +26,12 @@ def crystal(name: str, n: int) -> Any:
     from pymatgen.core import Lattice, Structure
     if name == "SrTiO3":
         return Structure(Lattice.cubic(3.905), ["Sr", "Ti", "O", "O", "O"],
-                         [[0, 0, 0], [.5, .5, .5], [.5, .5, 0], [.5, 0, .5], [0, .5, .5]])
+                         [[0.0, 0.0, 0.0], [.5, .5, .5], [.5, .5, 0.0], [.5, 0.0, .5], [0.0, .5, .5]])
     if name == "Al2O3":
         cell = Lattice.hexagonal(4.76, 12.99)
-        return Structure.from_spacegroup("R-3c", cell, ["Al", "O"], [[0, 0, .352], [.306, 0, .25]]).get_primitive_structure()
+        return Structure.from_spacegroup("R-3c", cell, ["Al", "O"], [[0.0, 0.0, .352], [.306, 0.0, .25]]).get_primitive_structure()
     cells = max(1, round(n * SPACING / 2.88))
-    return Structure(Lattice.cubic(n * SPACING / cells), ["Ni", "Al"], [[0, 0, 0], [.5, .5, .5]]) * (cells, cells, cells)
+    return Structure(Lattice.cubic(n * SPACING / cells), ["Ni", "Al"], [[0.0, 0.0, 0.0], [.5, .5, .5]]) * (cells, cells, cells)
 
 
 def peak() -> float:
@@ -101,13 +101,13 @@ def main() -> int:
         print(f"{name:>6} {n:4d}³ = {row['voxels']:>9,} voxels, {row['atoms']:>4} atoms: {row['seconds']:6.2f} s, "
               f"{row['voxels_per_s']:>8,.0f} voxels/s; CPU {row['cpu_seconds']:6.2f} s; "
               f"{row['peak_mb']:5,.0f} MB more at the peak, {row['bytes_per_voxel']:5,.0f} bytes a voxel", flush=True)
-    command = whole_command(args.threads, args.repeats, args.checkpoint)
-    print(f"{command['command']}: {command['seconds']:.2f} s, CPU {command['cpu_seconds']:.2f} s")
+    whole = whole_command(args.threads, args.repeats, args.checkpoint)
+    print(f"{whole['command']}: {whole['seconds']:.2f} s, CPU {whole['cpu_seconds']:.2f} s")
     if args.out:
         from tomat.files import write_json
         said = f"python scripts/bench_predict.py --grids {' '.join(map(str, args.grids))} --threads {args.threads}"
         write_json(args.out, {"command": said, "threads": args.threads, "cores": os.cpu_count(), "load": os.getloadavg(),
-                              "results": rows, "whole_command": command})
+                              "results": rows, "whole_command": whole})
     return 0
 
 

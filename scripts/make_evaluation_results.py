@@ -110,8 +110,8 @@ def make_scores(store: RawStore, run: Path) -> None:
         "parallel": {"materials": len(facts["materials"]), "weights": packaged.identity()["weights"],
                      **{key: facts[key] for key in ("steps", "seconds", "parameters")}},
         "threads": torch.get_num_threads(), "entries": summary(scores)}))
-    for entry, line in summary(scores).items():
-        print(f"{entry:30} {100 * line['nmae']['mean']:.3f} %")
+    for entry, means in summary(scores).items():
+        print(f"{entry:30} {100 * means['nmae']['mean']:.3f} %")
 
 
 def in_order(predictor: Predictor,

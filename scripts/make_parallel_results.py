@@ -4,13 +4,14 @@
     python scripts/make_parallel_results.py train STORE RUN [--steps 3000] --widen X
     python scripts/make_parallel_results.py package RUN
     python scripts/make_parallel_results.py evaluate STORE
-    python scripts/make_parallel_results.py curve STORE RUNS [--steps 3000]
+    python scripts/make_parallel_results.py curve STORE RUNS --steps 800
 
 widen: a fit to four fifths of the training split, judged on the whole grids of the rest, which are whole chemical systems. It says
 by how much expected errors must be widened (hand that number to train) and how best to make electrons exact: held_out.json and
 electrons.csv. train: the checkpoint, from all of the training split; a run that was stopped goes on. package: copy it to
 tomat/data/parallel. evaluate: the packaged checkpoint on the whole grids of the validation split, as a user predicts them:
-validation.csv, validation.json, calibration.csv and the card. curve: the same for fits to fewer materials.
+validation.csv, validation.json, calibration.csv and the card. curve: the same for short fits to growing parts of the training
+split: curve.csv.
 """
 
 import os

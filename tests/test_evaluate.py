@@ -318,7 +318,7 @@ def test_a_report_shows_the_pictures_of_its_own_run(store, tmp_path):
     """Not those that another predictor left in the folder; and those that were not asked for before are drawn later."""
     def shown(share, drawn):
         calls = []
-        result = evaluate(store, store.ids, {"half": Halfway(share, calls)}, tmp_path / "out", slices_png, drawn)
+        result = evaluate(store, store.ids, {"half": Halfway(share, calls)}, tmp_path / "out", lambda true, made: b"PNG", drawn)
         return len(calls), result.pictures, report_html("t", result).count("<h3>")
     assert shown(0.5, 3) == (3, store.ids, 3)
     assert shown(0.25, 1) == (3, store.ids[:1], 1)

@@ -212,6 +212,8 @@ def test_fields_and_their_units():
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_floor_is_the_nmae_of_perfect_tokens(target):
     from tomat.evaluate import codec_floor  # imports torch, which the workers above can do without
+    from tomat.model import MODELS, make_model
+    from tomat.predict import Causal
     density = with_free_atoms(numbered(3))
     for unit in (TOTAL, RHO):
         codec = fit_histogram(histogram_of(range(6), numbered, target, unit, with_free_atoms), 64)
@@ -221,7 +223,8 @@ def test_the_floor_is_the_nmae_of_perfect_tokens(target):
         assert floor.nmae == pytest.approx(nmae(codec.decode(tokens) + known, density.as_units(unit).values), rel=1e-4)
         assert floor.clipped == n_clipped and floor.voxels == 120 and floor.volume == density.volume
         tok = Tokenizer("framed", codec, patch_size=2, pad_to=None, target=target, unit=unit)
-        assert codec_floor(density, tok) == floor.nmae
+        written = codec_floor(density, Causal(make_model(MODELS["nano"], tok.vocab), tok)).density.total
+        assert nmae(written, density.total) == pytest.approx(floor.nmae, rel=1e-4)
 
 
 def test_scaled_levels_in_scaled_units_have_the_same_floor():
@@ -270,17 +273,21 @@ def test_a_file_of_levels_tells_the_tokenizer_what_it_is_for(tmp_path):
 @pytest.mark.parametrize("unit", [TOTAL, RHO])
 def test_perfect_tokens_predict_the_density_in_either_unit(monkeypatch, target, unit):
     """Handing the true tokens to everything after the model scores the floor, whatever the tokens say."""
-    import tomat.predict
-    from tomat.evaluate import evaluate
+    from tomat import decode, predict
     from tomat.model import MODELS, make_model
     density = with_free_atoms(numbered(5))
     codec = fit_histogram(Histogram.of(field_of(density, target, unit), target, unit), 40)
     tokenizer = Tokenizer("framed", codec, patch_size=4, pad_to=None, target=target, unit=unit)
-    ids = tokenizer.encode(density, tomat.predict.cover(density.shape, 4))[0]
-    monkeypatch.setattr("tomat.decode.free_run", lambda model, tok, prompts, choose: iter(ids[:, prompts.shape[1]:-2].T))
-    model = make_model(MODELS["nano"], tokenizer.vocab)
-    (score,), (prediction,) = evaluate([density], model, tokenizer, rescale=False)
-    assert prediction.units == TOTAL and 0 < score.nmae_codec_floor < 0.05
-    assert score.nmae_free_running == pytest.approx(score.nmae_codec_floor, rel=1e-3, abs=1e-7)
+    ids = tokenizer.encode(density, predict.cover(density.shape, 4))[0]
+
+    def true_ids(model, tok, prompts, choose):
+        return (decode.Written(place, None, np.zeros(len(place))) for place in ids[:, prompts.shape[1]:-2].T)
+
+    monkeypatch.setattr(decode, "free_run", true_ids)
+    causal = predict.Causal(make_model(MODELS["nano"], tokenizer.vocab), tokenizer, rescale=False)
+    written = causal.predict(density.structure, density.shape).density
+    floor = floor_of(density, codec, target, unit).nmae
+    assert written.units == TOTAL and 0 < floor < 0.05
+    assert nmae(written.total, density.total) == pytest.approx(floor, rel=1e-3, abs=1e-7)
     first_xyz = field_of(density, target, unit)[:4, :4, :4]
     assert (np.abs(tokenizer.decode(ids[0]).values - first_xyz) <= codec.bound(first_xyz)).all()

@@ -245,7 +245,7 @@ def balanced(total_xyz: np.ndarray,  # (nx, ny, nz) a density, in any unit
     excess = float(moved_xyz.mean()) - mean
     if excess <= 0:
         return moved_xyz - excess
-    while excess > 1e-10 * mean:  # Newton's method on a convex, piecewise linear function: each step falls short, the last by nothing
+    while excess > 1e-10 * mean:  # Newton's method on a convex, piecewise linear function: steps fall short, the last by nothing
         shift += excess / float((moved_xyz > floor_xyz).mean())
         moved_xyz = np.maximum(total_xyz - shift, floor_xyz, dtype=np.float64)
         excess = float(moved_xyz.mean()) - mean
