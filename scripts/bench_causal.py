@@ -18,7 +18,8 @@ from transformers import Qwen3ForCausalLM
 
 from tomat.codecs import fit_levels
 from tomat.decode import free_run
-from tomat.model import MODELS, make_model
+from tomat.model import make_model
+from tomat.sizes import MODELS
 from tomat.patches import cover
 from tomat.store import sample_store
 from tomat.tokenizer import Tokenizer

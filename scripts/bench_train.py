@@ -34,7 +34,8 @@ import tomat.train
 from tomat.codecs import PUBLISHED_DENSITY
 from tomat.cost import memory_estimate, peak_of, row_flops
 from tomat.files import TomatError, write_json
-from tomat.model import make_model, model_size, n_parameters
+from tomat.model import make_model
+from tomat.sizes import model_size, n_parameters
 from tomat.optim import make_optimizers
 from tomat.runs import read_log
 from tomat.shards import tokenize

@@ -28,7 +28,8 @@ from tomat.codecs import fit_levels, save_levels
 from tomat.density import Density
 from tomat.files import TomatError
 from tomat.formats import read_density, write_density
-from tomat.model import MODELS, load_checkpoint, make_model, save_checkpoint
+from tomat.model import load_checkpoint, make_model, save_checkpoint
+from tomat.sizes import MODELS
 from tomat.promolecule import valence_electrons
 from tomat.store import sample_store, write_store
 from tomat.tokenizer import tokenizer_from_dict

@@ -26,7 +26,8 @@ from tomat.density import RHO, Density
 from tomat.evaluate import codec_floor, copied, entries_of, evaluate, free_atoms, score_material, teacher_forced
 from tomat.files import TomatError
 from tomat.metrics import nmae
-from tomat.model import ModelSize, make_model
+from tomat.model import make_model
+from tomat.sizes import ModelSize
 from tomat.patches import cover, cut
 from tomat.predict import Causal, Prediction
 from tomat.promolecule import promolecule

@@ -212,7 +212,8 @@ def test_fields_and_their_units():
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_floor_is_the_nmae_of_perfect_tokens(target):
     from tomat.evaluate import codec_floor  # imports torch, which the workers above can do without
-    from tomat.model import MODELS, make_model
+    from tomat.model import make_model
+    from tomat.sizes import MODELS
     from tomat.predict import Causal
     density = with_free_atoms(numbered(3))
     for unit in (TOTAL, RHO):
@@ -274,7 +275,8 @@ def test_a_file_of_levels_tells_the_tokenizer_what_it_is_for(tmp_path):
 def test_perfect_tokens_predict_the_density_in_either_unit(monkeypatch, target, unit):
     """Handing the true tokens to everything after the model scores the floor, whatever the tokens say."""
     from tomat import decode, predict
-    from tomat.model import MODELS, make_model
+    from tomat.model import make_model
+    from tomat.sizes import MODELS
     density = with_free_atoms(numbered(5))
     codec = fit_histogram(Histogram.of(field_of(density, target, unit), target, unit), 40)
     tokenizer = Tokenizer("framed", codec, patch_size=4, pad_to=None, target=target, unit=unit)

@@ -25,7 +25,8 @@ from tomat.decode import Chooser, best_choice, free_run
 from tomat.density import RHO, Density
 from tomat.files import TomatError
 from tomat.formats import read_density, write_density
-from tomat.model import ModelSize, load_checkpoint, make_model, save_checkpoint
+from tomat.model import load_checkpoint, make_model, save_checkpoint
+from tomat.sizes import ModelSize
 from tomat.parallel import ParallelConfig, ParallelModel
 from tomat.predict import Causal, Parallel, check_crystal, load_predictor, predict
 from tomat.promolecule import promolecule, valence_electrons

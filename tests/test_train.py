@@ -31,7 +31,8 @@ from tomat.feed import kept_rows, pieces_of, train_and_val
 from tomat.files import TomatError
 from tomat.fit_parallel import FitConfig, fit_parallel
 from tomat.loss import Learner, chunked_loss, loss_sum, objective_of
-from tomat.model import MODELS, ModelSize, hidden_states, load_checkpoint, make_model, save_checkpoint
+from tomat.model import hidden_states, load_checkpoint, make_model, save_checkpoint
+from tomat.sizes import MODELS, ModelSize
 from tomat.optim import SCHEDULES, learning_rate
 from tomat.parallel import ParallelConfig
 from tomat.plan import dry_run
@@ -110,7 +111,7 @@ def same_run(one, other):
 
 PROGRAM = """
 import json, os, signal, sys, torch
-from tomat.model import MODELS, ModelSize
+from tomat.sizes import MODELS, ModelSize
 from tomat.train import Setup, TrainConfig, train
 MODELS["nano"] = ModelSize(width=32, layers=2, heads=2, mlp=64, kv_heads=1)
 torch.set_num_threads(1)

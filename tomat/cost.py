@@ -13,7 +13,7 @@ from time import perf_counter
 import torch
 
 from .loss import LOGITS
-from .model import ModelSize, flops_per_token, n_parameters
+from .sizes import ModelSize, flops_per_token, n_parameters
 
 # %% ../nbs/09d_cost.ipynb #f86ee021
 PEAKS = {  # TFLOP/s, dense bf16

@@ -17,7 +17,7 @@ from transformers import Qwen3ForCausalLM
 from .cost import expected_seconds, free_memory, memory_estimate, peak_of, row_flops, rows_at_once
 from .devices import World, world
 from .files import TomatError
-from .model import flops_per_token, model_size, n_parameters
+from .sizes import flops_per_token, model_size, n_parameters
 from .optim import OPTIMIZERS, SCHEDULES
 from .rows import tokenizer_of
 from .shards import read_meta

@@ -26,7 +26,8 @@ from .devices import Spread, World, spread, world
 from .feed import kept_rows, pieces_of, train_and_val
 from .files import TomatError, read_json, write_json
 from .loss import Learner, objective_of
-from .model import ModelSize, make_model, model_size, n_parameters, save_checkpoint
+from .model import make_model, save_checkpoint
+from .sizes import ModelSize, model_size, n_parameters
 from .optim import learning_rate, make_optimizers, set_rate
 from .plan import Judge, Setup, TrainConfig, plan_memory
 from .runs import Log, live, read_log, save_picture
