@@ -1,0 +1,121 @@
+"""The launcher really trains: from shards of `tomat tokenize` to a checkpoint that `tomat predict` reads."""
+
+import json
+
+import numpy as np
+import pytest
+
+from conftest import LAUNCHER, MARIN, ROOT, losses, tokenized, tomat
+
+LAST = "states/step-19"  # Levanter counts steps from 0
+
+
+def test_twenty_steps(runs, whole):
+    found = losses(whole)
+    assert [step for step, kind in found if kind == "loss"] == list(range(1, 21))
+    assert [step for step, kind in found if kind == "held-out loss"] == [10, 20]
+    assert float(found[20, "loss"]) < float(found[1, "loss"]) - 1 and float(found[20, "held-out loss"]) < 8
+    assert "508,992 parameters, rows of 256 tokens, 1 devices in 1 processes, from step 0" in whole
+    out = runs.place / "runs" / "whole"
+    assert {path.name for path in out.iterdir()} == {"run.json", "logs", "states", "model"}
+    assert (out / LAST / "metadata.json").is_file(), "the last state is on disk when the process has ended"
+    assert {path.name for path in runs.place.iterdir()} == {"runs"}
+
+
+def test_killed_and_started_again_it_prints_the_same_losses(runs, whole):
+    process = runs.start("killed", SAVE_STEPS=4)
+    before = ""
+    for line in process.stdout:
+        before += line
+        if line.startswith("step 14 "):
+            break
+    process.kill()
+    before += process.stdout.read()
+    assert process.wait() == -9 and losses(before).items() <= losses(whole).items()
+    after = runs.run("killed", SAVE_STEPS=4)
+    first = min(step for step, _ in losses(after))
+    assert 5 <= first <= 14 and f"from step {first - 1}\n" in after
+    assert losses(before) | losses(after) == losses(whole) and losses(after).items() <= losses(whole).items()
+
+
+def test_two_processes_have_the_losses_of_one(runs, whole):
+    "Each takes half of every batch, and that in two pieces."
+    first, second = runs.together("two", ROWS_AT_ONCE=2)
+    assert "2 devices in 2 processes" in first and not losses(second)
+    ours, theirs = ({key: float(loss) for key, loss in losses(printed).items()} for printed in (whole, first))
+    assert ours.keys() == theirs.keys()
+    assert max(abs(ours[key] - theirs[key]) for key in ours) < 2e-5
+    assert (runs.place / "runs" / "two" / "model" / "tomat.json").is_file()
+
+
+def test_the_library_reads_the_export(runs, whole, torch_says, tmp_path):
+    _, _, said = torch_says
+    assert said["loss"] == pytest.approx(float(losses(whole)[20, "held-out loss"]), abs=1e-5)
+    model = runs.place / "runs" / "whole" / "model"
+    told = json.loads((model / "tomat.json").read_text())["training"]
+    assert told["held_out_loss"] == pytest.approx(said["loss"], abs=1e-5) and told["step"] == 20 and told["data"] == "small"
+    cell = tmp_path / "POSCAR"
+    cell.write_text("Al\n4.05\n0 .5 .5\n.5 0 .5\n.5 .5 0\nAl\n1\ndirect\n0 0 0\n")
+    tomat("predict", cell, "--checkpoint", model, "--grid", 4, 4, 4, "--out", tmp_path / "CHGCAR")
+    grid = (tmp_path / "CHGCAR").read_text().split(" 4   4   4\n")[1]
+    assert np.mean(np.array(grid.split()[:64], float)) == pytest.approx(3, rel=1e-4), "aluminium has three valence electrons"
+
+
+def test_logits_are_those_of_torch(runs, torch_says):
+    import jax
+    import haliax as hax
+    from levanter.checkpoint import load_checkpoint
+    from levanter.layers.attention import AttentionMask
+    from levanter.models.qwen import Qwen3LMHeadModel
+    from tomat_marin.network import config_of
+    from tomat_marin.plan import MODELS
+    ids, logits, _ = torch_says
+    blank = Qwen3LMHeadModel.init(hax.Axis("vocab", logits.shape[-1]), config_of(MODELS["tiny"], 256), key=jax.random.PRNGKey(0))
+    with hax.partitioning.set_mesh(jax.make_mesh((1,), ("data",))):
+        model = load_checkpoint(blank, str(runs.place / "runs" / "whole" / LAST), subpath="model")
+    tokens = hax.named(ids.astype(np.int32), ("batch", "position"))
+    ours = model(tokens, AttentionMask.causal(), key=None).rearrange(("batch", "position", "vocab")).array
+    np.testing.assert_allclose(np.asarray(ours), logits, atol=1e-4)
+
+
+def test_earth_movers_distance_in_bf16(runs, tmp_path):
+    "The library computes the same mixture, in four-byte numbers."
+    rows = tokenized(tmp_path / "levels", "fp16_1token", 8, 2)
+    printed = runs.run("emd", LABEL=rows, STEPS=2, VAL_SEQS=4, EMD=0.5, PRECISION="bf16", LR=1e-4, WANDB_MODE="offline")
+    tomat(runs.place / "runs/emd/model", rows, 4, 0.5, tmp_path / "said.npz", python=[str(MARIN / "tests" / "torch_side.py")])
+    said = json.loads(str(np.load(tmp_path / "said.npz")["facts"]))
+    assert float(losses(printed)[2, "held-out loss"]) == pytest.approx(said["loss"], rel=5e-3)
+    assert list((runs.place / "runs" / "emd" / "wandb").glob("offline-run-*/run-emd.wandb"))
+    assert {path.name for path in runs.place.iterdir()} == {"runs"}
+
+
+def test_a_finished_run_is_left_as_it_is(runs, whole, monkeypatch):
+    from tomat_marin.plan import plan
+    from tomat_marin.run import train
+    for key, value in {**runs.knobs, "RESULTS_LABEL": "whole"}.items():
+        monkeypatch.setenv(f"TOMAT_{key}", str(value))
+    monkeypatch.chdir(runs.place)
+    before = (runs.place / "runs/whole/model/tomat.json").stat().st_mtime_ns
+    assert train(plan()) == "runs/whole/model" and (runs.place / "runs/whole/model/tomat.json").stat().st_mtime_ns == before
+
+
+def test_a_dry_run_says_what_is_run(runs, whole):
+    said = json.loads(runs.run("whole", "--dry-run"))
+    assert {key: said[key] for key in ("knobs", "data")} == json.loads((runs.place / "runs" / "whole" / "run.json").read_text())
+    assert f"{said['parameters']:,} parameters" in whole
+
+
+def test_an_error_is_one_sentence(runs):
+    process = runs.start("wrong", "--dry-run", MODEL="7B")
+    assert process.communicate(timeout=60)[0] == "" and process.returncode == 1
+    error = (runs.place.parent / f"{runs.place.name}-wrong.log").read_text()
+    assert error.startswith("tomat: There is no model size '7B'") and error.count("\n") == 1
+
+
+def test_the_launcher_is_thin():
+    lines = [line for line in LAUNCHER.read_text().splitlines() if line.strip()]
+    assert len(lines) < 80
+    for path in [*MARIN.glob("*.*"), *MARIN.glob("tomat_marin/*.py")]:
+        if path.suffix != ".md":
+            text = path.read_text()
+            assert "://" not in text and str(ROOT) not in text, f"{path} names a place"

@@ -1,0 +1,1 @@
+"""Training tomat on TPUs with Levanter, apart from the library: another Python, no torch."""

@@ -1,0 +1,109 @@
+"""Levanter's Qwen3 in our sizes, and its loss on density tokens: cross-entropy, earth mover's distance, or a mixture."""
+
+import math
+from dataclasses import dataclass
+
+import equinox as eqx
+import haliax as hax
+import jax
+import jax.numpy as jnp
+import numpy as np
+from levanter.layers.attention import AttentionMask
+from levanter.models.lm_model import split_activations
+from levanter.models.qwen import Qwen3Config, Qwen3LMHeadModel
+
+from tomat.sizes import ModelSize
+from tomat.tokenizer import PAD, Tokenizer, Vocabulary
+
+PLACES = 512  # tokens of each row whose logits are in memory at once
+
+
+def config_of(size: ModelSize,
+              length: int,  # of the rows, tokens
+              ) -> Qwen3Config:
+    "Levanter's configuration of the network that `tomat.model.qwen3_config` describes."
+    return Qwen3Config(
+        max_seq_len=length, hidden_dim=size.width, intermediate_dim=size.mlp, num_layers=size.layers, num_heads=size.heads,
+        num_kv_heads=size.kv_heads or size.heads, head_dim=size.head_dim, tie_word_embeddings=True, layer_norm_epsilon=1e-6)
+
+
+def _rank_code(n: int, Embed: hax.Axis, seed: int, scale: float = 16.0) -> jax.Array:  # (n, width)
+    "Smooth features of a number's rank, as `tomat.model.rank_code` (other random frequencies)."
+    frequencies = scale * np.random.default_rng(seed).standard_normal(Embed.size // 2)
+    phase_nxw = jnp.linspace(0, 1, n)[:, None] * jnp.asarray(frequencies, jnp.float32)
+    return 2**0.5 * jnp.concatenate([jnp.sin(phase_nxw), jnp.cos(phase_nxw)], axis=1)
+
+
+def fresh(config: Qwen3Config,
+          vocab: Vocabulary,  # the ids it reads and writes
+          key: jax.Array,     # of the random numbers
+          ) -> Qwen3LMHeadModel:
+    "A model whose embeddings start as `tomat train`'s do: small, and numbers as neighbours."
+    model_key, embedding_key = jax.random.split(key)
+    model = Qwen3LMHeadModel.init(hax.Axis("vocab", vocab.size), config, key=model_key)
+    scale = config.initializer_range
+    start = hax.random.normal(embedding_key, (model.Vocab, model.Embed)).array * scale
+    for ids in [vocab.blocks["integer"], *vocab.slots("position"), *vocab.slots("density")]:
+        start = start.at[ids.start:ids.stop].add(scale * _rank_code(len(ids), model.Embed, ids.start))
+    weight = hax.named(start, (model.Vocab, model.Embed))
+    return eqx.tree_at(lambda m: m.embeddings.token_embeddings.weight, model, weight)
+
+
+@dataclass(frozen=True, eq=False)
+class Objective:
+    "What a model is asked for."
+    counted: range                      # ids whose prediction counts; no other id gets a logit
+    emd: float = 0.0                    # share of the earth mover's distance; the rest is cross-entropy
+    values_V: np.ndarray | None = None  # (V,) the density of each counted id, for the distance
+
+
+def objective_of(tokenizer: Tokenizer,
+                 emd: float,  # share of the earth mover's distance
+                 ) -> Objective:
+    "The loss on density tokens."
+    values_V = tokenizer.density_codec.values_of_ids().astype(np.float32) if emd else None
+    return Objective(tokenizer.vocab.blocks["density"], emd, values_V)
+
+
+def token_losses(logits_BxCxV: jax.Array,  # of the counted ids, four-byte numbers
+                 target_BxC: jax.Array,    # the true ones, from 0
+                 objective: Objective,
+                 ) -> jax.Array:  # (B, C)
+    "Cross-entropy in nats, earth mover's distance Σ p·|ρ_level - ρ| in the density's unit, or a mixture."
+    losses = jnp.zeros(target_BxC.shape)
+    if objective.emd < 1:
+        right = jnp.take_along_axis(logits_BxCxV, target_BxC[..., None], axis=-1)[..., 0]
+        losses += (1 - objective.emd) * (jax.nn.logsumexp(logits_BxCxV, axis=-1) - right)
+    if objective.values_V is not None:
+        values_V = jnp.asarray(objective.values_V)
+        distance_BxCxV = jnp.abs(values_V - values_V[target_BxC][..., None])
+        losses += objective.emd * (jax.nn.softmax(logits_BxCxV, axis=-1) * distance_BxCxV).sum(-1)
+    return losses
+
+
+def loss_and_count(model: Qwen3LMHeadModel,
+                   ids: hax.NamedArray,  # (batch, position) rows, PAD behind them
+                   objective: Objective,
+                   ) -> tuple[jax.Array, jax.Array]:  # sum over the counted tokens, and how many there are
+    "The loss of every density token given the true tokens before it. PAD is neither foretold nor, being behind, seen."
+    hidden, _ = split_activations(model.activations(ids, AttentionMask.causal(), key=None))
+    hidden_BxLxW = hidden.rearrange(("batch", "position", model.Embed)).array
+    counted = objective.counted
+    head_VxW = hax.auto_sharded(model.get_lm_head()["vocab", counted.start:counted.stop]).array
+    ids_BxL = ids.rearrange(("batch", "position")).array
+    target_BxL = jnp.pad(ids_BxL[:, 1:], ((0, 0), (0, 1)), constant_values=PAD) - counted.start
+    counts_BxL = (target_BxL >= 0) & (target_BxL < len(counted))
+    width = math.gcd(ids_BxL.shape[1], PLACES)
+
+    @jax.checkpoint
+    def add(total: jax.Array, part: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+        hidden_BxCxW, target_BxC, counts_BxC = part
+        logits = jnp.einsum("bcw,vw->bcv", hidden_BxCxW, head_VxW, preferred_element_type=jnp.float32)
+        losses = token_losses(logits, jnp.where(counts_BxC, target_BxC, 0), objective)
+        return total + jnp.where(counts_BxC, losses, 0).sum(), None
+
+    def parts(x: jax.Array) -> jax.Array:  # (L/C, B, C, …)
+        return jnp.moveaxis(x.reshape(x.shape[0], -1, width, *x.shape[2:]), 1, 0)
+
+    total, _ = jax.lax.scan(add, jnp.zeros(()), tuple(map(parts, (hidden_BxLxW, target_BxL, counts_BxL))))
+    return total, counts_BxL.sum()

@@ -1,0 +1,143 @@
+"""What a run is: its knobs, its network, its places. Nothing here wants JAX, so that a dry run costs nothing."""
+
+import dataclasses
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tomat import sizes
+from tomat.files import TomatError, exists, read_json, write_json
+from tomat.settings import setting
+from tomat.shards import read_meta
+from tomat.sizes import ModelSize, flops_per_token, n_parameters
+from tomat.tokenizer import Tokenizer, tokenizer_from_dict
+
+from tomat_marin.groups import groups_of, row_length
+
+MODELS = {"tiny": ModelSize(width=64, layers=2, heads=2, mlp=128, kv_heads=1)} | sizes.MODELS  # "tiny" is for tests
+OTHER_NAMES = {"200M": "208M"}
+
+
+@dataclass(frozen=True)
+class Knobs:
+    "Everything that decides a run; each is set by TOMAT_<NAME>."
+    label: str                 # data set: its name in the token store, or a folder
+    results_label: str = ""    # name of the run; "": made of the three that follow
+    model: str = "30M"         # a key of MODELS
+    seed: int = 0              # of the weights and of the order of rows
+    steps: int = 2000          # weight updates
+    batch_size: int = 128      # rows a step, on all devices together
+    val_seqs: int = 128        # rows to judge by, of the last materials; 0: none
+    eval_every: int = 200      # steps between two evaluations
+    emd: float = 0.0           # share of the earth mover's distance in the loss, 0 to 1
+    lr: float = 0.0            # peak learning rate; 0: 2e-3 up to width 512, then falling with the width
+    precision: str = "bf16"    # of the computation: "bf16" or "f32"; weights are always f32
+
+    def __post_init__(self) -> None:
+        if not self.label:
+            raise TomatError("TOMAT_LABEL names no data set: give a label of the token store, or a folder of rows.")
+        if self.model not in MODELS:
+            raise TomatError(f"There is no model size {self.model!r}: use one of {', '.join([*MODELS, *OTHER_NAMES])}.")
+        if min(self.steps, self.batch_size, self.eval_every) < 1 or self.val_seqs < 0 or not 0 <= self.seed < 2**31:
+            raise TomatError("A run has at least one step, one row a batch and an evaluation now and then, and a seed from 0 "
+                             "to 2^31 - 1.")
+        if self.precision not in ("bf16", "f32") or not 0 <= self.emd <= 1 or not 0 <= self.lr < 1:
+            raise TomatError("The precision is bf16 or f32, the share of the earth mover's distance and the learning rate are "
+                             "numbers from 0 to 1.")
+
+    @property
+    def size(self) -> ModelSize:
+        return MODELS[self.model]
+
+    @property
+    def peak_lr(self) -> float:
+        return self.lr or 2e-3 * min(1.0, 512 / self.size.width)
+
+
+@dataclass(frozen=True)
+class Setup:
+    "How a run is carried out; none of it changes the numbers by more than rounding."
+    rows_at_once: int = -1     # on one device; -1: its whole share of a batch
+    save_minutes: float = 15   # between two states that replace each other
+    save_steps: int = 10_000   # between two states that stay
+
+
+def _number(name: str, text: str, kind: type) -> Any:
+    try:
+        return kind(text)
+    except ValueError as err:
+        raise TomatError(f"TOMAT_{name.upper()} is {text!r}, which is no {kind.__name__}: mend it.") from err
+
+
+def from_environment(kind: type) -> Any:  # Knobs or Setup
+    "What the TOMAT_* variables say."
+    kinds: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(kind)}
+    given = {name: os.environ.get(f"TOMAT_{name.upper()}", "") for name in kinds}
+    values = {name: _number(name, text, kinds[name]) for name, text in given.items() if text}
+    if kind is Knobs:
+        values.setdefault("label", "")
+        values["model"] = OTHER_NAMES.get(values.get("model", ""), values.get("model", Knobs.model))
+        short = f"{Path(values['label']).name}-{values['model']}-seed{values.get('seed', Knobs.seed)}"
+        values.setdefault("results_label", short)
+    return kind(**values)
+
+
+def data_place(knobs: Knobs) -> str:
+    "The folder of rows, local or remote."
+    store = setting("token_store")
+    return f"{store.rstrip('/')}/{knobs.label}" if store else knobs.label
+
+
+def run_place(knobs: Knobs) -> str:
+    "The folder of the run, local or remote: states, and the model at the end."
+    return f"{(setting('checkpoint_store') or 'runs').rstrip('/')}/{knobs.results_label}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    "A run and the data that it reads."
+    knobs: Knobs
+    setup: Setup
+    data: str                 # folder of rows
+    out: str                  # folder of the run
+    meta: dict[str, Any]      # the data's meta.json
+    tokenizer: Tokenizer      # the data's
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        "What decides the run, ready for JSON: a state of other facts is not gone on from."
+        keys = ("label", "seed", "rows", "tokens", "tokenizer")
+        return {"knobs": dataclasses.asdict(self.knobs), "data": {key: self.meta[key] for key in keys}}
+
+    def about(self) -> dict[str, Any]:
+        "What it will take, for people."
+        n_ids, rows = self.tokenizer.vocab.size, self.knobs.steps * self.knobs.batch_size
+        length = row_length(groups_of(self.data, self.meta))
+        flops = flops_per_token(self.knobs.size, n_ids, length)
+        return {**self.facts, "from": self.data, "to": self.out, "setup": dataclasses.asdict(self.setup),
+                "learning rate": self.knobs.peak_lr, "parameters": n_parameters(self.knobs.size, n_ids),
+                "tokens a row": length, "FLOPs per token": flops, "tokens, padded": rows * length, "FLOPs": rows * length * flops,
+                "epochs": rows / self.meta["rows"]}
+
+
+def plan() -> Plan:
+    "The run that the environment asks for; raises `TomatError` where its data is not there, or it cannot be."
+    knobs, setup = from_environment(Knobs), from_environment(Setup)
+    data = data_place(knobs)
+    meta = read_meta(data)
+    tokenizer = tokenizer_from_dict(meta["tokenizer"])
+    if knobs.emd and tokenizer.density_codec.tokens_per_value != 1:
+        raise TomatError(f"The earth mover's distance needs one token a value, and {tokenizer.density_codec.name} writes "
+                         f"{tokenizer.density_codec.tokens_per_value}.")
+    return Plan(knobs, setup, data, run_place(knobs), meta, tokenizer)
+
+
+def claim(plan: Plan, writes: bool) -> None:
+    "Refuse a folder that another run has begun; the process that `writes` puts the facts there."
+    place = f"{plan.out}/run.json"
+    if exists(place):
+        if read_json(place) != plan.facts:
+            raise TomatError(f"{plan.out} holds a run with other knobs or other data: give TOMAT_RESULTS_LABEL another name.")
+    elif writes:
+        write_json(place, plan.facts)

@@ -1,0 +1,31 @@
+"""Train on the rows of `tomat tokenize` with Levanter, on TPUs or anywhere JAX runs; the knobs are TOMAT_* variables.
+
+TOMAT_LABEL=val-full TOMAT_MODEL=200M TOMAT_STEPS=2000 python marin/train_tomat_tpu.py [--dry-run]
+"""
+
+import argparse
+import json
+import sys
+
+from tomat.files import TomatError
+
+from tomat_marin.plan import plan
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dry-run", action="store_true", help="say what would run, and stop")
+    asked = parser.parse_args()
+    try:
+        if asked.dry_run:
+            print(json.dumps(plan().about(), indent=1))
+            return
+        from tomat_marin.run import distributed_config, train
+        distributed_config().initialize()  # before anything that asks JAX for its devices
+        train(plan())
+    except TomatError as err:
+        sys.exit(f"tomat: {err}")
+
+
+if __name__ == "__main__":
+    main()
