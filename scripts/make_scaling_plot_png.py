@@ -1,0 +1,29 @@
+"""Draw loss against compute, and MFU against devices, of one or more tables of runs.
+
+    python scripts/make_scaling_plot_png.py results/scaling/published_runs.csv [MORE.csv …] --out scaling.png
+"""
+import argparse
+import sys
+
+from tomat.files import TomatError, write_aside
+from tomat.scaling import plot_runs, read_runs
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tables", nargs="+", help="written by pull_wandb_runs.py, or of the same columns")
+    parser.add_argument("--out", required=True, help=".png")
+    args = parser.parse_args()
+    try:
+        figure = plot_runs([run for table in args.tables for run in read_runs(table)])
+        with write_aside(args.out) as aside:
+            figure.savefig(aside, format="png", dpi=150)
+    except TomatError as err:
+        print(err, file=sys.stderr)
+        return 2
+    print(args.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

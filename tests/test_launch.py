@@ -1,0 +1,314 @@
+"""Launchers: what is printed is what is run, here and in a stand-in for a cloud; every function's body runs on real rows."""
+
+import ast
+import importlib.util
+import json
+import subprocess
+import sys
+import threading
+import tomllib
+import urllib.request
+from importlib.resources import files
+from pathlib import Path
+from wsgiref.simple_server import WSGIRequestHandler, make_server
+
+import numpy as np
+import pytest
+from packaging.requirements import Requirement
+
+from tomat.files import TomatError
+from tomat.jobs import TASKS, Job, Resources, carry_out, read_job
+from tomat.jobs import main as run_lines
+from tomat.launch import modal_needs, modal_options, shared_env, submit, sync_jobs, tokenize_jobs, train_jobs
+from tomat.shards import read_meta
+
+pytest.importorskip("modal")
+pytestmark = pytest.mark.filterwarnings("ignore:The .* function is executing locally:UserWarning")
+
+ROOT = Path(__file__).resolve().parents[1]
+SAMPLE = str(files("tomat") / "data" / "sample.zip")
+LAUNCHERS = sorted(path.stem for path in (ROOT / "scripts").glob("*_modal.py"))
+SETTINGS = """[modal]
+modal_app = tomat
+volume = shelf
+[data]
+patch_size = 4
+density_codec = two_token_9_12
+layout = anchored
+density_log_min = -4.13
+density_log_max = 4.97
+pad_to = 512
+seed = 42
+[data.tiny]
+split = all
+materials = 17
+patches = 257
+"""
+
+
+def launcher(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"scripts/{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def scripts():
+    return {name: launcher(name) for name in LAUNCHERS}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    "A folder for what a volume would hold, and settings of its own."
+    folder = tmp_path_factory.mktemp("volume")
+    (folder / "settings.ini").write_text(SETTINGS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TOMAT_SETTINGS", str(folder / "settings.ini"))
+        patch.setenv("HOME", str(folder))  # no account
+        patch.setenv("TOMAT_RAW_STORE", SAMPLE)
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def rows(place, scripts):
+    "Rows that sixteen workers made, as containers would: through the function of the app."
+    (stage,) = tokenize_jobs("tiny", cores=1, here=str(place))
+    for job in stage:
+        scripts["tokenize_patches_modal"].run.local(job.text)
+    return place / "rows" / "tiny"
+
+
+@pytest.fixture(scope="module")
+def few(place):
+    "The rows of two materials."
+    ((job,),) = tokenize_jobs("tiny", n_workers=1, materials=2, cores=1, here=str(place / "few"))
+    carry_out(job.text)
+    return place / "few" / "rows" / "tiny"
+
+
+class Cloud:
+    "Stands where Modal's function is: writes down what it is handed, and has it carried out by `.local()`."
+    app_id = "ap-1"  # running
+
+    def __init__(self, run):
+        self.run, self.options, self.texts = run, [], []
+
+    def with_options(self, **options):
+        self.options.append(options)
+        return self
+
+    def map(self, texts):
+        self.texts += texts
+        return map(self.run.local, texts)
+
+
+def shards(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.rglob("*.parquet"))}
+
+
+def test_sixteen_workers_give_the_bytes_of_one(place, rows):
+    (alone,) = tokenize_jobs("tiny", n_workers=1, cores=1, here=str(place / "one"))
+    assert [carry_out(job.text)["part"] for job in alone] == [[0, 1]]
+    one, many = shards(place / "one" / "rows" / "tiny"), shards(rows)
+    assert len(one) == 17 and one == many  # one more than workers, so that a worker has two
+    assert len({path.parent for path in rows.rglob("*.parquet")}) == 16
+    assert read_meta(rows)["rows"] == 17 * 257
+
+
+CALLS = {
+    "fidelity_sweep_modal": ("sweep", {"n_workers": 3, "materials": 4, "split": "validation", "only": "coarse", "cores": 1}, 4),
+    "tokenize_patches_modal": ("parallel", {"label": "tiny", "n_workers": 2, "materials": 4, "cores": 1}, 2),
+    "train_modal": ("train", {"label": "tiny", "options": "steps=1 batch_size=1"}, 1),
+    "verify_modal": ("check", {"label": "tiny", "cores": 1}, 1)}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_dry_run_is_what_is_run(name, place, few, scripts, tmp_path, monkeypatch, capsys):
+    module, (entry, asked, n) = scripts[name], CALLS[name]
+    monkeypatch.setattr("tomat.launch.MOUNT", str(tmp_path))  # the folder that stands for the volume
+    if name in ("train_modal", "verify_modal"):
+        (tmp_path / "rows").symlink_to(few.parent)
+    cloud = Cloud(module.run)
+    monkeypatch.setattr(module, "run", cloud)
+    monkeypatch.setattr(module, "app", cloud)
+    function = getattr(module, entry)
+    function(**asked, dry_run=True)
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == n and not cloud.texts
+    assert [json.loads(line)["task"] in TASKS for line in printed] == [True] * n
+    function(**asked)
+    assert cloud.texts == printed  # to the last byte
+    stages = [modal_needs(read_job(line).resources) for line in printed]
+    assert all(options in stages for options in cloud.options) and stages[0] == cloud.options[0]
+    assert len(capsys.readouterr().out.splitlines()) == n  # a line for what each job returned
+    function(**asked, here=str(tmp_path), dry_run=True)
+    assert capsys.readouterr().out.splitlines() == printed  # and on this machine the same, with its folder
+
+
+def test_a_run_is_trained_and_goes_on(place, few, monkeypatch):
+    monkeypatch.setenv("TOMAT_STEPS", "2")
+    monkeypatch.setenv("TOMAT_BATCH_SIZE", "5")
+    ((job,),) = train_jobs("tiny", options="batch_size=2", name="mine", here=str(place / "few"))
+    assert (job.settings["config"]["steps"], job.settings["config"]["batch_size"]) == (2, 2)
+    assert job.env["WANDB_RUN_GROUP"] == "nano-tiny" and "A100:1" in job.env["WANDB_TAGS"].split(",")
+    first = carry_out(job.text)
+    assert first["steps"] == "2/2" and first["finished"] and (place / "few/runs/mine/model/tomat.json").exists()
+    before = (place / "few/runs/mine/log.jsonl").read_bytes()
+    assert carry_out(job.text) == first and (place / "few/runs/mine/log.jsonl").read_bytes() == before
+
+
+def test_several_gpus_are_processes_of_torchrun(few):
+    "A light task stands for training, whose processes tests/test_train.py looks after."
+    text = Job("verify", {"data": str(few), "workers": 1}, Resources(gpu="A100:2"), {"TOMAT_NEW": "seen"}).text
+    assert carry_out(text) == {"data": str(few), "faults": 0}
+
+
+def test_a_sweep_by_workers_is_the_sweep_of_one(place):
+    from tomat.fidelity import read_sweep
+    from tomat.launch import sweep_jobs
+    asked = {"split": "validation", "materials": 4, "only": "coarse", "cores": 1}
+    for n in (1, 6):  # six workers for four materials
+        results = submit(sweep_jobs(f"by-{n}", n_workers=n, here=str(place), **asked), here=str(place))
+        assert results[-1]["lines"] == 16 == sum(result.get("lines", 0) for result in results[:-1])
+    one, many = ([{k: v for k, v in line.items() if k != "seconds"} for line in read_sweep(place / f"tables/by-{n}.csv")]
+                 for n in (1, 6))
+    assert str(one) == str(many)
+
+
+def test_verify_tells_what_is_wrong(place, rows, scripts):
+    text = Job("verify", {"data": f"{place}/damaged", "workers": 1}).text
+    (place / "damaged" / "worker-00").mkdir(parents=True)
+    for path in (rows / "worker-00").iterdir():
+        (place / "damaged" / "worker-00" / path.name).write_bytes(path.read_bytes())
+    with pytest.raises(TomatError, match="lacks worker-01"):
+        scripts["verify_modal"].run.local(text)
+
+
+def test_rows_go_to_the_bucket(place, rows, scripts, s3, monkeypatch, capsys):
+    with pytest.raises(TomatError, match="TOMAT_TOKEN_STORE"):
+        sync_jobs("tiny", here=str(place))
+    monkeypatch.setenv("TOMAT_TOKEN_STORE", f"{s3}/rows/")
+    scripts["sync_modal"].copy(name="tiny", here=str(place), dry_run=True)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert json.loads(line)["settings"]["target"] == f"{s3}/rows/tiny"
+    told = scripts["sync_modal"].run.local(line)
+    assert told["copied"] == 17 + 16 and read_meta(f"{s3}/rows/tiny") == read_meta(rows)
+
+
+def test_the_service_predicts_over_http(place, scripts, tmp_path, capsys):
+    from tomat.formats import read_density
+    from tomat.predict import load_predictor
+    from tomat.store import sample_store
+    scripts["predict_modal"].serve(dry_run=True)
+    assert read_job(capsys.readouterr().out.strip()).task == "serve"
+    structure = sample_store().read(sample_store().split("validation")[0]).structure
+
+    class Quiet(WSGIRequestHandler):
+        def log_message(self, *_):
+            pass
+
+    application = scripts["predict_modal"].Service().web.local()
+    with make_server("127.0.0.1", 0, application, handler_class=Quiet) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/"
+        with urllib.request.urlopen(url) as reply:
+            assert json.load(reply)["decoder"] == "parallel"
+        with urllib.request.urlopen(f"{url}?grid=12,12,12&format=zarr", structure.to(fmt="poscar").encode()) as reply:
+            facts, body = json.loads(reply.headers["X-Tomat"]), reply.read()
+        for bad, sent in (("?gird=1,2,3", b"x"), ("?name=POSCAR", b"nothing"), ("", b"")):
+            with pytest.raises(urllib.error.HTTPError) as caught:
+                urllib.request.urlopen(url + bad, sent)
+            assert caught.value.code == 400 and str(tmp_path.anchor) + "tmp" not in caught.value.read().decode()
+        server.shutdown()
+    (tmp_path / "x.zarr.zip").write_bytes(body)
+    served, direct = read_density(tmp_path / "x.zarr.zip"), load_predictor().predict(structure, (12, 12, 12)).density
+    np.testing.assert_allclose(served.total, direct.total, rtol=1e-4, atol=1e-4)
+    assert facts["grid"] == [12, 12, 12] and facts["out"] == "density.zarr.zip"
+
+
+def test_printed_lines_can_be_run_elsewhere(place, tmp_path, capsys, monkeypatch):
+    "A launcher as a program of its own, without an account, and its lines through `python -m tomat.jobs`."
+    options = f"--label tiny --n-workers 2 --materials 4 --cores 1 --here {tmp_path} --dry-run".split()
+    done = subprocess.run([sys.executable, ROOT / "scripts/tokenize_patches_modal.py", *options], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (stage,) = tokenize_jobs("tiny", n_workers=2, materials=4, cores=1, here=str(tmp_path))
+    assert done.stdout.splitlines() == [job.text for job in stage]
+    (tmp_path / "jobs.jsonl").write_text(done.stdout)
+    run_lines([str(tmp_path / "jobs.jsonl")])
+    assert read_meta(tmp_path / "rows/tiny")["rows"] == 4 * 257 and len(capsys.readouterr().out.splitlines()) == 2
+
+
+def test_in_a_container_the_volume_is_read_first_and_committed_last(place, rows, monkeypatch):
+    import modal
+    seen = []
+
+    class Volume:
+        def reload(self):
+            seen.append("reload")
+
+        def commit(self):
+            seen.append("commit")
+
+    monkeypatch.setattr(modal, "is_local", lambda: False)
+    monkeypatch.setattr(modal.Volume, "from_name", lambda name: seen.append(name) or Volume())
+    monkeypatch.setitem(TASKS, "verify", lambda data, workers: seen.append("work"))
+    monkeypatch.delenv("TOMAT_SETTINGS")
+    carry_out(Job("verify", {"data": str(rows), "workers": 1}, env={"TOMAT_VOLUME": "other"}).text)
+    assert seen == ["other", "reload", "work", "commit"]
+
+
+def test_a_job_sees_its_variables_and_leaves_none(monkeypatch):
+    import os
+    seen = {}
+    monkeypatch.setenv("TOMAT_SEEN", "before")
+    monkeypatch.setitem(TASKS, "verify", lambda **_: seen.update(os.environ))
+    carry_out(Job("verify", {}, env={"TOMAT_SEEN": "x", "TOMAT_NEW": "y"}).text)
+    assert (seen["TOMAT_SEEN"], seen["TOMAT_NEW"]) == ("x", "y")
+    assert os.environ["TOMAT_SEEN"] == "before" and "TOMAT_NEW" not in os.environ
+
+
+@pytest.mark.parametrize("text", [
+    "", "tomat train", "[]", "{}", '{"task": "train"}', '{"task": 1, "settings": [], "resources": {}}',
+    Job("train", {}).text, Job("walk", {}).text, Job("sync", {"source": "a"}).text])
+def test_other_lines_are_one_sentence(text):
+    with pytest.raises(TomatError) as caught:
+        carry_out(text)
+    assert "\n" not in str(caught.value) and str(caught.value).endswith(".")
+
+
+def test_what_is_asked_for_is_what_modal_gets(place, monkeypatch):
+    import modal
+    assert modal_needs(Resources(2, 8, "A100:4", 0.5, 3)) == {
+        "cpu": 2.0, "memory": 8192, "gpu": "A100:4", "timeout": 1800, "retries": 3}
+    monkeypatch.setenv("TOMAT_MODAL_SECRETS", "bucket, wandb")
+    monkeypatch.setenv("TOMAT_S3_ENDPOINT", "http://there")
+    options = modal_options()
+    assert len(options["secrets"]) == 2 and list(options["volumes"]) == ["/data"]
+    assert options["env"] == shared_env() and options["env"]["AWS_ENDPOINT_URL"] == "http://there"
+    assert options["env"]["TOMAT_VOLUME"] == "shelf" and isinstance(options["image"], modal.Image)
+    for gpu in ("A100:3", "A100", ":4", "A100:0"):
+        with pytest.raises(TomatError, match="A100:1"):
+            Resources(gpu=gpu)
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_a_launcher_is_thin_and_names_nobody(name):
+    source = (ROOT / f"scripts/{name}.py").read_text()
+    tree = ast.parse(source)
+    assert len(source.splitlines()) < 80
+    assert not any(isinstance(node, ast.For | ast.While | ast.Try | ast.With | ast.ListComp) for node in ast.walk(tree))
+    branches = [node for node in ast.walk(tree) if isinstance(node, ast.If | ast.IfExp)]
+    assert len(branches) == 1  # whether it is the program
+    texts = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    assert not any(mark in text for text in texts for mark in ("s3://", "gs://", "@gmail", "entity"))
+
+
+def test_the_lock_holds_everything_that_the_project_asks_for():
+    lines = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if not line.startswith("#")]
+    pinned = dict(line.split("==") for line in lines)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = (project["optional-dependencies"][extra] for extra in ("gcs", "s3", "wandb"))
+    for text in [*project["dependencies"], *(text for extra in extras for text in extra)]:
+        wanted = Requirement(text)
+        assert wanted.specifier.contains(pinned[wanted.name]), text

@@ -1,0 +1,252 @@
+"""Scaling: the published table from sizes alone, laws found again as surely as they say, forecasts, runs pulled from logs."""
+
+import csv
+import importlib.util
+import json
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tomat.files import TomatError
+from tomat.sizes import MODELS, n_parameters
+from tomat.pull import logged_run, offline_runs, online_runs, run_of
+from tomat.runs import Log
+from tomat.scaling import (Fleet, LossLaw, Run, TokenizeRates, by_law, by_ratio, choices, device_hours, fit_loss, fit_power,
+                           fit_rates, mfu_of, parameters_of, plot_runs, read_runs, resampled_slopes, shaped, token_flops,
+                           tokenize_forecast, write_runs)
+from tomat.tokenizer import Tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+TABLE = ROOT / "results/scaling/published_runs.csv"
+PUBLISHED = read_runs(TABLE)
+quick = settings(derandomize=True, deadline=None, max_examples=30)
+
+# As published: tokens ×10⁹, FLOPs ×10¹⁸, MFU %, thousand tokens a second, device, devices, rows a step, loss.
+STATED = [
+    ("30M", 0.67, 0.32, 12.4, 80, "A100", 1, 32, 2.235), ("30M", 1.31, 0.62, 12.0, 157, "A100", 2, 32, 1.962),
+    ("30M", 2.62, 1.25, 11.96, 313, "A100", 4, 64, 1.975),
+    ("30M", 5.24, 2.49, 11.86, 624, "A100", 8, 128, 2.022),
+    ("30M", 1.05, 0.50, 10.25, 792, "v6e", 4, 128, 2.620), ("30M", 4.19, 2.00, 8.38, 1297, "v6e", 8, 256, 2.214),
+    ("30M", 8.39, 4.00, 6.6, 1983, "v6e", 16, 512, 2.212), ("208M", 2.10, 5.18, 9.88, 294, "v6e", 8, 128, 2.060)]
+
+
+def test_the_committed_table_is_the_published_one():
+    lines = [(run.model, run.tokens / 1e9, run.flops / 1e18, 100 * run.mfu, run.tokens_per_s / 1e3, run.device, run.devices,
+              run.batch_size, run.loss) for run in PUBLISHED]
+    for ours, stated in zip(lines, STATED, strict=True):
+        assert all(a == (b if isinstance(a, str) else pytest.approx(b)) for a, b in zip(ours, stated, strict=True))
+
+
+@pytest.mark.parametrize("run", PUBLISHED, ids=lambda run: run.run)
+def test_published_runs_from_their_sizes_alone(run):
+    assert run.tokens * token_flops(run) == pytest.approx(run.flops, rel=0.015)
+    assert 100 * mfu_of(run) == pytest.approx(100 * run.mfu, abs=0.3)
+    assert device_hours(run) * 3600 == pytest.approx(run.flops / run.mfu / ({"A100": 312e12, "v6e": 918e12}[run.device]), rel=0.04)
+
+
+def test_a_table_comes_back(tmp_path):
+    unknown = Run("x", "nano", "", 1, 8, "mine", 2900, 115, 1e6, 1e12, None, None, 3.5, 3.1, "g", "finished")
+    write_runs([*PUBLISHED, unknown], tmp_path / "runs.csv")
+    assert read_runs(tmp_path / "runs.csv") == [*PUBLISHED, unknown]
+    assert mfu_of(unknown) is None and device_hours(unknown) is None
+    for text in ("run,model\nx,30M\n", "run;model\n1;2\n", TABLE.read_text().replace("0.32e18", "many")):
+        (tmp_path / "bad.csv").write_text(text)
+        with pytest.raises(TomatError, match="no table of runs"):
+            read_runs(tmp_path / "bad.csv")
+
+
+@quick
+@given(st.floats(-1, 1), st.floats(-3, 3), st.integers(3, 12))
+def test_an_exact_power_law_is_found(slope, height, n):
+    x = np.geomspace(1e3, 1e6, n)
+    law = fit_power(x, np.exp(height) * x**slope)
+    assert law.slope == pytest.approx(slope, abs=1e-9) and law.slopes()[0] <= slope + 1e-9
+    np.testing.assert_allclose(law.at(np.array([1e9])), np.exp(height) * 1e9**slope, rtol=1e-6)
+
+
+def test_intervals_hold_as_often_as_they_say():
+    rng, x = np.random.default_rng(0), np.geomspace(1, 100, 8)
+    held = {"slope": 0, "line": 0, "point": 0, "drawn": 0}
+    for _ in range(600):
+        law = fit_power(x, 2 * x**-0.2 * np.exp(0.05 * rng.standard_normal(8)))
+        far = np.array([1000.0])
+        low, high = law.band(far)
+        below, above = law.band(far, one_more=True)
+        held["slope"] += law.slopes()[0] <= -0.2 <= law.slopes()[1]
+        held["line"] += low[0] <= 2 * 1000**-0.2 <= high[0]
+        held["point"] += below[0] <= 2 * 1000**-0.2 * np.exp(0.05 * rng.standard_normal()) <= above[0]
+    assert all(0.92 < held[name] / 600 < 0.98 for name in ("slope", "line", "point")), held
+    slopes = resampled_slopes(x, 2 * x**-0.2 * np.exp(0.05 * rng.standard_normal(8)), rng)
+    assert len(slopes) == 1000 and abs(np.median(slopes) + 0.2) < 0.05
+
+
+@pytest.mark.parametrize("x, y", [([1, 2], [1, 2]), ([1, 1, 1], [1, 2, 3]), ([1, 2, -3], [1, 2, 3]), ([1, 2, 3], [1, 2, np.nan])])
+@pytest.mark.filterwarnings("ignore:invalid value encountered in log:RuntimeWarning")
+def test_what_is_no_law_is_refused(x, y):
+    with pytest.raises(TomatError, match="three points or more"):
+        fit_power(x, y)
+
+
+def test_a_law_of_sizes_and_tokens_is_found_and_forecasts():
+    true = LossLaw(1.2, 0.7, 0.4, 0.4, 0.35, 1e6, 1e8)
+    n, d = (grid.ravel() for grid in np.meshgrid(np.geomspace(1e5, 1e7, 4), np.geomspace(1e7, 1e9, 5)))
+    law = fit_loss(n, d, true.at(n, d))
+    np.testing.assert_allclose(law.at(n, d), true.at(n, d), rtol=1e-4)
+    assert law.at(1e8, 1e10) == pytest.approx(true.at(1e8, 1e10), rel=0.02)
+    with pytest.raises(TomatError, match="six runs"):
+        fit_loss(n[:5], d[:5], true.at(n, d)[:5])
+    with pytest.raises(TomatError, match="different sizes"):
+        fit_loss(np.full(9, 1e6), np.geomspace(1e7, 1e9, 9), np.linspace(3, 2, 9))
+
+
+def test_the_next_size():
+    widths = [choice.size.width for choice in choices(1e19)]
+    assert widths == sorted(widths) and all(choice.tokens * 1 > 0 for choice in choices(1e19))
+    assert (shaped(512).layers, shaped(1024).layers) == (MODELS["30M"].layers, MODELS["208M"].layers)
+    assert n_parameters(shaped(1024), 6792) == pytest.approx(n_parameters(MODELS["208M"], 6792), rel=1e-3)
+    small, large = by_ratio(1e18), by_ratio(1e21)
+    assert small.parameters < large.parameters and small.tokens < large.tokens
+    for choice in (small, large):
+        assert 0.7 < choice.tokens / choice.parameters / 20 < 1.4
+    least = by_law(1e20, law := LossLaw(1, 1, 0.3, 1, 0.3, 1e8, 1e9))
+    assert all(law.at(least.parameters, least.tokens) <= law.at(c.parameters, c.tokens) for c in choices(1e20))
+
+
+def test_fleets():
+    fleet = Fleet("A100", 8, 0.1186)
+    assert fleet.hours(2.49e18) == pytest.approx(5.24e9 / 624e3 / 3600, rel=0.01)
+    assert fleet.device_hours(2.49e18) == pytest.approx(8 * fleet.hours(2.49e18))
+    with pytest.raises(TomatError, match="abacus"):
+        Fleet("abacus", 1, 0.5).hours(1)
+
+
+@quick
+@given(st.integers(1, 40), st.integers(1, 20), st.integers(1, 4), st.integers(0, 99))
+def test_tokenizing_is_dealt_out_as_it_is_done(n, machines, cores, seed):
+    voxels, rates = np.random.default_rng(seed).lognormal(13, 1, n), TokenizeRates(0.01, 2e-8, 1e-4)
+    wall, core = tokenize_forecast(voxels, 128, rates, machines, cores)
+    each = rates.seconds(voxels, 128)
+    shards = [each[i:i + 4].sum() for i in range(0, n, 4)]
+    assert core == pytest.approx(each.sum()) and max(shards) <= wall * (1 + 1e-9) <= core * (1 + 1e-8) + 1e-9
+    assert wall >= core / (machines * cores) * (1 - 1e-9)
+    if machines >= len(shards):
+        assert wall == pytest.approx(max(shards))
+    if machines == cores == 1:
+        assert wall == pytest.approx(core)
+
+
+def test_measured_rates_explain_what_was_measured():
+    lines = list(csv.DictReader((ROOT / "results/scaling/tokenize_rates.csv").open()))
+    rates = fit_rates(lines)
+    taken = np.array([float(line["cpu_seconds"]) for line in lines])
+    found = np.array([rates.seconds(float(line["voxels"]), int(line["rows"])) for line in lines])
+    assert np.median(np.abs(np.log(found / taken))) < 0.2 and min(rates.material, rates.voxel, rates.row) > 0
+    exact = TokenizeRates(0.02, 3e-8, 2e-4)
+    made = [{"voxels": v, "rows": r, "cpu_seconds": exact.seconds(v, r)} for v in (1e4, 1e5, 1e6) for r in (8, 128)]
+    assert fit_rates(made).voxel == pytest.approx(3e-8, rel=1e-6)
+
+
+# Runs pulled from logs.
+
+def lines_of(steps):
+    return [{"step": step, "loss": 5 - step / 10, "tokens": 230 * step, "padded": 256 * step, "flops": 10**9 * step, "lr": 1e-3,
+             "grad_norm": 1.0, "time": {"seconds": 1.0, "tokens_per_s": 100.0 * step, "mfu_real": 0.1 * step},
+             **({"val": {"loss": 4.5 - step / 20}} if step % 2 == 0 else {})} for step in steps]
+
+
+@pytest.fixture(scope="module")
+def logged(tmp_path_factory):
+    "An offline run of W&B that was stopped after three steps, and went on from the second."
+    pytest.importorskip("wandb")
+    from tomat.codecs import PUBLISHED_DENSITY
+    folder = tmp_path_factory.mktemp("runs") / "first"
+    folder.mkdir()
+    tokenizer = Tokenizer("framed", PUBLISHED_DENSITY, patch_size=4)
+    facts = {"config": {"model": "nano", "batch_size": 2, "steps": 5}, "stream": "s",
+             "data": {"label": "tiny", "tokenizer": tokenizer.to_dict()}}
+    (folder / "config.json").write_text(json.dumps(facts))
+    variables = {"WANDB_MODE": "offline", "WANDB_RUN_GROUP": "nano-tiny", "WANDB_TAGS": "nano,tiny,A100-80GB:8,launch"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in variables.items():
+            patch.setenv(name, value)
+        about = {**facts, "name": "nano-tiny-b2-s0", "id": "one"}
+        with pytest.raises(KeyboardInterrupt), Log(folder, (), about) as log:
+            for line in lines_of([1, 2, 3]):
+                log.write(line)
+            raise KeyboardInterrupt
+        with Log(folder, lines_of([1, 2]), about) as log:
+            for line in lines_of([3, 4, 5]):
+                log.write(line)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def offline(logged):
+    (run,) = offline_runs(logged.parent)
+    return run
+
+
+def test_an_offline_run_in_two_sittings_is_one_line(logged, offline, tmp_path, capsys, monkeypatch):
+    run = offline
+    assert [line["step"] for line in run.history] == [1, 2, 3, 4, 5] and run.state == "finished"
+    line = run_of(run)
+    assert (line.run, line.group, line.device, line.devices) == ("nano-tiny-b2-s0", "nano-tiny", "A100", 8)
+    assert (line.tokens, line.context, line.loss, line.val_loss) == (1150, 115, 4.5, 4.3)
+    assert (line.tokens_per_s, line.mfu) == (300, pytest.approx(0.3)) and line.vocab_size == 6794
+    ours = run_of(logged_run(logged))
+    assert (ours.tokens, ours.flops, ours.loss, ours.val_loss) == (line.tokens, line.flops, line.loss, line.val_loss)
+    script = program("pull_wandb_runs")
+    arguments = [str(logged.parent), "--out", str(tmp_path / "runs.csv"), "--history", str(tmp_path / "steps.csv")]
+    monkeypatch.setattr(sys, "argv", ["pull_wandb_runs.py", *arguments])
+    assert script.main() == 0 and read_runs(tmp_path / "runs.csv") == [line]
+    steps = list(csv.DictReader((tmp_path / "steps.csv").open()))
+    assert [float(s["value"]) for s in steps if s["name"] == "val.loss"] == [4.4, 4.3]
+    monkeypatch.setattr(sys, "argv", ["pull_wandb_runs.py", str(tmp_path), "--out", str(tmp_path / "runs.csv")])
+    assert script.main() == 2 and "holds no run" in capsys.readouterr().err
+
+
+def test_runs_online_are_the_same_lines(offline, monkeypatch):
+    "What W&B's interface gives, from a stand-in; with no account it is a sentence."
+    wandb = pytest.importorskip("wandb")
+    asked = []
+    steps = [{**line, "_step": line["step"], "_runtime": 1, "val.loss": line.get("val.loss")} for line in offline.history]
+    run = SimpleNamespace(id="one", name=offline.name, group=offline.group, tags=list(offline.tags), state="finished",
+                          config={**offline.config, "_wandb": {}}, scan_history=lambda: iter(steps))
+    api = SimpleNamespace(runs=lambda place, filters: asked.append((place, filters)) or [run])
+    monkeypatch.setattr(wandb, "Api", lambda: api)
+    monkeypatch.setenv("TOMAT_WANDB_ENTITY", "us")
+    assert online_runs("nano-tiny") == [offline] and asked == [("us/tomat", {"group": "nano-tiny"})]
+
+    def refuse():
+        raise wandb.errors.UsageError("no API key")
+    monkeypatch.setattr(wandb, "Api", refuse)
+    with pytest.raises(TomatError, match="log in"):
+        online_runs()
+
+
+def test_a_run_of_something_else_is_refused(offline):
+    for changed in ({"config": {}}, {"history": []}):
+        with pytest.raises(TomatError, match="not one of `tomat train`"):
+            run_of(SimpleNamespace(**{**vars(offline), **changed}))
+
+
+def program(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"scripts/{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_plot_is_drawn_from_tables(tmp_path, monkeypatch):
+    out = tmp_path / "scaling.png"
+    monkeypatch.setattr(sys, "argv", ["make_scaling_plot_png.py", str(TABLE), "--out", str(out)])
+    assert program("make_scaling_plot_png").main() == 0
+    assert out.read_bytes()[:4] == b"\x89PNG" and os.path.getsize(out) > 10_000
+    assert len(plot_runs(PUBLISHED[:1]).axes) == 2  # no law through one run
+    assert parameters_of(PUBLISHED[0]) == n_parameters(MODELS["30M"], 6792)
