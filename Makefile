@@ -2,6 +2,7 @@
 
 VENV   ?= .venv
 BIN    := $(VENV)/bin
+MARIN  ?= marin/.venv
 TORCH  := torch==2.13.0
 PIP    := $(BIN)/python -m pip -qq --disable-pip-version-check --no-input
 
@@ -13,10 +14,10 @@ DEV    := $(VENV)/.installed-dev-$(KEY)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test check lint export clean-nbs readme hooks install clean
+.PHONY: help demo test check lint export clean-nbs readme docs serve hooks lock marin marin-test marin-lock install clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(BASE)  ## tokenize, train, predict and score on the packaged sample; writes demo-out/
 	@$(BIN)/tomat demo --out demo-out
@@ -39,8 +40,26 @@ clean-nbs: $(DEV)  ## strip execution counts and editor metadata from the notebo
 readme: $(DEV)  ## write README.md from nbs/index.ipynb
 	@$(BIN)/python scripts/make_readme.py
 
+docs: $(DEV)  ## write the site to _docs/
+	@$(BIN)/python scripts/build_docs.py
+
+serve: $(DEV)  ## write the site and show it on this computer, on port 8000 (PORT=... for another)
+	@$(BIN)/python scripts/build_docs.py --serve $(or $(PORT),8000)
+
 hooks: $(DEV)  ## git hooks of this clone: notebooks are committed clean and merge cell by cell
 	@VENV=$(VENV) sh scripts/install_hooks.sh
+
+lock: $(DEV)  ## write requirements.txt, the versions that images of other machines get
+	@$(BIN)/python scripts/make_lock.py
+
+marin:  ## make marin/.venv (Python 3.12, Levanter on the CPU) for the launcher of TPUs
+	@sh marin/environment.sh $(MARIN)
+
+marin-test: marin $(DEV)  ## train with Levanter on the packaged sample, and compare with torch
+	@cd marin && TOMAT_PYTHON=$(abspath $(BIN))/python $(abspath $(MARIN))/bin/python -m pytest
+
+marin-lock: marin  ## write the lock files of marin/ anew from marin/pyproject.toml
+	@sh marin/lock.sh
 
 install: $(DEV)  ## make .venv with everything that development needs
 

@@ -16,9 +16,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 ORDER = """files progress settings density chgcar formats store fetch source classify codecs fit patches tokenizer parquet shards
-           rows sync stream promolecule analytic fit_atoms metrics schemes fidelity model loss optim feed cost devices states runs
-           plan train decode geometry parallel fit_parallel predict batch scores evaluate report serve
-           demo scaling pull jobs launch site cli""".split()
+           rows sync stream promolecule analytic fit_atoms metrics schemes fidelity sizes model loss optim feed cost devices states
+           runs plan train decode geometry parallel fit_parallel predict batch scores evaluate report serve demo scaling
+           pull jobs launch site cli""".split()
 LATE = "modal levanter jax wandb s3fs gcsfs".split()  # heavy or remote: imported by what uses them, when it runs
 MODULES = sorted(path for path in (ROOT / "tomat").glob("*.py") if not path.name.startswith("_"))
 NOTEBOOKS = sorted(path for path in (ROOT / "nbs").rglob("*.ipynb") if not path.name.startswith(("_", ".")))
