@@ -62,7 +62,8 @@ def outside(text: str, path: Path, folder: Path, up: str) -> str:
         target = (path.parent / match[1]).resolve()
         if not target.is_file() or target.is_relative_to(ROOT / "nbs"):
             return match[0]
-        there = folder / "repo" / target.relative_to(ROOT)
+        name = target.name.replace("README", "about")  # smalldocs passes READMEs over
+        there = folder / "repo" / target.relative_to(ROOT).with_name(name)
         there.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(target, there)
         return f"]({up}{there.relative_to(folder).as_posix()}"

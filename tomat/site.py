@@ -155,7 +155,8 @@ def training_curves(results: str | Path,  # the folder results/
               for lr, rows in sweep.items()]
     log = read_table(f"{results}/parallel/log.csv")
     return {"causal": causal, "parallel": curve(log, "nmae", window=4),
-            "published": read_table(f"{results}/scaling/published_runs.csv")}
+            "published": read_table(f"{results}/scaling/published_runs.csv"),
+            "small": read_table(f"{results}/scaling/small_runs.csv")}
 
 # %% ../nbs/16_site.ipynb #d6838433
 def scores_of(results: str | Path,  # the folder results/
