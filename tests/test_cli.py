@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -863,6 +864,12 @@ def test_runs_are_listed(tomat, tmp_path, made):
     assert done.code == 0 and "one" in done.out and "3/3" in done.out and (tmp_path / "runs/one/loss.png").is_file()
     (run,) = json.loads(tomat("runs", tmp_path / "runs", "--json").out)["runs"]
     assert run["run"] == "one" and run["model"] == "nano" and run["finished"]
+    log = tmp_path / "runs/one/log.jsonl"
+    log.write_text(re.sub(r', "mfu_real": [^,}]*', "", log.read_text()))  # as a parallel decoder's
+    done = tomat("runs", tmp_path / "runs")
+    assert done.code == 0 and "3/3" in done.out and "%" not in done.out
+    log.write_text("")  # begun, and no step done
+    assert tomat("runs", tmp_path / "runs").code == 0
     is_one_sentence(tomat("runs", tmp_path / "nothing"), "nothing")
 
 

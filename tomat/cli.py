@@ -489,7 +489,7 @@ def train(data: Annotated[str | None, typer.Argument(help="A folder of rows, or 
     if os.environ.get("RANK", "0") == "0":
         print(f"{out}/model")
 
-# %% ../nbs/15_cli.ipynb #7a51df56
+# %% ../nbs/15_cli.ipynb #6b43a67b
 @app.command()
 def runs(folder: Annotated[str, typer.Argument(help="Where runs are, at any depth.")] = "runs",
          as_json: Json = False,
@@ -507,10 +507,9 @@ def runs(folder: Annotated[str, typer.Argument(help="Where runs are, at any dept
         return _tell({"folder": folder, "runs": [asdict(run) for run in found]}, True)
     table = Table("run", "model", "data", "steps", "tokens", "loss", "held-out", "tok/s", "MFU", box=None)
     for run in found:
-        best = "" if run.best is None else f"{run.best:.4f}"
-        mfu = "" if run.mfu is None else f"{100 * run.mfu:.1f} %"
-        table.add_row(run.run, run.model, run.data, run.steps, f"{run.tokens:,}", f"{run.loss:.4f}", best,
-                      f"{run.tokens_per_s:,.0f}", mfu)
+        shown = zip((run.loss, run.best, run.tokens_per_s, run.mfu), ("{:.4f}", "{:.4f}", "{:,.0f}", "{:.1%}"), strict=True)
+        numbers = ["" if value is None else form.format(value) for value, form in shown]
+        table.add_row(run.run, run.model, run.data, run.steps, f"{run.tokens:,}", *numbers)
     Console(soft_wrap=True).print(table)
 
 # %% ../nbs/15_cli.ipynb #1bc70b8d
