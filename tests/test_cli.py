@@ -32,7 +32,7 @@ from tomat.formats import read_density, write_density
 from tomat.model import load_checkpoint, make_model, save_checkpoint
 from tomat.sizes import MODELS
 from tomat.promolecule import valence_electrons
-from tomat.store import sample_store, write_store
+from tomat.store import RawStore, sample_store, write_store
 from tomat.tokenizer import tokenizer_from_dict
 
 NACL = Path(__file__).parent / "files" / "CHGCAR.NaCl.gz"
@@ -205,6 +205,17 @@ def test_convert_chains(tomat, tmp_path):
     np.testing.assert_allclose(cube.total, first.total, rtol=1e-4, atol=1e-3)
     assert tomat("convert", NACL, tmp_path / "density", "--format", "zarr").code == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == ["CHGCAR", "NaCl.cube.gz", "density", "x.zarr", "y.zarr.zip", "z.vasp"]
+
+
+def test_a_folder_becomes_a_store_with_a_split(tomat, tmp_path, made):
+    for id in sample_store().ids[:4]:
+        write_density(sample_store().read(id), tmp_path / f"calculations/{id}.zarr")
+    done = tomat("convert", tmp_path / "calculations", tmp_path / "store", "--validation", 0.25, "--workers", 1)
+    assert done.code == 0, done.err
+    parts = RawStore(tmp_path / "store").splits
+    assert sorted(map(len, parts.values())) == [1, 3] and len(parts["validation"]) == 1
+    assert tomat("tokenize", tmp_path / "store", "--split", "train", "--out", tmp_path / "rows", *ROWS).code == 0
+    is_one_sentence(tomat("convert", NACL, tmp_path / "x.zarr", "--validation", 0.1), "--validation")
 
 
 @pytest.mark.parametrize("layout", ["framed", "anchored"])

@@ -829,6 +829,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'tomat.store.list_files': ('store.html#list_files', 'tomat/store.py'),
                              'tomat.store.number_id': ('store.html#number_id', 'tomat/store.py'),
                              'tomat.store.sample_store': ('store.html#sample_store', 'tomat/store.py'),
+                             'tomat.store.split_by_system': ('store.html#split_by_system', 'tomat/store.py'),
                              'tomat.store.write_store': ('store.html#write_store', 'tomat/store.py')},
             'tomat.stream': { 'tomat.stream.Batches': ('stream.html#batches', 'tomat/stream.py'),
                               'tomat.stream.Batches.__init__': ('stream.html#batches.__init__', 'tomat/stream.py'),

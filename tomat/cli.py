@@ -67,7 +67,7 @@ def info(file: Annotated[str, typer.Argument(help="CHGCAR, cube, Materials Proje
     density = read_density(file)
     _tell(density_info(density, format_of(file)) | {"class": classify(density.structure)}, as_json)
 
-# %% ../nbs/15_cli.ipynb #b5056690
+# %% ../nbs/15_cli.ipynb #4dc14a90
 def _workers(n: int | None,  # as given
              ) -> int:
     from tomat.progress import n_cores
@@ -90,23 +90,29 @@ def _opened(name: str,  # as the user gave it
 def convert(source: Annotated[str, typer.Argument(help="A density file, or a folder, bucket or list of many.")],
             target: Annotated[str, typer.Argument(help="The file to write, whose name says the format; of many, a raw store.")],
             format: Annotated[str | None, typer.Option(help="Format to write, where the name does not say.")] = None,
+            validation: Annotated[float, typer.Option(min=0, max=0.99, help="Of many: share held out, by chemical system.")] = 0,
             workers: Workers = None,
             ) -> None:
     """Convert a density between CHGCAR, cube, Materials Project JSON and Zarr, or a whole folder to a store of Zarr groups.
 
-    A material whose file has changed since is written again.
+    A material whose file has changed since is written again. With --validation the store gets the parts train and validation,
+    without a chemical system in common, for `tomat tokenize --split train` and others.
 
-    Example: `tomat convert CHGCAR.gz NaCl.zarr`, `tomat convert calculations/ densities/`
+    Example: `tomat convert CHGCAR.gz NaCl.zarr`, `tomat convert calculations/ densities/ --validation 0.1`
     """
     from tomat.formats import read_density, write_density
     from tomat.source import Folder, store_all
+    from tomat.store import RawStore
     many = _opened(source)
     if isinstance(many, Folder) and many.alone:
+        if validation:
+            raise TomatError(f"--validation is for many densities, and {source} is one: leave it out.")
         return write_density(read_density(source), target, format)
     if format is not None:
         raise TomatError(f"--format is for one density, and {source} makes a store of many: leave it out.")
-    written = store_all(many, target, _workers(workers))
-    _tell({"materials": len(many.ids), "written now": written, "store": target}, False)
+    written = store_all(many, target, _workers(workers), validation)
+    parts = {part: len(ids) for part, ids in RawStore(target).splits.items()}
+    _tell({"materials": len(many.ids), "written now": written, "store": target} | parts, False)
 
 # %% ../nbs/15_cli.ipynb #b07e2884
 @app.command()

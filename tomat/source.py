@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Entry', 'Source', 'Unsplit', 'InMemory', 'Folder', 'Fetched', 'open_source', 'store_all']
 
-# %% ../nbs/00e_source.ipynb #d9f5be4e
+# %% ../nbs/00e_source.ipynb #850b3329
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -21,7 +21,7 @@ from .files import (TomatError, entries, exists, is_remote, kind_of, list_folder
                          write_text)
 from .formats import (format_of, group_stamp, id_of, is_utf8, known_format, may_be_density, read_density, write_density)
 from .progress import R, T, in_order, track
-from .store import STORE_NAMES, RawStore, is_store, list_files, number_id, write_store
+from .store import STORE_NAMES, RawStore, is_store, list_files, number_id, split_by_system, write_store
 
 # %% ../nbs/00e_source.ipynb #def48b0b
 @runtime_checkable
@@ -309,16 +309,19 @@ def _store_one(source: Source,
     write_density(source.read(id), place)
     return True, group_stamp(place, content=True)
 
-# %% ../nbs/00e_source.ipynb #240d97c2
+# %% ../nbs/00e_source.ipynb #b8ce189c
 def store_all(source: Source,
               root: str | Path,  # a folder, local or remote; or a .zip file
               workers: int = 1,  # processes
+              validation: float = 0,  # share of the materials to hold out, by chemical system; 0: as the source does
               ) -> int:  # how many materials were written now; the others were there, whole and as in the source
-    "Write every material of a source into a raw store, with the split where the source has one."
+    "Write every material of a source into a raw store, with the split where the source has one, or a new one."
     place, ids, splits = str(root).rstrip("/"), list(source.ids), getattr(source, "splits", {})
     numbers: dict[str, int] = {}
     for id in ids:
         number_id(id, numbers, place)
+    if validation and (splits or place.lower().endswith(".zip")):
+        raise TomatError(f"{source} has a split, or {place} is an archive: leave --validation out, or name a folder.")
     if place.lower().endswith(".zip"):
         write_store(track((source.read(id) for id in ids), "convert", len(ids), "materials"), splits, place)
         return len(ids)
@@ -332,6 +335,9 @@ def store_all(source: Source,
     done = list(track(in_order(work, before.items(), workers), "convert", len(ids), "materials"))
     after = {id: {"source": now[id], "written": digest} if now[id] else None for id, (_, digest) in zip(ids, done, strict=True)}
     write_json(f"{place}/{_ORIGINS}", made_from | after)
+    if validation:
+        systems = {id: read_density(f"{place}/label/{id}.zarr").structure.composition.chemical_system for id in ids}
+        files = list_files(numbers, split_by_system(systems, validation), place)
     for name, text in files.items():
         write_text(f"{place}/{name}", text)
     return sum(is_new for is_new, _ in done)

@@ -129,7 +129,7 @@ export async function evaluation(element) {
   const second = choice("against", entries.map(named), (v) => { state.against = v; draw(); });
   first.input.value = state.entry; second.input.value = state.against;
   element.replaceChildren(make("div", { class: "controls" }, first, second), said, duel,
-    make("h2", {}, "By class"), classes, make("h2", {}, "Materials"), list);
+    make("h2", {}, "By class"), classes, make("h2", {}, "Materials"), make("p", {}, `${new Set(rows.map((row) => row.id)).size} materials; scroll, or sort by a head.`), list);
   onColours(draw);
 }
 
