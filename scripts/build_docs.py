@@ -95,6 +95,8 @@ def staged(path: Path, folder: Path, modules: dict[str, Module], links: dict[str
                 cells.append({"cell_type": "markdown", "metadata": {}, "id": f"d{len(cells)}", "source": " ".join(heads)})
             elif all(isinstance(node, ast.Import | ast.ImportFrom | ast.If) for node in ast.parse(cell.source).body):
                 plain["source"] = f'#| code-fold: true\n#| code-summary: "imports"\n{cell.source}'
+        elif name.startswith("results/") and "\n" in cell.source:  # results come first, and how they were drawn on request
+            plain["source"] = f'#| code-fold: true\n#| code-summary: "code"\n{cell.source}'
         cells.append(plain)
     return {"cells": cells, "metadata": {"kernelspec": notebook.metadata.get("kernelspec", {})}, "nbformat": 4, "nbformat_minor": 5}
 
