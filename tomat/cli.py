@@ -450,7 +450,7 @@ def _judge_of(store: str,      # a raw store with a validation part
         return {"nmae": sum(errors) / len(errors)}
     return judge
 
-# %% ../nbs/15_cli.ipynb #93aed20a
+# %% ../nbs/15_cli.ipynb #22a0a475
 @app.command(context_settings={"auto_envvar_prefix": "TOMAT"})
 def train(data: Annotated[str | None, typer.Argument(help="A folder of rows, or see --label.")] = None,
           out: Annotated[str | None, typer.Option(help="Folder of the run; one that stopped goes on.")] = None,
@@ -488,9 +488,9 @@ def train(data: Annotated[str | None, typer.Argument(help="A folder of rows, or 
                               val_seqs=val_seqs, eval_every=eval_every)
     setup = plan.Setup(save_every, rows_at_once=rows_at_once, device=device, shard=shard, workers=workers, wandb=wandb)
     data, out = _run_place(data, out or ("-" if dry else None), label, results_label)
+    asked = _judge_of(judge, judge_materials) if judge else None
     if dry:
         return _tell(plan.dry_run(data, config, setup), False)
-    asked = _judge_of(judge, judge_materials) if judge else None
     room.train(data, out, config, setup, val, asked)
     if os.environ.get("RANK", "0") == "0":
         print(f"{out}/model")
