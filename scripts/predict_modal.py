@@ -6,11 +6,12 @@
 """
 from typing import Any
 
-import modal
-
-from tomat.launch import carry_out, command_line, modal_app, modal_needs, modal_options, serve_here, serve_job
+from tomat.launch import (carry_out, command_line, modal_app, modal_needs, modal_options, proxy_auth, sentences, serve_here,
+                          serve_job)
 
 app = modal_app("predict")
+
+import modal  # after modal_app, which says what to do where it is missing
 
 
 @app.cls(**modal_options(), **modal_needs(serve_job().resources))
@@ -22,13 +23,14 @@ class Service:
         "Once, when the container begins."
         self.application = carry_out(serve_job().text)
 
-    @modal.wsgi_app()
+    @modal.wsgi_app(requires_proxy_auth=proxy_auth())
     def web(self) -> Any:
         "What answers requests."
         return self.application
 
 
 @app.local_entrypoint()
+@sentences
 def serve(checkpoint: str = "", port: int = 8000, dry_run: bool = False) -> None:
     "On this machine, until somebody stops it."
     serve_here(serve_job(checkpoint), port, dry_run)

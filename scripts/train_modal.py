@@ -5,13 +5,14 @@
 
 Options are the fields of tomat.plan's TrainConfig and Setup, and each can also be a variable such as TOMAT_STEPS.
 """
-from tomat.launch import command_line, modal_app, modal_function, submit, train_jobs
+from tomat.launch import command_line, modal_app, modal_function, sentences, submit, train_jobs
 
 app = modal_app("train")
 run = modal_function(app)
 
 
 @app.local_entrypoint()
+@sentences
 def train(label: str = "", gpu: str = "A100:1", options: str = "", val_label: str = "", name: str = "", here: str = "",
           dry_run: bool = False) -> None:
     "Begun again, a run goes on where it was."

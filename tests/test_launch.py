@@ -98,7 +98,8 @@ class Cloud:
         self.options.append(options)
         return self
 
-    def map(self, texts):
+    def map(self, texts, return_exceptions=False):
+        assert return_exceptions  # one that fails does not end the others
         self.texts += texts
         return map(self.run.local, texts)
 
@@ -181,8 +182,9 @@ def test_verify_tells_what_is_wrong(place, rows, scripts):
     (place / "damaged" / "worker-00").mkdir(parents=True)
     for path in (rows / "worker-00").iterdir():
         (place / "damaged" / "worker-00" / path.name).write_bytes(path.read_bytes())
-    with pytest.raises(TomatError, match="lacks worker-01"):
-        scripts["verify_modal"].run.local(text)
+    assert "lacks worker-01" in scripts["verify_modal"].run.local(text)["error"]  # told, so that nobody begins it again
+    with pytest.raises(TomatError, match=r"1 of 1 jobs failed, one with: .*lacks worker-01"):
+        submit([[read_job(text)]], here=str(place))
 
 
 def test_rows_go_to_the_bucket(place, rows, scripts, s3, monkeypatch, capsys):
@@ -216,10 +218,16 @@ def test_the_service_predicts_over_http(place, scripts, tmp_path, capsys):
             assert json.load(reply)["decoder"] == "parallel"
         with urllib.request.urlopen(f"{url}?grid=12,12,12&format=zarr", structure.to(fmt="poscar").encode()) as reply:
             facts, body = json.loads(reply.headers["X-Tomat"]), reply.read()
-        for bad, sent in (("?gird=1,2,3", b"x"), ("?name=POSCAR", b"nothing"), ("", b"")):
+        huge = structure.copy()
+        huge.scale_lattice(1e27)
+        crowd = "x\n1\n9 0 0\n0 9 0\n0 0 9\nHe\n2001\ndirect\n" + "0 0 0\n" * 2001
+        for bad, sent, code in (("?gird=1,2,3", b"x", 400), ("?name=POSCAR", b"nothing", 400), ("", b"", 400), ("x", b"x", 404),
+                                ("", huge.to(fmt="poscar").encode(), 400), ("?grid=9,9,9", crowd.encode(), 400)):
             with pytest.raises(urllib.error.HTTPError) as caught:
                 urllib.request.urlopen(url + bad, sent)
-            assert caught.value.code == 400 and str(tmp_path.anchor) + "tmp" not in caught.value.read().decode()
+            assert caught.value.code == code and str(tmp_path.anchor) + "tmp" not in caught.value.read().decode()
+        with pytest.raises(urllib.error.HTTPError, match="405"):
+            urllib.request.urlopen(urllib.request.Request(url, b"x", method="PUT"))
         server.shutdown()
     (tmp_path / "x.zarr.zip").write_bytes(body)
     served, direct = read_density(tmp_path / "x.zarr.zip"), load_predictor().predict(structure, (12, 12, 12)).density
@@ -277,6 +285,16 @@ def test_other_lines_are_one_sentence(text):
     assert "\n" not in str(caught.value) and str(caught.value).endswith(".")
 
 
+def test_files_of_jobs_are_checked(tmp_path):
+    (tmp_path / "serve").write_text(Job("serve", {"checkpoint": ""}).text)
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    for name, sentence in (("nowhere", "does not exist"), ("", "folder"), ("binary", "text file"), ("serve", "does not end")):
+        with pytest.raises(TomatError, match=sentence):
+            run_lines([str(tmp_path / name)])
+    with pytest.raises(TomatError, match="part-000"):
+        carry_out(Job("join", {"table": str(tmp_path / "x.csv"), "parts": 1}).text)
+
+
 def test_what_is_asked_for_is_what_modal_gets(place, monkeypatch):
     import modal
     assert modal_needs(Resources(2, 8, "A100:4", 0.5, 3)) == {
@@ -290,6 +308,55 @@ def test_what_is_asked_for_is_what_modal_gets(place, monkeypatch):
     for gpu in ("A100:3", "A100", ":4", "A100:0"):
         with pytest.raises(TomatError, match="A100:1"):
             Resources(gpu=gpu)
+
+
+@pytest.mark.parametrize("wrong", [
+    {"n_workers": 0}, {"n_workers": -1}, {"cores": 0}, {"materials": -3}])
+def test_counts_are_checked(place, wrong):
+    from tomat.launch import sweep_jobs
+    for jobs in (lambda: tokenize_jobs("tiny", **wrong), lambda: sweep_jobs(**wrong)):
+        with pytest.raises(TomatError, match=r"workers of .* cores cannot share"):
+            jobs()
+
+
+@pytest.mark.parametrize("wrong, sentence", [
+    ({"options": "steps"}, "no option 'steps', or not without a value"), ({"options": "clip=-1"}, "clip is above 0"),
+    ({"options": "warmup=-4"}, "Warmup"), ({"options": "emd=2"}, "earth mover"), ({"options": "emd=nan"}, "earth mover"),
+    ({"options": "val_seqs=-3"}, "val_seqs"), ({"gpu": "A100:8", "options": "batch_size=3"}, "without work"),
+    ({"name": "../../away"}, "no name"), ({"label": "a/b"}, "no name"), ({"val_label": ".."}, "no name")])
+def test_a_slip_is_refused_before_a_gpu_is_paid_for(place, wrong, sentence):
+    with pytest.raises(TomatError, match=sentence):
+        train_jobs(**{"label": "tiny", **wrong})
+
+
+def test_sync_copies_one_thing(place, monkeypatch):
+    monkeypatch.setenv("TOMAT_TOKEN_STORE", "s3://bucket/rows")
+    with pytest.raises(TomatError, match="no name"):
+        sync_jobs("")
+
+
+def by_hand(name, *options, **env):
+    "A launcher as a program, without an account."
+    import os
+    command = [sys.executable, ROOT / f"scripts/{name}.py", *map(str, options)]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **env}, timeout=120)
+
+
+@pytest.mark.parametrize("name, options, env, sentence", [
+    ("verify_modal", ["--dry-run"], {"TOMAT_SETTINGS": "nowhere.ini"}, "nowhere.ini does not exist"),
+    ("tokenize_patches_modal", ["--label", "tiny", "--dry-run", "--n-workers", 0], {}, "cannot share"),
+    ("predict_modal", ["--port", 99999], {}, "port must be"),
+    ("verify_modal", ["--label", "tiny"], {}, "")])  # no account
+def test_a_launcher_ends_with_a_sentence(place, name, options, env, sentence):
+    done = by_hand(name, *options, **env)
+    assert done.returncode == 2 and sentence in done.stderr, done.stderr
+    assert done.stderr.startswith("tomat: ") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_help_has_examples(place, name):
+    done = by_hand(name, "--help")
+    assert done.returncode == 0 and f"scripts/{name}.py" in done.stdout and "print the jobs, and stop" in done.stdout
 
 
 @pytest.mark.parametrize("name", LAUNCHERS)

@@ -602,3 +602,19 @@ def test_val_smoke_has_its_published_shape(tmp_path):
     assert list(rows.features) == SCHEMA.names
     first = next(iter(rows))
     assert first["task_id"] == "m-0" and first["input_ids"] == table["input_ids"][0].as_py()
+
+
+def test_a_disk_without_hard_links(tmp_path, monkeypatch):
+    "Shared volumes of clouds have none; a folder is claimed there all the same, and refused to another job."
+    import errno
+
+    def refuse(*_):
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    monkeypatch.setattr(os, "link", refuse)
+    source = InMemory([a_density(1, "a")])
+    tokenizer = Tokenizer("framed", PUBLISHED_DENSITY, patch_size=3, pad_to=None)
+    tokenize(source, tokenizer, tmp_path / "rows", 4)
+    assert verify(tmp_path / "rows") == [] and not list((tmp_path / "rows").glob(".partial*"))
+    with pytest.raises(TomatError):
+        tokenize(source, tokenizer, tmp_path / "rows", 5)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TASKS', 'Resources', 'Job', 'read_job', 'tokenize_part', 'verify_rows', 'sync_folder', 'sweep_part', 'join_sweep',
-           'train_run', 'serve', 'carry_out', 'main']
+           'train_run', 'serve', 'carry_out', 'reported', 'main']
 
-# %% ../nbs/13b_jobs.ipynb #432126db
+# %% ../nbs/13b_jobs.ipynb #fb76776c
 import json
 import os
 import subprocess
@@ -19,13 +19,13 @@ from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .files import TomatError
+from .files import TomatError, read_text
 from .settings import setting
 
 if TYPE_CHECKING:
     from tomat.source import Source
 
-# %% ../nbs/13b_jobs.ipynb #a9f61f5b
+# %% ../nbs/13b_jobs.ipynb #2d552af8
 @dataclass(frozen=True)
 class Resources:
     "What a job needs of its machine."
@@ -63,11 +63,12 @@ def read_job(text: str,  # a line
     "The job that a line describes."
     try:
         said = json.loads(text)
-        return Job(**said | {"resources": Resources(**said["resources"]), "settings": dict(**said["settings"])})
-    except (ValueError, TypeError, KeyError) as err:
+        env = {str(name): str(value) for name, value in said.get("env", {}).items()}
+        return Job(**said | {"resources": Resources(**said["resources"]), "settings": dict(**said["settings"]), "env": env})
+    except (ValueError, TypeError, KeyError, AttributeError) as err:
         raise TomatError(f"A line of {len(text):,} characters is no job, {err}: print it again with --dry-run.") from err
 
-# %% ../nbs/13b_jobs.ipynb #2a27822b
+# %% ../nbs/13b_jobs.ipynb #cbd697dc
 def _materials(source: str,     # a raw store, or what else `open_source` knows
                split: str,      # part of it
                materials: int,  # from its head; 0: all
@@ -76,7 +77,7 @@ def _materials(source: str,     # a raw store, or what else `open_source` knows
     from tomat.source import open_source
     found = open_source(source)
     ids = list(found.split(split))
-    if len(ids) < max(1, materials):
+    if materials < 0 or len(ids) < max(1, materials):
         raise TomatError(f"{source} has {len(ids)} materials in its part {split!r} and {max(1, materials)} are asked for: say how "
                          "many with --materials.")
     return found, ids[:materials or None]
@@ -117,7 +118,7 @@ def sync_folder(source: str,   # local or remote
     from tomat.sync import sync
     return {"target": target} | sync(source, target, workers=workers)
 
-# %% ../nbs/13b_jobs.ipynb #8a25ab0d
+# %% ../nbs/13b_jobs.ipynb #a04e233c
 def _part_table(table: str,  # .csv
                 part: int) -> Path:
     return Path(f"{table}.workers", f"part-{part:03}.csv")
@@ -130,12 +131,12 @@ def sweep_part(source: str, split: str, materials: int,
                ) -> dict[str, Any]:
     "Measure what schemes lose on one stretch of the materials."
     from tomat.fidelity import COLUMNS, sweep
+    from tomat.files import write_text
     from tomat.schemes import SCHEMES
     (i, n), (found, ids) = part, _materials(source, split, materials)
     mine, place = ids[len(ids) * i // n:len(ids) * (i + 1) // n], _part_table(table, i)
-    place.parent.mkdir(parents=True, exist_ok=True)
     if not mine:
-        place.write_text(",".join(COLUMNS) + "\n")
+        write_text(place, ",".join(COLUMNS) + "\n")
         return {"part": list(part), "lines": 0}
     schemes = {name: scheme for name, scheme in SCHEMES.items() if name.startswith(only)}
     return {"part": list(part), "lines": sweep(found, place, schemes, mine, workers)}
@@ -145,8 +146,8 @@ def join_sweep(table: str,  # .csv to write
                ) -> dict[str, Any]:
     "Put the tables of all workers together; the lines of each scheme come out as one summary."
     from tomat.fidelity import read_sweep, summary
-    from tomat.files import write_text
-    head, *_ = texts = [_part_table(table, part).read_text() for part in range(parts)]
+    from tomat.files import read_text, write_text
+    head, *_ = texts = [read_text(_part_table(table, part)) for part in range(parts)]
     write_text(table, head[:head.index("\n") + 1] + "".join(text[text.index("\n") + 1:] for text in texts))
     rows = read_sweep(table)
     return {"table": table, "lines": len(rows), "schemes": summary(rows)}
@@ -175,7 +176,7 @@ TASKS: dict[str, Callable[..., Any]] = {
     "tokenize": tokenize_part, "verify": verify_rows, "sync": sync_folder, "sweep": sweep_part, "join": join_sweep,
     "train": train_run, "serve": serve}
 
-# %% ../nbs/13b_jobs.ipynb #aa99d102
+# %% ../nbs/13b_jobs.ipynb #424498bb
 @contextmanager
 def _variables(env: Mapping[str, str]) -> Iterator[None]:
     before = {name: os.environ.get(name) for name in env}
@@ -193,7 +194,7 @@ def _volume() -> Iterator[None]:
     if modal is None or modal.is_local():
         yield
         return
-    volume = modal.Volume.from_name(setting("volume", "tomat"))
+    volume = modal.Volume.from_name(setting("volume"))
     volume.reload()
     yield
     volume.commit()
@@ -224,14 +225,25 @@ def carry_out(text: str,  # a line of a dry run
             return _by_torchrun(job)
         return TASKS[job.task](**job.settings)
 
-# %% ../nbs/13b_jobs.ipynb #587f4102
+# %% ../nbs/13b_jobs.ipynb #78ff62a0
+def reported(text: str,  # a line of a dry run
+             ) -> Any:  # what its task returns, or {"error": sentence}
+    "Do what a line says, for a machine elsewhere."
+    try:
+        return carry_out(text)
+    except TomatError as err:
+        return {"error": str(err)}
+
+# %% ../nbs/13b_jobs.ipynb #ffc82d1a
 def main(arguments: Sequence[str],  # a file of lines, or -
          ) -> None:
     "Carry out jobs, one after the other."
     if len(arguments) != 1:
         raise TomatError("python -m tomat.jobs takes the lines of a dry run: name their file, or - for standard input.")
-    text = sys.stdin.read() if arguments[0] == "-" else Path(arguments[0]).read_text(encoding="utf-8")
-    for line in text.splitlines():
+    lines = (sys.stdin.read() if arguments[0] == "-" else read_text(arguments[0])).splitlines()
+    if any(read_job(line).task == "serve" for line in lines):
+        raise TomatError("A service does not end, so it is no job for python -m tomat.jobs: use scripts/predict_modal.py.")
+    for line in lines:
         result = carry_out(line)
         if os.environ.get("RANK", "0") == "0":
             print(json.dumps(result, ensure_ascii=False), flush=True)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Judge', 'TrainConfig', 'Setup', 'plan_memory', 'dry_run']
 
-# %% ../nbs/09h_plan.ipynb #4e35aeca
+# %% ../nbs/09h_plan.ipynb #3a5c7930
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from .rows import tokenizer_of
 from .shards import read_meta
 from .tokenizer import Tokenizer, tokenizer_from_dict
 
-# %% ../nbs/09h_plan.ipynb #2682b21c
+# %% ../nbs/09h_plan.ipynb #0f36d431
 @dataclass(frozen=True)
 class TrainConfig:
     "Everything that decides a run, beside the data."
@@ -52,6 +52,10 @@ class TrainConfig:
             raise TomatError(f"The loss is on 'density' or 'all' tokens, not on {self.loss_on!r}.")
         if min(self.steps, self.batch_size, self.eval_every) < 1 or not 0 < self.lr < math.inf:
             raise TomatError("A run needs at least one step, one row a batch, an evaluation now and then, and a finite lr above 0.")
+        if min(self.warmup, self.val_seqs) < 0 or self.window < 1 or not 0 < self.clip or not 0 <= self.weight_decay < math.inf:
+            raise TomatError("Warmup, val_seqs and weight_decay are 0 or more, a window has a row or more, and clip is above 0.")
+        if not 0 <= self.emd <= 1:
+            raise TomatError(f"The share of the earth mover's distance is a number from 0 to 1, not {self.emd}.")
         if not 0 <= self.seed < 2**63:
             raise TomatError(f"A seed is a whole number from 0 to 2^63 - 1, not {self.seed}.")
 

@@ -119,7 +119,7 @@ def _meta(job: _Job,
     shards = {facts["name"]: {key: facts[key] for key in ("rows", "bytes", "md5")} for facts in made if facts["rows"]}
     return job.recipe.to_dict() | together | sums | {"shards": shards} | job.to_dict()
 
-# %% ../nbs/04_shards.ipynb #04fa4ac4
+# %% ../nbs/04_shards.ipynb #280efd7d
 def is_part(worker: Any,  # from a JSON file
              ) -> bool:
     "Whether it is the number of a part and how many there are."
@@ -148,8 +148,12 @@ def _create(place: str,           # a file, local or remote
     draft = Path(place).with_name(f".partial-claim-{uuid4().hex[:8]}")
     write_json(draft, obj)
     try:
-        with suppress(FileExistsError):
-            os.link(draft, place)
+        os.link(draft, place)
+    except FileExistsError:
+        pass
+    except OSError:  # a disk without hard links, as some shared volumes are
+        with suppress(FileExistsError), open(place, "x", encoding="utf-8") as file:
+            file.write(draft.read_text(encoding="utf-8"))
     finally:
         draft.unlink()
 
