@@ -1,6 +1,6 @@
 """Train on the rows of `tomat tokenize` with Levanter, on TPUs or anywhere JAX runs; the knobs are TOMAT_* variables.
 
-TOMAT_LABEL=val-full TOMAT_MODEL=200M TOMAT_STEPS=2000 python marin/train_tomat_tpu.py [--dry-run]
+TOMAT_LABEL=val-full TOMAT_MODEL=200M TOMAT_STEPS=2000 python marin/train_tomat_tpu.py [--dry-run | --iris CLUSTER]
 """
 
 import argparse
@@ -9,14 +9,19 @@ import sys
 
 from tomat.files import TomatError
 
-from tomat_marin.plan import plan
+from tomat_marin.plan import iris_line, plan
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dry-run", action="store_true", help="say what would run, and stop")
+    parser.add_argument("--iris", metavar="CLUSTER", nargs="?", const="CLUSTER",
+                        help="print the `iris job run` line of this run on the TPUs of settings.ini, and stop")
     asked = parser.parse_args()
     try:
+        if asked.iris:
+            print(iris_line(asked.iris))
+            return
         if asked.dry_run:
             print(json.dumps(plan().about(), indent=1))
             return

@@ -2,6 +2,9 @@
 
 import asyncio
 import json
+import math
+import shlex
+import subprocess
 from collections import Counter
 
 import haliax as hax
@@ -13,7 +16,9 @@ from tomat_marin import plan as plans
 from tomat_marin.groups import groups_of, row_length, split
 from tomat_marin.network import Objective, token_losses
 from tomat_marin.rows import Endless, Rows
+from tomat_marin.run import device_name
 
+from conftest import LAUNCHER, ROOT, with_torch
 from tomat.files import TomatError
 from tomat.shards import read_meta
 
@@ -23,7 +28,7 @@ def knobs(monkeypatch, rows, tmp_path):
     "Set TOMAT_* variables."
     monkeypatch.chdir(tmp_path)
     def put(**given):
-        for key, value in {"LABEL": rows, **given}.items():
+        for key, value in {"LABEL": rows, "VAL_SEQS": 10, **given}.items():
             monkeypatch.setenv(f"TOMAT_{key}", str(value))
     return put
 
@@ -33,7 +38,9 @@ def test_a_plan_says_what_will_run(knobs, rows):
     about = plans.plan().about()
     assert about["knobs"]["model"] == "208M" and about["to"] == "runs/small-208M-seed3" and about["from"] == str(rows)
     assert about["tokens, padded"] == 10 * 128 * 256 and about["parameters"] == plans.n_parameters(plans.MODELS["208M"], 6794)
-    assert about["epochs"] == 10 * 128 / 64 and about["learning rate"] == 1e-3
+    assert about["epochs"] == 10 * 128 / 52 and about["learning rate"] == 1e-3
+    assert (about["rows to learn from"], about["rows to judge by"]) == (52, 12)
+    assert about["FLOPs"] == about["tokens, padded"] * plans.flops_per_token(plans.MODELS["208M"], 6794, 256)
     assert json.loads(json.dumps(about)) == about
 
 
@@ -42,7 +49,14 @@ def test_a_plan_says_what_will_run(knobs, rows):
     ({"STEPS": "many"}, "TOMAT_STEPS is 'many', which is no int: mend it."),
     ({"STEPS": 0}, "at least one step"), ({"PRECISION": "fp8"}, "The precision is bf16 or f32"),
     ({"LABEL": ""}, "TOMAT_LABEL names no data set"), ({"LABEL": "nowhere"}, "nowhere holds no meta.json"),
-    ({"EMD": 0.5}, "needs one token a value, and two_token_9_12 writes 2")])
+    ({"EMD": 0.5}, "needs one token a value, and two_token_9_12 writes 2"),
+    ({"EMD": math.nan}, "numbers from 0 to 1"), ({"LR": math.nan}, "numbers from 0 to 1"),
+    ({"VAL_SEQS": 9999}, "cannot keep back 9999 rows, .*: lower TOMAT_VAL_SEQS"), ({"VAL_SEQS": -1}, "at least one step"),
+    ({"ROWS_AT_ONCE": 0}, "TOMAT_ROWS_AT_ONCE is 0: give at least 1, or -1"), ({"ROWS_AT_ONCE": -2}, "TOMAT_ROWS_AT_ONCE is -2"),
+    ({"ROWS_AT_ONCE": 3}, "TOMAT_BATCH_SIZE is 128: give a multiple of 3"),
+    ({"SAVE_STEPS": -1}, "TOMAT_SAVE_STEPS is -1: give at least 1"), ({"SAVE_STEPS": 0}, "TOMAT_SAVE_STEPS is 0"),
+    *(({"SAVE_MINUTES": bad}, f"TOMAT_SAVE_MINUTES is {float(bad)}: give a number above 0") for bad in (math.nan, math.inf, 0, -1)),
+    *(({"RESULTS_LABEL": bad}, "set TOMAT_RESULTS_LABEL to a plain name") for bad in ("../../z", "a/b", ".z", "-z", "a b", "z\n"))])
 def test_a_wrong_knob_is_named(knobs, given, sentence):
     knobs(**given)
     with pytest.raises(TomatError, match=sentence):
@@ -53,6 +67,61 @@ def test_stores_are_settings(knobs, monkeypatch):
     knobs(LABEL="val-full", TOKEN_STORE="gs://b/tokens/", CHECKPOINT_STORE="gs://b/runs")
     wanted = plans.from_environment(plans.Knobs)
     assert plans.data_place(wanted) == "gs://b/tokens/val-full" and plans.run_place(wanted) == "gs://b/runs/val-full-30M-seed0"
+
+
+def test_counters_are_those_of_the_rows(knobs, rows):
+    knobs(MODEL="tiny", BATCH_SIZE=16, VAL_SEQS=0)
+    plan, real = plans.plan(), sum(map(len, shard_rows(rows)))
+    assert plan.counters(4) == {"step": 4, "tokens": real, "padded": 64 * 256, "flops": 64 * plan.row_flops}
+    assert plan.counters(1)["tokens"] == round(real / 4) < 16 * 256
+
+
+def test_devices_share_a_batch(knobs):
+    knobs(BATCH_SIZE=12, ROWS_AT_ONCE=2)
+    plan = plans.plan()
+    plans.check_share(plan.knobs, plan.setup, devices=3)
+    with pytest.raises(TomatError, match=r"TOMAT_BATCH_SIZE is 12: give a multiple of 8, .* devices, 4, .* at once, 2"):
+        plans.check_share(plan.knobs, plan.setup, devices=4)
+
+
+@pytest.mark.parametrize("kind, name", [
+    ("TPU v6 lite", "v6e"), ("TPU v5 lite", "v5e"), ("TPU v5", "v5p"), ("TPU v5p", "v5p"), ("TPU v4", "v4"), ("cpu", "cpu"),
+    ("NVIDIA H100 80GB HBM3", "H100"), ("NVIDIA A100-SXM4-80GB", "A100"), ("NVIDIA GeForce RTX 4090", "RTX 4090")])
+def test_devices_have_short_names(kind, name):
+    assert device_name(kind) == name
+
+
+STORES = {"TOMAT_TOKEN_STORE": "gs://b/rows", "TOMAT_CHECKPOINT_STORE": "gs://b/runs"}
+
+
+def test_the_line_for_iris_is_one_that_iris_reads(monkeypatch):
+    "It takes neither JAX nor an account: the Python of the library prints it."
+    from iris.cli.job import run as job_run
+    given = {**STORES, "TOMAT_LABEL": "val-full", "TOMAT_MODEL": "200M", "TOMAT_ROWS_AT_ONCE": "-1", "TOMAT_WANDB_MODE": "online",
+             "TOMAT_WANDB_PROJECT": "tomat", "WANDB_API_KEY": "hidden", "TOMAT_TPU_TYPE": "v6e-4",
+             "TOMAT_TPU_REGIONS": "us-east1, asia"}
+    done = subprocess.run([with_torch(), str(LAUNCHER), "--iris", "there"], capture_output=True, text=True, cwd=ROOT,
+                          env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), **given})
+    assert done.returncode == 0 and done.stdout.count("\n") == 1, done.stderr
+    words = shlex.split(done.stdout)
+    assert words[:5] == ["iris", "--cluster", "there", "job", "run"] and "hidden" not in words
+    asked = job_run.make_context("run", words[5:]).params
+    carried = {name: value for name, value in given.items() if name.startswith("TOMAT_") and "TPU" not in name}
+    assert dict(asked["env_vars"]) == {**carried, "WANDB_API_KEY": "$WANDB_API_KEY"}
+    assert asked["tpu"] == "v6e-4" and asked["region"] == ("us-east1", "asia") and asked["enable_extra_resources"]
+    assert asked["cmd"][:2] == ("bash", "-c") and asked["cmd"][2].endswith("python marin/train_tomat_tpu.py")
+
+
+@pytest.mark.parametrize("given, sentence", [
+    ({"CHECKPOINT_STORE": "here"}, "The setting checkpoint_store is 'here': name a folder in a bucket, .* TOMAT_CHECKPOINT_STORE."),
+    ({"SETTINGS": "own.ini"}, "The setting tpu_type is '': name TPUs such as v6e-8"), ({"STEPS": 0}, "at least one step")])
+def test_a_line_for_iris_that_could_not_run_is_refused(knobs, monkeypatch, tmp_path, given, sentence):
+    (tmp_path / "own.ini").write_text("[data]\n")
+    for key, value in STORES.items():
+        monkeypatch.setenv(key, value)
+    knobs(**given)
+    with pytest.raises(TomatError, match=sentence):
+        plans.iris_line("there")
 
 
 def test_a_folder_belongs_to_one_run(knobs):

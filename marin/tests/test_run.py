@@ -1,6 +1,8 @@
 """The launcher really trains: from shards of `tomat tokenize` to a checkpoint that `tomat predict` reads."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -8,6 +10,16 @@ import pytest
 from conftest import LAUNCHER, MARIN, ROOT, losses, tokenized, tomat
 
 LAST = "states/step-19"  # Levanter counts steps from 0
+
+
+def journal(run):
+    "What W&B was told of a run: its facts, its configuration, and its lines."
+    (path,) = (run / "wandb").glob(f"offline-run-*/run-{run.name}.wandb")
+    done = subprocess.run([sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(path)], capture_output=True, text=True)
+    records = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    told = next(record["run"] for record in records if record["type"] == "run")
+    config = {name: value for record in records if record["type"] == "config" for name, value in record["config"]["update"].items()}
+    return told, config, [record["history"]["item"] for record in records if record["type"] == "history"]
 
 
 def test_twenty_steps(runs, whole):
@@ -85,8 +97,16 @@ def test_earth_movers_distance_in_bf16(runs, tmp_path):
     tomat(runs.place / "runs/emd/model", rows, 4, 0.5, tmp_path / "said.npz", python=[str(MARIN / "tests" / "torch_side.py")])
     said = json.loads(str(np.load(tmp_path / "said.npz")["facts"]))
     assert float(losses(printed)[2, "held-out loss"]) == pytest.approx(said["loss"], rel=5e-3)
-    assert list((runs.place / "runs" / "emd" / "wandb").glob("offline-run-*/run-emd.wandb"))
     assert {path.name for path in runs.place.iterdir()} == {"runs"}
+    told, config, lines = journal(runs.place / "runs" / "emd")
+    assert told["run_group"] == str(rows) and sorted(told["tags"]) == ["cpu:1", "levanter", "tiny"]
+    plan = config["tomat"]
+    meta = json.loads((rows / "meta.json").read_text())
+    assert plan["knobs"]["model"] == "tiny" and plan["data"]["tokenizer"] == meta["tokenizer"]
+    assert [line["step"] for line in lines] == [1, 2] and lines[1]["val.loss"] == float(lines[1]["val.loss"])
+    assert [line["tokens"] for line in lines] == [round(n * meta["tokens"] / meta["rows"]) for n in (8, 16)]
+    assert lines[1]["padded"] == plan["tokens, padded"] == 16 * plan["tokens a row"] and lines[1]["flops"] == plan["FLOPs"]
+    assert lines[1]["flops"] == lines[1]["padded"] * plan["FLOPs per token"] and lines[1]["time.tokens_per_s"] > 0
 
 
 def test_a_finished_run_is_left_as_it_is(runs, whole, monkeypatch):

@@ -2,6 +2,7 @@
 
 import datetime
 import os
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -28,12 +29,11 @@ from transformers import Qwen3Config as HFQwen3Config
 
 from tomat.files import exists, is_remote, md5_of, write_json
 from tomat.settings import setting
-from tomat.sizes import flops_per_token, n_parameters
+from tomat.sizes import n_parameters
 from tomat.tokenizer import BOS, EOS, PAD
 
-from tomat_marin.groups import groups_of, row_length, split
 from tomat_marin.network import Objective, config_of, fresh, loss_and_count, objective_of
-from tomat_marin.plan import Plan, claim
+from tomat_marin.plan import Plan, check_share, claim
 from tomat_marin.rows import Endless, Rows
 
 
@@ -54,13 +54,21 @@ def _local(plan: Plan) -> Path:
     return folder
 
 
+def device_name(kind: str,  # as JAX calls it
+                ) -> str:
+    "`v6e` of `TPU v6 lite`, `H100` of `NVIDIA H100 80GB HBM3`: as `tomat.cost.PEAKS` has them."
+    name = re.split(r"-| \d+ ?GB", re.sub(r"^(TPU|NVIDIA) (GeForce )?", "", kind).replace(" lite", "e"))[0]
+    return {"v5": "v5p"}.get(name, name)
+
+
 def _tracker(plan: Plan) -> TrackerConfig:
     mode, knobs = setting("wandb_mode", "offline"), plan.knobs
     if mode == "disabled":
         return NoopConfig()
     os.environ.setdefault("WANDB_DIR", str(_local(plan)))
+    devices = f"{device_name(jax.devices()[0].device_kind)}:{jax.device_count()}"
     return WandbConfig(entity=setting("wandb_entity") or None, project=setting("wandb_project", "tomat"), mode=mode,
-                       name=knobs.results_label, group=knobs.label, tags=[knobs.model, "levanter"], save_code=False)
+                       name=knobs.results_label, group=knobs.label, tags=[knobs.model, "levanter", devices], save_code=False)
 
 
 def trainer_config(plan: Plan) -> TrainerConfig:
@@ -104,8 +112,8 @@ def judge_with(trainer: Trainer,
 class Teller:
     "A hook that prints the loss of each step and, now and then, that of held-out rows."
 
-    def __init__(self, plan: Plan, length: int, judge: Callable[[Qwen3LMHeadModel], float] | None) -> None:
-        self.knobs, self.tokens, self.judge = plan.knobs, plan.knobs.batch_size * length, judge
+    def __init__(self, plan: Plan, judge: Callable[[Qwen3LMHeadModel], float] | None) -> None:
+        self.plan, self.knobs, self.judge = plan, plan.knobs, judge
         self.told, self.scores = 0, dict[str, Any]()
 
     def __call__(self, info: StepInfo) -> None:
@@ -113,10 +121,11 @@ class Teller:
         if step == self.told or not info.step_duration:  # the trainer calls its hooks once more at the end
             return
         self.told, self.scores = step, {**self.scores, "step": step, "loss": float(info.loss)}
-        last = step == self.knobs.steps
+        last, per_step = step == self.knobs.steps, self.plan.counters(1)
+        speed = {f"time.{name}_per_s": per_step[name] / info.step_duration for name in ("tokens", "padded")}
         if last or step % max(1, self.knobs.steps // 1000) == 0:
-            say(f"step {step} loss {info.loss:.7f} {self.tokens / info.step_duration:,.0f} tokens/s")
-        line = {"loss": self.scores["loss"], "padded": step * self.tokens}  # under the names that `tomat train` gives W&B
+            say(f"step {step} loss {info.loss:.7f} {speed['time.padded_per_s']:,.0f} tokens/s")
+        line = {**self.plan.counters(step), "loss": self.scores["loss"], **speed}  # as `tomat train` tells W&B
         if self.judge and (last or step % self.knobs.eval_every == 0):
             self.scores["held_out_loss"] = line["val.loss"] = self.judge(info.state.eval_model)
             say(f"step {step} held-out loss {line['val.loss']:.7f}")
@@ -146,15 +155,14 @@ def export(model: Qwen3LMHeadModel,
 def train(plan: Plan) -> str:  # the checkpoint, a folder
     "Train, or go on with a run that was stopped."
     knobs, vocab = plan.knobs, plan.tokenizer.vocab
+    check_share(knobs, plan.setup, jax.device_count())
     claim(plan, writes=jax.process_index() == 0)
     if exists(f"{plan.out}/model/tomat.json"):
         say(f"{plan.out} is finished")
         return f"{plan.out}/model"
     levanter.trainer.initialize(config := trainer_config(plan))
     levanter.tracker.log_hyperparameters({"tomat": plan.about()})
-    groups = groups_of(plan.data, plan.meta)
-    Pos, objective = hax.Axis("position", row_length(groups)), objective_of(plan.tokenizer, knobs.emd)
-    learn, keep = split(groups, knobs.val_seqs)
+    Pos, objective = hax.Axis("position", plan.length), objective_of(plan.tokenizer, knobs.emd)
     model_config = config_of(knobs.size, Pos.size)
 
     def loss(model: Qwen3LMHeadModel, ids: hax.NamedArray, *, key: jax.Array | None = None) -> jax.Array:
@@ -167,11 +175,10 @@ def train(plan: Plan) -> str:  # the checkpoint, a folder
         state = trainer.initial_state(training_key, model_init=lambda: fresh(model_config, vocab, model_key))
         say(f"{n_parameters(knobs.size, vocab.size):,} parameters, rows of {Pos.size} tokens, {jax.device_count()} devices in "
             f"{jax.process_count()} processes, from step {int(state.step)}")
-        teller = Teller(plan, Pos.size, judge_with(trainer, Rows(keep, Pos), objective) if keep else None)
-        flops = flops_per_token(knobs.size, vocab.size, Pos.size) * Pos.size
-        trainer.add_hook(log_performance_stats(Pos.size, config.batch_schedule, flops))
+        teller = Teller(plan, judge_with(trainer, Rows(plan.keep, Pos), objective) if plan.keep else None)
+        trainer.add_hook(log_performance_stats(Pos.size, config.batch_schedule, plan.row_flops))
         trainer.add_hook(teller)
-        loader = trainer.data_loader(Endless(Rows(learn, Pos), knobs.seed))
+        loader = trainer.data_loader(Endless(Rows(plan.learn, Pos), knobs.seed))
         last = trainer.train(state, loader.iter_from_step(state.step))
         place = export(last.state.eval_model, plan, teller.scores)
     levanter.tracker.current_tracker().finish()
