@@ -15,7 +15,12 @@ def main() -> int:
     parser.add_argument("--out", required=True, help=".png")
     args = parser.parse_args()
     try:
-        figure = plot_runs([run for table in args.tables for run in read_runs(table)])
+        if not args.out.endswith(".png"):
+            raise TomatError(f"{args.out} would be a PNG under another name: give a name that ends in .png.")
+        runs = [run for table in args.tables for run in read_runs(table)]
+        if not runs:
+            raise TomatError(f"There is no run in {' or '.join(args.tables)}: give a table with a line or more below its header.")
+        figure = plot_runs(runs)
         with write_aside(args.out) as aside:
             figure.savefig(aside, format="png", dpi=150)
     except TomatError as err:

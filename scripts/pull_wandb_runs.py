@@ -3,13 +3,32 @@
     python scripts/pull_wandb_runs.py --out runs.csv [--group GROUP]      # of the project in settings.ini, or TOMAT_WANDB_PROJECT
     python scripts/pull_wandb_runs.py FOLDER --out runs.csv               # of offline runs below a folder; no account is needed
     python scripts/pull_wandb_runs.py FOLDER --out runs.csv --history steps.csv
+
+A run that cannot be read is told of and left out; where none remains, nothing is written and the exit status is 2.
 """
 import argparse
 import sys
 
 from tomat.files import TomatError
-from tomat.pull import offline_runs, online_runs, run_of, write_history
+from tomat.pull import collecting, offline_runs, online_runs, run_of, write_history
 from tomat.scaling import write_runs
+
+
+def pull(args: argparse.Namespace,
+         left_out: list[TomatError],  # gets what is wrong with single runs
+         ) -> str:  # what was written
+    logged = offline_runs(args.folder, left_out) if args.folder else online_runs(args.group)
+    kept, runs = [], []
+    for one in logged:
+        with collecting(left_out):
+            runs.append(run_of(one))
+            kept.append(one)
+    if not runs:
+        raise TomatError(f"No run remains for {args.out}, so it is not written: name a folder or a project with runs of tomat.")
+    write_runs(runs, args.out)
+    lines = write_history(kept, args.history) if args.history else 0
+    return (f"{len(runs)} runs in {args.out}" + (f", {len(left_out)} left out" if left_out else "")
+            + (f", {lines:,} numbers in {args.history}" if args.history else ""))
 
 
 def main() -> int:
@@ -19,15 +38,15 @@ def main() -> int:
     parser.add_argument("--history", help=".csv, a line a run, step and quantity")
     parser.add_argument("--group", default="", help="online: only runs of this group")
     args = parser.parse_args()
-    try:
-        logged = offline_runs(args.folder) if args.folder else online_runs(args.group)
-        write_runs(map(run_of, logged), args.out)
-        lines = write_history(logged, args.history) if args.history else 0
-    except TomatError as err:
+    left_out: list[TomatError] = []
+    said = ""
+    with collecting(left_out):
+        said = pull(args, left_out)
+    for err in left_out:
         print(err, file=sys.stderr)
-        return 2
-    print(f"{len(logged)} runs in {args.out}" + (f", {lines:,} numbers in {args.history}" if args.history else ""))
-    return 0
+    if said:
+        print(said)
+    return 0 if said else 2
 
 
 if __name__ == "__main__":

@@ -4,7 +4,9 @@ import csv
 import importlib.util
 import json
 import os
+import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,13 +15,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tomat.codecs import PUBLISHED_DENSITY
 from tomat.files import TomatError
 from tomat.sizes import MODELS, n_parameters
 from tomat.pull import logged_run, offline_runs, online_runs, run_of
 from tomat.runs import Log
 from tomat.scaling import (Fleet, LossLaw, Run, TokenizeRates, by_law, by_ratio, choices, device_hours, fit_loss, fit_power,
-                           fit_rates, mfu_of, parameters_of, plot_runs, read_runs, resampled_slopes, shaped, token_flops,
-                           tokenize_forecast, write_runs)
+                           fit_rates, mfu_of, parameters_of, plot_runs, read_runs, resampled_laws, resampled_slopes, shaped,
+                           token_flops, tokenize_forecast, write_runs)
 from tomat.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -59,6 +62,40 @@ def test_a_table_comes_back(tmp_path):
         (tmp_path / "bad.csv").write_text(text)
         with pytest.raises(TomatError, match="no table of runs"):
             read_runs(tmp_path / "bad.csv")
+
+
+HEADER, FIRST, *_ = TABLE.read_text().splitlines()
+
+
+@pytest.mark.parametrize("text, said", [
+    ("", "its header lacks batch_size"), (HEADER.replace("mfu", "share"), "its header lacks mfu"),
+    (f"{HEADER},colour", "its header should not have colour"),
+    (f"{HEADER}\n{FIRST}\n{FIRST.rsplit(',', 3)[0]}", "line 3: Run '30M, A100:1' lacks the column mfu"),
+    (f"{HEADER}\n{FIRST},7", "line 2: Run '30M, A100:1' has more fields than the header"),
+    (f"{HEADER}\n{FIRST.replace('0.67e9', 'many')}", "Run '30M, A100:1' has 'many' as its tokens"),
+    (f"{HEADER}\n{FIRST.replace('A100,1,', 'A100,1.5,')}", "Run '30M, A100:1' has '1.5' as its devices, which is no whole number")])
+def test_a_bad_line_of_a_table_is_named(tmp_path, text, said):
+    (tmp_path / "bad.csv").write_text(text)
+    with pytest.raises(TomatError, match=f"bad.csv is no table of runs, .*{re.escape(said)}"):
+        read_runs(tmp_path / "bad.csv")
+
+
+@pytest.mark.parametrize("column", "tokens flops loss val_loss mfu tokens_per_s devices batch_size vocab_size context".split())
+@pytest.mark.parametrize("value", [0, -1, float("nan"), float("inf")])
+def test_what_cannot_be_of_a_run_is_refused(tmp_path, column, value):
+    with pytest.raises(TomatError, match=f"Run '30M, A100:1' has {value} as its {column}"):
+        replace(PUBLISHED[0], **{column: value})
+    if value in (0, -1) or column not in ("devices", "batch_size", "vocab_size", "context"):
+        write_runs(PUBLISHED[:2], tmp_path / "runs.csv")
+        with (tmp_path / "runs.csv").open() as table:
+            lines = list(csv.DictReader(table))
+        lines[1][column] = str(value)
+        with (tmp_path / "runs.csv").open("w") as table:
+            writer = csv.DictWriter(table, lines[0])
+            writer.writeheader()
+            writer.writerows(lines)
+        with pytest.raises(TomatError, match=f"runs.csv is no table of runs, mend line 3: Run '30M, A100:2' .* its {column}"):
+            read_runs(tmp_path / "runs.csv")
 
 
 @quick
@@ -103,6 +140,11 @@ def test_a_law_of_sizes_and_tokens_is_found_and_forecasts():
         fit_loss(n[:5], d[:5], true.at(n, d)[:5])
     with pytest.raises(TomatError, match="different sizes"):
         fit_loss(np.full(9, 1e6), np.geomspace(1e7, 1e9, 9), np.linspace(3, 2, 9))
+    rng = np.random.default_rng(0)
+    for bad in ((np.full(20, 1e6), d, true.at(n, d)), (n, d, -true.at(n, d)), (n[:5], d[:5], true.at(n, d)[:5]), ([], [], [])):
+        with pytest.raises(TomatError, match="six runs"):
+            resampled_laws(*bad, rng)
+    assert len(resampled_laws(n.tolist(), d.tolist(), true.at(n, d).tolist(), rng, 2)) == 2
 
 
 def test_the_next_size():
@@ -116,6 +158,19 @@ def test_the_next_size():
         assert 0.7 < choice.tokens / choice.parameters / 20 < 1.4
     least = by_law(1e20, law := LossLaw(1, 1, 0.3, 1, 0.3, 1e8, 1e9))
     assert all(law.at(least.parameters, least.tokens) <= law.at(c.parameters, c.tokens) for c in choices(1e20))
+    assert by_ratio(1e14, widths=iter([32, 64, 128])).size.width == 64 and shaped(32).heads == 1
+
+
+@pytest.mark.parametrize("flops, widths, nearest", [(1e13, range(64, 8193, 64), 64), (1e25, range(64, 8193, 64), 8192),
+                                                    (1e20, range(64, 257, 64), 256), (1e20, [4096, 8192], 4096)])
+def test_the_edge_of_the_widths_is_no_answer(flops, widths, nearest):
+    law = LossLaw(1, 1, 0.3, 1, 0.3, 1e8, 1e9)
+    for found in (lambda: by_ratio(flops, widths=widths), lambda: by_law(flops, law, widths=widths)):
+        with pytest.raises(TomatError, match=f"{widths[0]} to {widths[-1]}, of which {nearest} is nearest: give more widths"):
+            found()
+    for nothing in (0, -1e18, float("nan")):
+        with pytest.raises(TomatError, match="buys nothing"):
+            by_law(nothing, law)
 
 
 def test_fleets():
@@ -124,6 +179,10 @@ def test_fleets():
     assert fleet.device_hours(2.49e18) == pytest.approx(8 * fleet.hours(2.49e18))
     with pytest.raises(TomatError, match="abacus"):
         Fleet("abacus", 1, 0.5).hours(1)
+    for devices, mfu in ((0, 0.5), (-8, 0.5), (8, 0), (8, -0.1), (8, 11.86), (8, float("nan"))):
+        with pytest.raises(TomatError, match="one device or more and an MFU above 0 and up to 1"):
+            Fleet("A100", devices, mfu)
+    assert Fleet("A100", 1, 1).hours(312e12 * 3600) == pytest.approx(1)
 
 
 @quick
@@ -150,6 +209,16 @@ def test_measured_rates_explain_what_was_measured():
     exact = TokenizeRates(0.02, 3e-8, 2e-4)
     made = [{"voxels": v, "rows": r, "cpu_seconds": exact.seconds(v, r)} for v in (1e4, 1e5, 1e6) for r in (8, 128)]
     assert fit_rates(made).voxel == pytest.approx(3e-8, rel=1e-6)
+    none, unknown = {"voxels": 1, "rows": 1, "cpu_seconds": 0}, {"voxels": "nan", "rows": 1, "cpu_seconds": 1}
+    for few in ([], made[:2], [*made, none], [*made, unknown]):
+        with pytest.raises(TomatError, match="three measured lines"):
+            fit_rates(few)
+
+
+@pytest.mark.parametrize("n, rows, machines, cores", [(0, 1, 1, 1), (1, 0, 1, 1), (1, 1, 0, 1), (1, 1, 1, 0), (1, 1, -1, 1)])
+def test_nobody_tokenizes_nothing(n, rows, machines, cores):
+    with pytest.raises(TomatError, match=f"not {n}, {rows}, {machines} and {cores}"):
+        tokenize_forecast(np.ones(n), rows, TokenizeRates(1, 1, 1), machines, cores)
 
 
 # Runs pulled from logs.
@@ -164,7 +233,6 @@ def lines_of(steps):
 def logged(tmp_path_factory):
     "An offline run of W&B that was stopped after three steps, and went on from the second."
     pytest.importorskip("wandb")
-    from tomat.codecs import PUBLISHED_DENSITY
     folder = tmp_path_factory.mktemp("runs") / "first"
     folder.mkdir()
     tokenizer = Tokenizer("framed", PUBLISHED_DENSITY, patch_size=4)
@@ -230,10 +298,95 @@ def test_runs_online_are_the_same_lines(offline, monkeypatch):
         online_runs()
 
 
+def levanter(tokenizer, tokens=0, changed=None, **more):
+    "A run of three steps as the launcher of TPUs logs it: 8 rows of 128 tokens a step, not its `step`, and at times real tokens."
+    about = {"knobs": {"model": "nano", "batch_size": 8}, "data": {"label": "tiny", "tokenizer": tokenizer}, "tokens a row": 128,
+             "parameters": 4_408_384, "FLOPs per token": 26_646_912, "tokens, padded": 3072, "FLOPs": 3072 * 26_646_912}
+    steps = [{"_step": n, "_runtime": 1.0, "loss": 6.0 - n, "train/loss": 6.0 - n, "padded": 1024 * (n + 1), "val.loss": None,
+              "throughput/tokens_per_second": 400.0, "throughput/mfu": 25.0, **more} for n in (0, 1, 2)]
+    steps[1]["val.loss"] = 5.5
+    for n, step in enumerate(steps, 1):
+        step |= {"step": n, "tokens": n * tokens} if tokens else {}
+    run = {"id": "tpu", "name": "tpu", "group": "tiny", "tags": ["nano", "levanter", "v6e:8"], "state": "finished",
+           "config": {"tomat": about, "trainer": {"seed": 0}}, "scan_history": lambda: iter([*steps[::-1], {"_step": 3}])}
+    return SimpleNamespace(**run | (changed or {}))
+
+
+def test_a_run_of_the_launcher_of_tpus_is_a_line(offline, monkeypatch, tmp_path, capsys):
+    wandb = pytest.importorskip("wandb")
+    tokenizer, seen = offline.config["data"]["tokenizer"], []
+    monkeypatch.setattr(wandb, "Api", lambda: SimpleNamespace(runs=lambda place, filters: seen))
+    seen[:] = [levanter(tokenizer)]
+    (run,) = online_runs()
+    assert [line["step"] for line in run.history] == [0, 1, 2, 3]
+    line = run_of(run)
+    assert (line.run, line.model, line.device, line.devices, line.batch_size) == ("tpu", "nano", "v6e", 8, 8)
+    assert (line.tokens, line.context, line.flops, line.vocab_size) == (3072, 128, 3072 * 26_646_912, 6794)
+    assert (line.loss, line.val_loss, line.mfu, line.tokens_per_s) == (4.0, 5.5, 0.25, 400.0)
+    seen[:] = [levanter(tokenizer, tokens=512)]  # half of a batch
+    real = run_of(online_runs()[0])
+    assert (real.tokens, real.context, real.flops, real.mfu, real.tokens_per_s) == (1536, 64, 1536 * 26_646_912, 0.125, 200)
+    dead = {"name": "dead", "scan_history": lambda: iter([])}
+    other = {"name": "other", "config": {"lr": 1}, "tags": None, "group": None}
+    seen[:] = [levanter(tokenizer), levanter(tokenizer, changed=dead), levanter(tokenizer, changed=other),
+               levanter(tokenizer, changed={"name": "burst"}, loss="NaN")]
+    script, steps = program("pull_wandb_runs"), tmp_path / "steps.csv"
+    monkeypatch.setattr(sys, "argv", ["pull_wandb_runs.py", "--out", str(tmp_path / "runs.csv"), "--history", str(steps)])
+    assert script.main() == 0 and read_runs(tmp_path / "runs.csv") == [line]
+    assert {row["run"] for row in csv.DictReader(steps.open())} == {"tpu"}
+    said = capsys.readouterr()
+    assert "1 runs in" in said.out and "3 left out" in said.out
+    assert re.findall(r"^(?:The run|Run) \W?(\w+)", said.err, re.M) == ["dead", "other", "burst"]
+    seen[:] = []
+    assert script.main() == 2 and "No run remains" in capsys.readouterr().err
+
+
+def test_config_that_is_told_after_the_start_is_read(tmp_path):
+    "As Levanter does; its steps have W&B's number alone."
+    wandb = pytest.importorskip("wandb")
+    tokenizer = Tokenizer("framed", PUBLISHED_DENSITY, patch_size=4)
+    made = levanter(tokenizer.to_dict())
+    quiet_settings = wandb.Settings(silent=True, console="off")
+    run = wandb.init(mode="offline", dir=tmp_path, id="tpu", name="tpu", tags=made.tags, settings=quiet_settings)
+    run.config.update(made.config)
+    for line in sorted(made.scan_history(), key=lambda line: line["_step"])[:3]:
+        run.log({name: value for name, value in line.items() if name[0] != "_" and value is not None}, step=line["_step"])
+    run.finish()
+    (found,) = offline_runs(tmp_path)
+    assert found.config == made.config and found.tags == tuple(made.tags)
+    line = run_of(found)
+    assert (line.tokens, line.device, line.devices, line.state) == (3072, "v6e", 8, "finished")
+
+
+def test_a_journal_that_is_cut_is_named_and_the_others_read(logged, offline, tmp_path, monkeypatch, capsys):
+    whole = next(path for path in logged.rglob("*.wandb") if not path.parent.is_symlink())
+    for name, size in (("empty", 0), ("short", 7), ("cut", 60), ("whole", None)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run-one.wandb").write_bytes(whole.read_bytes()[:size])
+    left_out = []
+    assert [run.id for run in offline_runs(tmp_path, left_out)] == ["one"]
+    assert sorted(str(err).split(" is ")[0] for err in left_out) == sorted(
+        str(tmp_path / name / "run-one.wandb") for name in ("empty", "short", "cut"))
+    with pytest.raises(TomatError, match=r"cut.*names no run: copy it again"):
+        offline_runs(tmp_path)
+    script, out = program("pull_wandb_runs"), tmp_path / "runs.csv"
+    monkeypatch.setattr(sys, "argv", ["pull_wandb_runs.py", str(tmp_path), "--out", str(out)])
+    assert script.main() == 0 and len(read_runs(out)) == 1
+    said = capsys.readouterr()
+    assert said.out == f"1 runs in {out}, 3 left out\n" and said.err.count("run-one.wandb is empty or cut short") == 3
+    out.unlink()
+    monkeypatch.setattr(sys, "argv", ["pull_wandb_runs.py", str(tmp_path / "cut"), "--out", str(out)])
+    assert script.main() == 2 and not out.exists() and "cut short" in capsys.readouterr().err
+
+
 def test_a_run_of_something_else_is_refused(offline):
-    for changed in ({"config": {}}, {"history": []}):
+    first = offline.history[0]
+    for changed in ({"config": {}}, {"history": []}, {"config": {"tomat": {}}}, {"config": {"tomat": 1}},
+                    {"history": [{**first, "step": 0}]}, {"history": [{"step": 1}]}):
         with pytest.raises(TomatError, match="not one of `tomat train`"):
-            run_of(SimpleNamespace(**{**vars(offline), **changed}))
+            run_of(replace(offline, **changed))
+    with pytest.raises(TomatError, match="has nan as its loss"):
+        run_of(replace(offline, history=[{**first, "loss": "NaN"}]))
 
 
 def program(name):
@@ -250,3 +403,15 @@ def test_the_plot_is_drawn_from_tables(tmp_path, monkeypatch):
     assert out.read_bytes()[:4] == b"\x89PNG" and os.path.getsize(out) > 10_000
     assert len(plot_runs(PUBLISHED[:1]).axes) == 2  # no law through one run
     assert parameters_of(PUBLISHED[0]) == n_parameters(MODELS["30M"], 6792)
+
+
+def test_a_plot_of_nothing_is_refused(tmp_path, monkeypatch, capsys):
+    (tmp_path / "empty.csv").write_text("")
+    (tmp_path / "header.csv").write_text(f"{HEADER}\n")
+    for table, out, said in (("empty.csv", "x.png", "empty.csv is no table"), ("header.csv", "x.png", "no run in .*header.csv"),
+                             (TABLE, "x.pdf", "x.pdf .* ends in .png"), (TABLE, "x", "x .* ends in .png")):
+        monkeypatch.setattr(sys, "argv", ["make_scaling_plot_png.py", str(tmp_path / table), "--out", str(tmp_path / out)])
+        assert program("make_scaling_plot_png").main() == 2 and not (tmp_path / out).exists()
+        assert re.search(said, err := capsys.readouterr().err) and err.count("\n") == 1
+    with pytest.raises(TomatError, match="no run to draw"):
+        plot_runs([])

@@ -7,12 +7,12 @@ __all__ = ['Run', 'read_runs', 'write_runs', 'token_flops', 'parameters_of', 'mf
            'resampled_slopes', 'plot_runs', 'LossLaw', 'fit_loss', 'shaped', 'Choice', 'choices', 'by_ratio', 'by_law',
            'resampled_laws', 'Fleet', 'TokenizeRates', 'fit_rates', 'tokenize_forecast']
 
-# %% ../nbs/13_scaling.ipynb #1b08cd78
+# %% ../nbs/13_scaling.ipynb #f3a5bf63
 import csv
 import heapq
 import io
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from .cost import PEAKS, expected_seconds
 from .files import TomatError, read_text, write_text
 from .sizes import ModelSize, flops_per_token, model_size, n_parameters
 
-# %% ../nbs/13_scaling.ipynb #80e6cbbd
+# %% ../nbs/13_scaling.ipynb #dd3c7ffa
 @dataclass(frozen=True)
 class Run:
     "One training run."
@@ -46,7 +46,14 @@ class Run:
     group: str = ""             # of runs to compare
     state: str = ""             # how it ended
 
+    def __post_init__(self) -> None:
+        for column in (*_COUNTS, *_NUMBERS, *_PERHAPS):
+            value = getattr(self, column)
+            if not (value is None and column in _PERHAPS) and not 0 < value < float("inf"):  # nan is refused, too
+                raise TomatError(f"Run {self.run!r} has {value} as its {column}, but needs a finite number above 0: leave it out.")
+
 _COLUMNS = [one.name for one in fields(Run)]
+_NEEDED = [one.name for one in fields(Run) if one.default is MISSING]
 _COUNTS, _NUMBERS = ("devices", "batch_size", "vocab_size", "context"), ("tokens", "flops")
 _PERHAPS = ("mfu", "tokens_per_s", "loss", "val_loss")
 
@@ -55,14 +62,30 @@ def _value(column: str, text: str) -> Any:
         return float(text) if text else None
     return int(text) if column in _COUNTS else float(text) if column in _NUMBERS else text
 
+def _run(line: Mapping[str | None, Any]) -> Run:
+    values, named = dict[str, Any](), f"Run {line['run']!r}"
+    for column, text in line.items():
+        if column is None or text is None:  # as the reader says of a line that is too long, or too short
+            raise TomatError(f"{named} has more fields than the header" if column is None else f"{named} lacks the column {column}")
+        try:
+            values[column] = _value(column, text)
+        except ValueError as err:
+            raise TomatError(f"{named} has {text!r} as its {column}, which is no {'whole ' * (column in _COUNTS)}number") from err
+    return Run(**values)
+
 def read_runs(path: str | Path,  # .csv
               ) -> list[Run]:
     "The runs of a table; raises `TomatError` where a line is no run."
-    lines = list(csv.DictReader(io.StringIO(read_text(path))))
+    reader = csv.DictReader(io.StringIO(read_text(path)))
+    given = set(reader.fieldnames or ())
+    lacking, unknown = set(_NEEDED) - given, given - set(_COLUMNS)
+    if lacking or unknown:
+        raise TomatError(f"{path} is no table of runs, make it again with the columns {', '.join(_COLUMNS)}: its header "
+                         f"{'lacks' if lacking else 'should not have'} {', '.join(sorted(lacking or unknown))}.")
     try:
-        return [Run(**{column: _value(column, text) for column, text in line.items()}) for line in lines]
-    except (ValueError, TypeError) as err:
-        raise TomatError(f"{path} is no table of runs, make it again with the columns {', '.join(_COLUMNS)}: {err}.") from err
+        return [_run(line) for line in reader]
+    except (TomatError, csv.Error) as err:
+        raise TomatError(f"{path} is no table of runs, mend line {reader.line_num}: {str(err).rstrip('.')}.") from err
 
 def write_runs(runs: Iterable[Run],
                path: str | Path,  # .csv
@@ -151,11 +174,13 @@ def resampled_slopes(x_N: Sequence[float] | np.ndarray,
     square_T = (x_TxN**2).sum(1)
     return (x_TxN * y_TxN).sum(1)[square_T > 0] / square_T[square_T > 0]
 
-# %% ../nbs/13_scaling.ipynb #b29560e4
+# %% ../nbs/13_scaling.ipynb #795c2603
 def plot_runs(runs: Sequence[Run],
               ) -> Any:  # a matplotlib figure
     "Loss against compute with a law and its 95 %, and MFU against devices; colours are devices, shapes are models."
     from matplotlib.figure import Figure
+    if not runs:
+        raise TomatError("There is no run to draw: give a table with a line or more below its header.")
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     losses, speeds = figure.subplots(1, 2)
     known = [run for run in runs if run.loss]
@@ -178,7 +203,7 @@ def plot_runs(runs: Sequence[Run],
     losses.legend(fontsize=7)
     return figure
 
-# %% ../nbs/13_scaling.ipynb #c33e1f83
+# %% ../nbs/13_scaling.ipynb #4823aa81
 @dataclass(frozen=True)
 class LossLaw:
     "L = floor + (N / n0)^-alpha · a + (D / d0)^-beta · b"
@@ -194,14 +219,21 @@ class LossLaw:
         "The loss of a run."
         return self.floor + self.a * (parameters / self.n0)**-self.alpha + self.b * (tokens / self.d0)**-self.beta
 
+def _enough(runs_3xN: np.ndarray,  # parameters, tokens, losses
+            ) -> np.ndarray:
+    "The same, if a law can be fitted to them."
+    if runs_3xN.shape[1] < 6 or not (np.isfinite(runs_3xN) & (runs_3xN > 0)).all() or np.ptp(runs_3xN[:2], axis=1).min() == 0:
+        raise TomatError("A law of five constants needs six runs or more, of different sizes and tokens, all finite and above 0, "
+                         f"not these {runs_3xN.shape[1]}.")
+    return runs_3xN
+
 def fit_loss(parameters_N: np.ndarray,
              tokens_N: np.ndarray,
              losses_N: np.ndarray,
              ) -> LossLaw:
     "The law of some runs; raises `TomatError` for fewer than it has constants."
-    n_N, d_N, log_N = (np.asarray(values, float) for values in (parameters_N, tokens_N, np.log(losses_N)))
-    if len(log_N) < 6 or np.ptp(n_N) == 0 or np.ptp(d_N) == 0:
-        raise TomatError(f"A law of five constants needs six runs or more, of different sizes and tokens, not these {len(log_N)}.")
+    n_N, d_N, losses_N = _enough(np.array([parameters_N, tokens_N, losses_N], float))
+    log_N = np.log(losses_N)
     n0, d0, low = float(np.exp(np.log(n_N).mean())), float(np.exp(np.log(d_N).mean())), float(np.exp(log_N.min()))
 
     def law(constants: np.ndarray) -> LossLaw:
@@ -214,11 +246,11 @@ def fit_loss(parameters_N: np.ndarray,
                            bounds=(start - 8, start + 3)) for start in starts]
     return law(min(found, key=lambda fit: fit.cost).x)
 
-# %% ../nbs/13_scaling.ipynb #53ef2cf3
-def shaped(width: int,  # a multiple of 64
+# %% ../nbs/13_scaling.ipynb #f74da668
+def shaped(width: int,  # a multiple of 64, or less than 64
            ) -> ModelSize:
     "A size between the named ones."
-    return ModelSize(width, max(1, round(3 * width / 256)), width // 64, 4 * width)
+    return ModelSize(width, max(1, round(3 * width / 256)), max(1, width // 64), 4 * width)
 
 @dataclass(frozen=True)
 class Choice:
@@ -233,45 +265,62 @@ def choices(flops: float,
             widths: Iterable[int] = range(64, 8193, 64),
             ) -> list[Choice]:
     "What sizes can read for a given compute, small to large."
+    if not 0 < flops < float("inf"):
+        raise TomatError(f"A compute of {flops} FLOPs buys nothing: give a finite number above 0.")
     sizes = [shaped(width) for width in widths]
     return [Choice(size, n_parameters(size, vocab_size), flops / flops_per_token(size, vocab_size, context)) for size in sizes]
 
+def _found(found: Choice, inside: bool, among: Sequence[Choice]) -> Choice:
+    if not inside:
+        widths = [choice.size.width for choice in among]
+        raise TomatError(f"What this compute is spent on best lies outside the widths {min(widths)} to {max(widths)}, of which "
+                         f"{found.size.width} is nearest: give more widths, or another compute.")
+    return found
+
 def by_ratio(flops: float,
              ratio: float = 20,  # tokens a parameter
-             **rows: Any,        # vocab_size and context, as of `choices`
+             **rows: Any,        # vocab_size, context and widths, as of `choices`
              ) -> Choice:
-    "The size that reads so many tokens a parameter."
-    return min(choices(flops, **rows), key=lambda choice: abs(np.log(choice.tokens / choice.parameters / ratio)))
+    "The size that reads so many tokens a parameter; raises `TomatError` if each reads more, or each fewer."
+    among = choices(flops, **rows)
+    off_W = np.array([choice.tokens / choice.parameters for choice in among]) / ratio
+    return _found(among[int(np.abs(np.log(off_W)).argmin())], bool(off_W.min() <= 1 <= off_W.max()), among)
 
 def by_law(flops: float,
            law: LossLaw,
            **rows: Any,  # as of `choices`
            ) -> Choice:
-    "The size with the lowest loss."
-    return min(choices(flops, **rows), key=lambda choice: float(law.at(choice.parameters, choice.tokens)))
+    "The size with the lowest loss; raises `TomatError` if that is the first or the last, and another may be better."
+    among = choices(flops, **rows)
+    lowest = int(np.argmin([law.at(choice.parameters, choice.tokens) for choice in among]))
+    return _found(among[lowest], 0 < lowest < len(among) - 1, among)
 
-# %% ../nbs/13_scaling.ipynb #f03a3f8b
+# %% ../nbs/13_scaling.ipynb #1086ee23
 def resampled_laws(parameters_N: np.ndarray,
                    tokens_N: np.ndarray,
                    losses_N: np.ndarray,
                    rng: np.random.Generator,
                    times: int = 20,
                    ) -> list[LossLaw]:
-    "Laws of runs drawn with replacement; a draw of a single size or too few runs is drawn again."
-    laws: list[LossLaw] = []
+    "Laws of runs drawn with replacement; a draw of a single size is drawn again; raises `TomatError` as `fit_loss` does."
+    runs_3xN, laws = _enough(np.array([parameters_N, tokens_N, losses_N], float)), list[LossLaw]()
     while len(laws) < times:
-        draw = rng.integers(len(losses_N), size=len(losses_N))
-        if len(set(parameters_N[draw])) > 1 and len(set(tokens_N[draw])) > 1:
-            laws.append(fit_loss(parameters_N[draw], tokens_N[draw], losses_N[draw]))
+        drawn_3xN = runs_3xN[:, rng.integers(len(runs_3xN[0]), size=len(runs_3xN[0]))]
+        if np.ptp(drawn_3xN[:2], axis=1).min() > 0:
+            laws.append(fit_loss(*drawn_3xN))
     return laws
 
-# %% ../nbs/13_scaling.ipynb #d9197412
+# %% ../nbs/13_scaling.ipynb #8c4fcb58
 @dataclass(frozen=True)
 class Fleet:
-    "Devices that work together."
+    "Devices that work together; raises `TomatError` for none, or an MFU that no device has."
     device: str   # a key of tomat.cost.PEAKS
     devices: int
     mfu: float    # share of their speed that is reached
+
+    def __post_init__(self) -> None:
+        if self.devices < 1 or not 0 < self.mfu <= 1:
+            raise TomatError(f"A fleet has one device or more and an MFU above 0 and up to 1: not {self.devices} and {self.mfu}.")
 
     def hours(self, flops: float) -> float:
         "Wall time of a run."
@@ -283,7 +332,7 @@ class Fleet:
         "What is billed."
         return self.hours(flops) * self.devices
 
-# %% ../nbs/13_scaling.ipynb #7f675aab
+# %% ../nbs/13_scaling.ipynb #b35f2545
 @dataclass(frozen=True)
 class TokenizeRates:
     "Seconds of one core."
@@ -299,13 +348,15 @@ class TokenizeRates:
 
 def fit_rates(lines: Sequence[Mapping[str, Any]],  # voxels, rows and cpu_seconds
               ) -> TokenizeRates:
-    "Rates from measured shards of one material."
+    "Rates from measured shards of one material; raises `TomatError` for fewer than three."
     taken_N = np.array([float(line["cpu_seconds"]) for line in lines])
     parts_Nx3 = np.array([[1, float(line["voxels"]), float(line["rows"])] for line in lines])
+    if len(lines) < 3 or not (np.isfinite(parts_Nx3).all() and np.isfinite(taken_N).all() and taken_N.min() > 0):
+        raise TomatError(f"Three rates need three measured lines or more, of finite numbers and times above 0: not {len(lines)}.")
     rates, _ = nnls(parts_Nx3 / taken_N[:, None], np.ones(len(lines)))
     return TokenizeRates(*rates.tolist())
 
-# %% ../nbs/13_scaling.ipynb #efa79932
+# %% ../nbs/13_scaling.ipynb #fbe41b7b
 def tokenize_forecast(voxels_M: np.ndarray,   # of every material, in their order
                       rows: int,              # of each
                       rates: TokenizeRates,
@@ -314,6 +365,9 @@ def tokenize_forecast(voxels_M: np.ndarray,   # of every material, in their orde
                       rows_per_shard: int = 512,
                       ) -> tuple[float, float]:  # wall time, core time, s
     "How long a fleet takes to tokenize."
+    if min(len(voxels_M), rows, machines, cores) < 1:
+        raise TomatError("Tokenizing takes a material, a row, a machine and a core or more: "
+                         f"not {len(voxels_M)}, {rows}, {machines} and {cores}.")
     each_M, per = rates.seconds(np.asarray(voxels_M, float), rows), max(1, rows_per_shard // rows)
     shards = np.add.reduceat(each_M, np.arange(0, len(each_M), per))
     ends = []
