@@ -111,7 +111,7 @@ def serve_job(checkpoint: str = "",  # "": TOMAT_CHECKPOINT, or the packaged one
     "A service."
     return Job("serve", {"checkpoint": checkpoint or setting("checkpoint")}, Resources(cores, 16, hours=0.25), shared_env())
 
-# %% ../nbs/14_launch.ipynb #0ce78b8b
+# %% ../nbs/14_launch.ipynb #60c73a6c
 T = TypeVar("T")
 
 def _value(text: str,     # as given
@@ -143,7 +143,7 @@ def train_jobs(label: str = "",      # of rows; "": TOMAT_LABEL
                ) -> list[list[Job]]:
     "Train on the rows of a label."
     from tomat.plan import Setup, TrainConfig
-    given = dict(pair.split("=", 1) if "=" in pair else (pair, "") for pair in options.split())
+    given = {name: text for name, _, text in (pair.partition("=") for pair in options.split())}
     known = {one.name for kind in (TrainConfig, Setup) for one in fields(kind)}
     if unknown := sorted(name for name, text in given.items() if name not in known or not text):
         raise TomatError(f"A run has no option {unknown[0]!r}, or not without a value: use name=value with one of "
@@ -218,7 +218,7 @@ def proxy_auth() -> bool:
     "Whether only callers with a proxy token of the workspace may ask the service."
     return bool(setting("modal_proxy_auth"))
 
-# %% ../nbs/14_launch.ipynb #12a3565a
+# %% ../nbs/14_launch.ipynb #756f707d
 @contextmanager
 def _running(app: Any) -> Iterator[None]:
     "An app that runs for as long as its jobs, unless `modal run` has begun it."
@@ -242,7 +242,7 @@ def submit(stages: Sequence[Sequence[Job]],
     results: list[Any] = []
     with nullcontext() if here else _running(app):
         for jobs in stages:
-            texts, wrong = [job.text for job in jobs], []
+            texts, wrong = [job.text for job in jobs], list[dict[str, str]]()
             far = None if here else run.with_options(**modal_needs(jobs[0].resources))
             for result in far.map(texts, return_exceptions=True) if far else map(reported, texts):
                 told = {"error": f"{type(result).__name__}: {result}"} if isinstance(result, Exception) else result
