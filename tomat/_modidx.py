@@ -258,6 +258,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'tomat.files.entries': ('files.html#entries', 'tomat/files.py'),
                              'tomat.files.exists': ('files.html#exists', 'tomat/files.py'),
                              'tomat.files.head_of': ('files.html#head_of', 'tomat/files.py'),
+                             'tomat.files.is_name': ('files.html#is_name', 'tomat/files.py'),
                              'tomat.files.is_remote': ('files.html#is_remote', 'tomat/files.py'),
                              'tomat.files.kind_of': ('files.html#kind_of', 'tomat/files.py'),
                              'tomat.files.list_folder': ('files.html#list_folder', 'tomat/files.py'),

@@ -7,10 +7,9 @@ __all__ = ['MOUNT', 'T', 'W', 'shared_env', 'tokenize_jobs', 'verify_jobs', 'syn
            'train_jobs', 'sentences', 'modal_options', 'modal_needs', 'modal_app', 'modal_function', 'proxy_auth',
            'submit', 'command_line', 'serve_here']
 
-# %% ../nbs/14_launch.ipynb #f5218ac1
+# %% ../nbs/14_launch.ipynb #de176a52
 import json
 import os
-import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -21,11 +20,11 @@ from inspect import unwrap
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from .files import TomatError
+from .files import TomatError, is_name
 from .jobs import Job, Resources, carry_out, reported
 from .settings import data_set, setting
 
-# %% ../nbs/14_launch.ipynb #741820c0
+# %% ../nbs/14_launch.ipynb #559492cd
 MOUNT = "/data"  # where containers see the volume
 _SHARED = ("volume", "modal_app", "modal_secrets", "checkpoint", "mp_base_url", "wandb_entity", "wandb_project", "wandb_mode")
 _OTHERS = {"s3_endpoint": "AWS_ENDPOINT_URL", "gcs_project": "GOOGLE_CLOUD_PROJECT"}  # as the clients of stores call them
@@ -37,7 +36,7 @@ def shared_env() -> dict[str, str]:
 
 def _name(text: str,  # of rows, of a run or of a table: a folder or a file is called so
           ) -> str:
-    if not re.fullmatch(r"\w[\w.+-]*", text):
+    if not is_name(text):
         raise TomatError(f"{text!r} is no name for rows, a run or a table: use letters, digits and . _ + -.")
     return text
 
@@ -252,7 +251,7 @@ def submit(stages: Sequence[Sequence[Job]],
                 raise TomatError(f"{len(wrong)} of {len(jobs)} jobs failed, one with: {wrong[0]['error']}")
     return results
 
-# %% ../nbs/14_launch.ipynb #2fabc2a0
+# %% ../nbs/14_launch.ipynb #45abd35b
 _HELP = {"label": "rows, by their label in settings.ini", "split": "part of the store; the label's if not given",
          "n_workers": "jobs that share the work", "materials": "from the head of the part; 0: all", "cores": "of each worker",
          "source": "where densities are; raw_store of settings.ini, or densities/ of the volume", "kind": "rows or runs",
@@ -273,7 +272,6 @@ def command_line(entry: Any,  # a local entrypoint of Modal
     app.command(epilog="\n\n".join(f"\b\n{part}" for part in examples))(work)  # \b: lines as they are
     app()
 
-@sentences
 def serve_here(job: Job,           # of `serve_job`
                port: int,
                dry_run: bool = False,  # only print

@@ -6,10 +6,9 @@
 __all__ = ['TOKENIZER', 'packed', 'prompts_of', 'voxel_tokens', 'decoder_tables', 'density_view', 'read_table', 'fidelity_points',
            'on_front', 'curve', 'training_curves', 'scores_of', 'write_data']
 
-# %% ../nbs/16_site.ipynb #99727fc0
+# %% ../nbs/16_site.ipynb #47ed5c16
 import base64
 import csv
-import gzip
 import io
 import json
 from collections.abc import Iterable, Mapping
@@ -92,17 +91,13 @@ def density_view(true: Density,
     tokens = {name: packed(voxel_tokens(density, tokenizer)) for name, density in (("true", true), ("predicted", predicted))}
     return facts | {"tokens": tokens, "patch": list(tokenizer.size), "patches": prompts_of(true, tokenizer)}
 
-# %% ../nbs/16_site.ipynb #518a403d
-def read_table(path: str | Path,  # .csv or .csv.gz
+# %% ../nbs/16_site.ipynb #1238a8a7
+def read_table(path: str | Path,  # .csv
                ) -> list[dict[str, Any]]:  # numbers as floats, empty cells as None
     "The lines of a table by column; none where there is no such file."
     if not exists(path):
         return []
-    if str(path).endswith(".gz"):
-        text = gzip.decompress(Path(path).read_bytes()).decode()
-    else:
-        text = read_text(path)
-    return [{name: _number(cell) for name, cell in line.items()} for line in csv.DictReader(io.StringIO(text))]
+    return [{name: _number(cell) for name, cell in line.items()} for line in csv.DictReader(io.StringIO(read_text(path)))]
 
 def _number(cell: str) -> float | str | None:
     try:
@@ -134,7 +129,7 @@ def on_front(points: Iterable[Mapping[str, Any]],  # with tokens or context, and
             best = point["nmae"]
     return front
 
-# %% ../nbs/16_site.ipynb #5e97a2c7
+# %% ../nbs/16_site.ipynb #332016bd
 def curve(rows: list[dict[str, Any]],  # of one run, in order
           y: str,                      # a column
           x: str = "step",             # another
@@ -158,16 +153,12 @@ def training_curves(results: str | Path,  # the folder results/
             "published": read_table(f"{results}/scaling/published_runs.csv"),
             "small": read_table(f"{results}/scaling/small_runs.csv")}
 
-# %% ../nbs/16_site.ipynb #d6838433
+# %% ../nbs/16_site.ipynb #6380cfef
 def scores_of(results: str | Path,  # the folder results/
               ) -> list[dict[str, Any]]:  # id, formula, kind, entry, reads, nmae
     "NMAE of every held-out material by every entry."
-    if rows := read_table(f"{results}/evaluation/scores.csv"):
-        return [{name: row[name] for name in ("id", "formula", "kind", "entry", "reads", "nmae")} for row in rows]
-    return [{"id": row["id"], "formula": row["formula"], "kind": classify(row["formula"]), "entry": entry,
-             "reads": "structure", "nmae": row[column]}
-            for row in read_table(f"{results}/parallel/validation.csv")
-            for entry, column in (("parallel", "nmae"), ("sum of free atoms", "free_atoms"))]
+    names = ("id", "formula", "kind", "entry", "reads", "nmae")
+    return [{name: row[name] for name in names} for row in read_table(f"{results}/evaluation/scores.csv")]
 
 # %% ../nbs/16_site.ipynb #33a1e981
 def _write(path: Path, facts: Any) -> None:

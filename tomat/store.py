@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['STORE_NAMES', 'RawStore', 'sample_store', 'number_id', 'list_files', 'split_by_system', 'write_store', 'is_store']
 
-# %% ../nbs/00c_store.ipynb #baef4625
+# %% ../nbs/00c_store.ipynb #a74476dd
 import json
-import re
 import tempfile
 import zipfile
 import zlib
@@ -22,7 +21,7 @@ from pathlib import Path
 
 from .chgcar import unpacking
 from .density import Density
-from .files import TomatError, exists, list_folder, open_binary, read_text, refuse_strangers, stamp_of, write_aside
+from .files import TomatError, exists, is_name, list_folder, open_binary, read_text, refuse_strangers, stamp_of, write_aside
 from .formats import group_stamp, pack_folder, read_density, read_group, write_group, zip_entries
 
 # %% ../nbs/00c_store.ipynb #fc1b087a
@@ -139,13 +138,13 @@ def sample_store() -> RawStore:
     "The sample that comes with the package: 44 materials in the parts `train` and `validation`."
     return RawStore(str(files("tomat") / "data" / "sample.zip"))
 
-# %% ../nbs/00c_store.ipynb #1b674c36
+# %% ../nbs/00c_store.ipynb #268ce81c
 def number_id(id: str,                 # of a material
               numbers: dict[str, int],  # ids before it → their places in the list; gets this one too
               root: str | Path,        # of the store to be
               ) -> None:
     "The next place in a store's list; raises `TomatError` for what is no name, or a name that is taken."
-    if id in numbers or not re.fullmatch(r"\w[\w.+-]*", id):
+    if id in numbers or not is_name(id):
         raise TomatError(f"{id!r} cannot be stored in {root}: ids are names of letters, digits and . _ + -, each used once.")
     numbers[id] = len(numbers)
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tomat import sizes
-from tomat.files import TomatError, exists, is_remote, read_json, write_json
+from tomat.files import TomatError, exists, is_name, is_remote, read_json, write_json
 from tomat.settings import setting
 from tomat.shards import read_meta
 from tomat.sizes import OTHER_NAMES, ModelSize, flops_per_token, n_parameters
@@ -42,7 +41,7 @@ class Knobs:
             raise TomatError("TOMAT_LABEL names no data set: give a label of the token store, or a folder of rows.")
         if self.model not in MODELS:
             raise TomatError(f"There is no model size {self.model!r}: use one of {', '.join([*MODELS, *OTHER_NAMES])}.")
-        if not re.fullmatch(r"\w[\w.+-]*", self.results_label):
+        if not is_name(self.results_label):
             raise TomatError(f"The run would be called {self.results_label!r}: set TOMAT_RESULTS_LABEL to a plain name, of "
                              "letters, digits and _ . + - only, which begins with a letter or a digit.")
         if min(self.steps, self.batch_size, self.eval_every) < 1 or self.val_seqs < 0 or not 0 <= self.seed < 2**31:
