@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from pymatgen.core import Lattice, Structure
 
 from tomat.codecs import POSITIONS, PUBLISHED_DENSITY
-from tomat.density import Density
+from tomat.density import Density, preparation
 from tomat.files import TomatError
 from tomat.patches import as_size, cut
 from tomat.promolecule import promolecule
@@ -45,6 +45,7 @@ def quiet(monkeypatch):
     monkeypatch.setenv("TOMAT_PROGRESS", "0")
 
 
+@preparation("free atoms, whatever their electrons")
 def with_free_atoms(density):
     "Noise has no number of electrons that `with_promolecule` would accept."
     return replace(density, baseline=promolecule(density.structure, density.shape))

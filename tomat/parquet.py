@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from .density import Density
+from .density import Density, preparation_name
 from .fetch import has_md5
 from .files import TomatError, details, is_remote, md5_of, open_binary, remote_fs, told, write_aside
 from .patches import random_offsets
@@ -96,11 +96,11 @@ class Recipe:
             raise TomatError("A data set needs at least one patch a material.")
         if self.seed < 0:
             raise TomatError(f"A seed is a whole number from 0 on, not {self.seed}.")
+        preparation_name(self.prepare)  # refuses one without a name before the work
 
     def to_dict(self) -> dict[str, Any]:
         "As `meta.json` holds it."
-        prepared = f"{self.prepare.__module__}.{self.prepare.__qualname__}" if self.prepare else ""
-        return {"format": "tomat-rows-1", "label": self.label, "seed": self.seed, "prepared": prepared,
+        return {"format": "tomat-rows-1", "label": self.label, "seed": self.seed, "prepared": preparation_name(self.prepare),
                 "patches_per_material": self.patches_per_material, "tokenizer": self.tokenizer.to_dict()}
 
 # %% ../nbs/03a_parquet.ipynb #07b7a1a7

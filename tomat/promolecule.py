@@ -20,7 +20,7 @@ import scipy.fft
 from pymatgen.core import Element, Structure
 from scipy.interpolate import CubicSpline
 
-from .density import Density, check_structure, formula_of
+from .density import Density, check_structure, formula_of, preparation
 from .files import TomatError, read_json, write_text
 
 # %% ../nbs/05_promolecule.ipynb #bf3fc135
@@ -194,6 +194,8 @@ def valence_electrons(structure: Structure,  # a crystal
     return (atoms or packaged_atoms()).electrons(structure)
 
 # %% ../nbs/05_promolecule.ipynb #dc0ffe35
+# What reads old files: data sets from before names were registered hold this one. It says nothing of where the function is.
+@preparation("tomat.promolecule.with_promolecule")
 def with_promolecule(density: Density,  # any density
                      atoms: FreeAtoms | None = None,  # None: the packaged ones
                      ) -> Density:  # the same, its `baseline` filled in

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from .density import TURNS, Density
+from .density import TURNS, Density, preparation_name
 from .files import TomatError, open_binary
 from .parquet import SCHEMA
 from .progress import track
@@ -400,7 +400,9 @@ class FreshPatches(Stream):
             raise TomatError("Fresh patches need materials that differ and at least one patch a visit.")
         self.store, self.tokenizer, self.patches, self.turn = store, tokenizer, patches, turn
         self.prepare, self.cache_bytes, self._kept = prepare, cache_bytes, _Kept({})
-        settings = {"tokenizer": tokenizer.to_dict(), "turn": turn, "prepare": getattr(prepare, "__qualname__", str(type(prepare)))}
+        # What reads old files: states saved before names were registered hold the last part of one, and this for nothing.
+        prepared = preparation_name(prepare).rpartition(".")[2] or "<class 'NoneType'>"
+        settings = {"tokenizer": tokenizer.to_dict(), "turn": turn, "prepare": prepared}
         super().__init__(ids, [patches] * len(ids), settings, seed, window, epochs, _narrow(tokenizer))
 
     def _density(self, id: str,  # of a material
