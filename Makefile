@@ -14,7 +14,7 @@ DEV    := $(VENV)/.installed-dev-$(KEY)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test check lint export clean-nbs readme docs serve hooks lock marin marin-test marin-lock install clean
+.PHONY: help demo test pages check lint export clean-nbs readme docs serve hooks lock marin marin-test marin-lock install clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -24,6 +24,9 @@ demo: $(BASE)  ## tokenize, train, predict and score on the packaged sample; wri
 
 test: $(DEV)  ## run every notebook and every pytest test
 	@$(BIN)/python scripts/run_tests.py
+
+pages: $(DEV)  ## run every notebook and save what its cells print and draw now
+	@$(BIN)/python scripts/run_tests.py --save
 
 check: $(DEV)  ## ruff, mypy; exporting, cleaning and the README script would change nothing
 	@$(BIN)/python scripts/check.py

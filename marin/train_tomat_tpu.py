@@ -7,7 +7,7 @@ import argparse
 import json
 import sys
 
-from tomat.files import TomatError
+from tomat.io.files import TomatError
 
 from tomat_marin.plan import iris_line, plan
 

@@ -24,7 +24,7 @@ class Module:
     names: tuple[str, ...]  # that it exports
 
     @property
-    def claim(self) -> str:
+    def open_run_dir(self) -> str:
         return (ast.get_docstring(ast.parse(self.source)) or "").split("\n")[0]
 
 
@@ -150,7 +150,7 @@ def module_page(module: Module, title: str) -> str:
     "Markdown of one module's page."
     entries = "\n\n".join(_entries(module, module.notebook))
     where = f"Explained, drawn and tested in [{title}](../{module.notebook})."
-    return f"---\ntitle: tomat.{module.name}\n---\n\n{module.claim}\n\n{where}\n\n{entries}\n"
+    return f"---\ntitle: tomat.{module.name}\n---\n\n{module.open_run_dir}\n\n{where}\n\n{entries}\n"
 
 
 def index_page(modules: list[Module]) -> str:
@@ -160,5 +160,5 @@ def index_page(modules: list[Module]) -> str:
              "| module | what it is for | names |", "|---|---|---|"]
     for module in modules:
         names = ", ".join(f"[`{name}`]({module.name}.md#{name})" for name in module.names)
-        lines.append(f"| [`tomat.{module.name}`]({module.name}.md) | {module.claim} | {names} |")
+        lines.append(f"| [`tomat.{module.name}`]({module.name}.md) | {module.open_run_dir} | {names} |")
     return "\n".join(lines) + "\n"

@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from transformers import Qwen3ForCausalLM
 
-from tomat.codecs import fit_levels
-from tomat.decode import free_run
-from tomat.model import make_model
-from tomat.sizes import MODELS
-from tomat.patches import cover
-from tomat.store import sample_store
-from tomat.tokenizer import Tokenizer
+from tomat.tokens.codecs import fit_levels
+from tomat.prediction.decoding import free_run
+from tomat.models.causal import make_model
+from tomat.models.sizes import MODELS
+from tomat.tokens.patches import cover
+from tomat.density.store import sample_store
+from tomat.tokens.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,8 @@ def measure(name: str, patch_size: int, n_together: int, n_singly: int, repeats:
     "Time the three ways on patches of one material."
     store = sample_store()
     density = store.read(store.split("train")[0])
-    assert density.baseline is not None
-    levels = fit_levels((density.total - density.baseline).ravel(), 256)
+    assert density.sad is not None
+    levels = fit_levels((density.total - density.sad).ravel(), 256)
     tokenizer = Tokenizer("framed", levels, patch_size=patch_size, pad_to=None, target="difference")
     model = make_model(MODELS[name], tokenizer.vocab, seed=1).eval()
     prompts_NxL = tokenizer.prompt(density.structure, density.shape, cover(density.shape, patch_size)[:n_together])

@@ -24,13 +24,13 @@ from typing import Any
 
 from numcodecs import Zstd
 
-from tomat.codecs import PUBLISHED_DENSITY
-from tomat.files import TomatError, write_json
-from tomat.progress import in_order
-from tomat.parquet import material_rows
-from tomat.shards import tokenize
-from tomat.store import RawStore
-from tomat.tokenizer import Tokenizer
+from tomat.tokens.codecs import PUBLISHED_DENSITY
+from tomat.io.files import TomatError, write_json
+from tomat.io.progress import in_order
+from tomat.dataset.parquet import material_rows
+from tomat.dataset.shards import tokenize
+from tomat.density.store import RawStore
+from tomat.tokens.tokenizer import Tokenizer
 
 TARGET_ROWS_PER_S, TARGET_SHARE = 8000, 0.7
 

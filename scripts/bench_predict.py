@@ -41,7 +41,7 @@ def peak() -> float:
 def measure(name: str, n: int, threads: int, repeats: int, checkpoint: str | None) -> dict[str, Any]:
     import torch
 
-    from tomat.predict import load_predictor
+    from tomat.prediction.predictors import load_predictor
     torch.set_num_threads(threads)
     predictor, structure = load_predictor(checkpoint), crystal(name, n)
     predictor.predict(crystal(name, 32), (16, 16, 16))  # what is read and imported once
@@ -104,7 +104,7 @@ def main() -> int:
     whole = whole_command(args.threads, args.repeats, args.checkpoint)
     print(f"{whole['command']}: {whole['seconds']:.2f} s, CPU {whole['cpu_seconds']:.2f} s")
     if args.out:
-        from tomat.files import write_json
+        from tomat.io.files import write_json
         said = f"python scripts/bench_predict.py --grids {' '.join(map(str, args.grids))} --threads {args.threads}"
         write_json(args.out, {"command": said, "threads": args.threads, "cores": os.cpu_count(), "load": os.getloadavg(),
                               "results": rows, "whole_command": whole})

@@ -31,12 +31,12 @@ import pyarrow.parquet as pq
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from tomat.codecs import PUBLISHED_DENSITY
-from tomat.files import TomatError
-from tomat.shards import read_meta, tokenize
-from tomat.store import RawStore
-from tomat.stream import Batches, Block, FreshPatches, ParquetRows
-from tomat.tokenizer import Tokenizer
+from tomat.tokens.codecs import PUBLISHED_DENSITY
+from tomat.io.files import TomatError
+from tomat.dataset.shards import read_meta, tokenize
+from tomat.density.store import RawStore
+from tomat.dataset.stream import Batches, Block, FreshPatches, ParquetRows
+from tomat.tokens.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer("framed", PUBLISHED_DENSITY)
 CACHE = 8 << 30         # bytes: more than the store needs

@@ -19,12 +19,12 @@ from typing import Any
 
 import numpy as np
 
-from tomat.codecs import PUBLISHED_DENSITY
-from tomat.density import Density
-from tomat.files import TomatError
-from tomat.formats import read_density
-from tomat.patches import cut, random_offsets
-from tomat.tokenizer import Tokenizer
+from tomat.tokens.codecs import PUBLISHED_DENSITY
+from tomat.density.core import Density
+from tomat.io.files import TomatError
+from tomat.density.formats import read_density
+from tomat.tokens.patches import cut, random_offsets
+from tomat.tokens.tokenizer import Tokenizer
 
 PUBLISHED_ROWS_PER_S = 92  # published, same kind of machine
 NACL = Path(__file__).parents[1] / "tests/files/CHGCAR.NaCl.gz"

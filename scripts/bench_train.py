@@ -29,20 +29,20 @@ from typing import Any
 
 import torch
 
-import tomat.cost
-import tomat.train
-from tomat.codecs import PUBLISHED_DENSITY
-from tomat.cost import memory_estimate, peak_of, row_flops
-from tomat.files import TomatError, write_json
-from tomat.model import make_model
-from tomat.sizes import model_size, n_parameters
-from tomat.optim import make_optimizers
-from tomat.runs import read_log
-from tomat.shards import tokenize
-from tomat.store import RawStore
-from tomat.stream import Batches, ParquetRows
-from tomat.tokenizer import PAD, Tokenizer
-from tomat.train import Setup, TrainConfig, train
+import tomat.train.cost
+import tomat.train.causal
+from tomat.tokens.codecs import PUBLISHED_DENSITY
+from tomat.train.cost import memory_estimate, peak_of, row_flops
+from tomat.io.files import TomatError, write_json
+from tomat.models.causal import make_model
+from tomat.models.sizes import model_size, n_parameters
+from tomat.train.optim import make_optimizers
+from tomat.train.log import read_log
+from tomat.dataset.shards import tokenize
+from tomat.density.store import RawStore
+from tomat.dataset.stream import Batches, ParquetRows
+from tomat.tokens.tokenizer import PAD, Tokenizer
+from tomat.train.causal import RunConfig, TrainConfig, train
 
 TOKENIZER = Tokenizer("framed", PUBLISHED_DENSITY)
 CUDA = torch.cuda.is_available()
@@ -80,7 +80,7 @@ def plain_steps(rows: str, config: TrainConfig, at_once: int) -> list[Step]:
     return steps
 
 
-def our_steps(rows: str, config: TrainConfig, setup: Setup) -> list[Step]:
+def our_steps(rows: str, config: TrainConfig, setup: RunConfig) -> list[Step]:
     "The log of `train`, a step a line."
     with tempfile.TemporaryDirectory() as folder:
         train(rows, f"{folder}/run", config, setup)
@@ -116,7 +116,7 @@ def compare(name: str, rows: str, args: argparse.Namespace, peak: float) -> dict
     size, skip = model_size(name), 2 if CUDA else 1
     batch = args.batch or ({"30M": 32}.get(name, 16) if CUDA else 1)
     config = TrainConfig(name, args.steps + skip, batch, lr=1e-3, warmup=1, schedule="constant", loss_on="all")
-    setup = Setup(save_every=10**6, compiled=None if CUDA or not args.compile else True)
+    setup = RunConfig(save_every=10**6, compiled=None if CUDA or not args.compile else True)
     found: dict[str, Any] = {"parameters": n_parameters(size, TOKENIZER.vocab.size), "batch": batch}
     found["tomat, all tokens"] = measured(lambda: our_steps(rows, config, setup), peak, skip)
     found["tomat"] = measured(lambda: our_steps(rows, replace(config, loss_on="density"), setup), peak, skip)
@@ -150,7 +150,7 @@ def main() -> int:
     os.environ["TOMAT_PROGRESS"] = "0"
     if not CUDA:
         torch.set_num_threads(1)
-        for module in (tomat.cost, tomat.train):
+        for module in (tomat.train.cost, tomat.train.causal):
             vars(module)["perf_counter"] = clock
     peak, source = peak_of(torch.device("cuda" if CUDA else "cpu"))
     load = os.getloadavg()[0]

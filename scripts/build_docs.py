@@ -187,7 +187,7 @@ def build(out: Path, viewer: bool = True) -> None:
         stage(folder)
         site = render(folder)
         finish(site)
-        from tomat.site import write_data
+        from tomat.study.site import write_data
         write_data(ROOT / "results", site / "site" / "data", viewer=viewer)
         shutil.rmtree(out, ignore_errors=True)
         shutil.move(site, out)

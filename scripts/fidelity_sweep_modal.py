@@ -3,7 +3,7 @@
     modal run scripts/fidelity_sweep_modal.py::sweep --split validation --n-workers 16
     python scripts/fidelity_sweep_modal.py --source densities/ [--dry-run | --here FOLDER]    # no account is needed
 """
-from tomat.launch import command_line, modal_app, modal_function, sentences, submit, sweep_jobs
+from tomat.run.launch import command_line, modal_app, modal_function, sentences, submit, sweep_jobs
 
 app = modal_app("fidelity")
 run = modal_function(app)

@@ -14,14 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from tomat.codecs import PUBLISHED_DENSITY, Codec, LevelCodec, fit_levels, log_codec
-from tomat.density import RHO, TOTAL, Density
-from tomat.files import write_text
-from tomat.fit import Histogram, add_up, field_of, fit_histogram, floor_of
-from tomat.formats import read_density
-from tomat.progress import track
-from tomat.promolecule import with_promolecule
-from tomat.store import RawStore
+from tomat.tokens.codecs import PUBLISHED_DENSITY, Codec, LevelCodec, fit_levels, log_codec
+from tomat.density.core import RHO, TOTAL, Density
+from tomat.io.files import write_text
+from tomat.tokens.fit_codec import Histogram, add_up, field_of, fit_histogram, floor_of
+from tomat.density.formats import read_density
+from tomat.io.progress import track
+from tomat.atoms.sad import with_sad
+from tomat.density.store import RawStore
 
 LEVELS, SIZES = (1024, 4096, 16384), (1, 2, 3)
 FIELDS = [(target, unit) for target in ("total", "difference") for unit in (TOTAL, RHO)]
@@ -140,9 +140,9 @@ def main() -> None:
     parser.add_argument("--out", default="results/codecs", help="folder to write")
     args = parser.parse_args()
     store, out = RawStore(args.store), Path(args.out)
-    training = (with_promolecule(store.read(id)) for id in track(store.split("train"), "count", unit="materials"))
+    training = (with_sad(store.read(id)) for id in track(store.split("train"), "count", unit="materials"))
     sums, single = histograms(training)
-    validation = [with_promolecule(store.read(id)) for id in store.split("validation")]
+    validation = [with_sad(store.read(id)) for id in store.split("validation")]
     samples = [("validation", density) for density in validation]
     samples += [("vasp", replace(read_density(file), id=Path(file).name)) for file in args.vasp]
     samples += [("supercell", supercell(density, 2)) for density in validation]

@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from tomat.classify import classify
-from tomat.codecs import PUBLISHED_DENSITY
-from tomat.density import Density
-from tomat.files import TomatError, write_aside
-from tomat.progress import track
-from tomat.store import RawStore
-from tomat.tokenizer import Tokenizer
+from tomat.density.classify import classify
+from tomat.tokens.codecs import PUBLISHED_DENSITY
+from tomat.density.core import Density
+from tomat.io.files import TomatError, atomic_write
+from tomat.io.progress import track
+from tomat.density.store import RawStore
+from tomat.tokens.tokenizer import Tokenizer
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "data_set"
 FIRST, SECOND = PUBLISHED_DENSITY.vocab_sizes
@@ -55,7 +55,7 @@ def look(store: RawStore) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
 
 def write_csv(path: Path, head: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     "A table, whole or not at all."
-    with write_aside(path) as aside, aside.open("w", newline="", encoding="utf-8") as file:
+    with atomic_write(path) as aside, aside.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file, lineterminator="\n").writerows([head, *rows])
 
 

@@ -6,10 +6,10 @@ import tempfile
 from pathlib import Path
 
 from tomat.demo import demo
-from tomat.files import read_json, write_aside, write_json
-from tomat.predict import load_predictor
-from tomat.report import slices_png
-from tomat.store import sample_store
+from tomat.io.files import read_json, atomic_write, write_json
+from tomat.prediction.predictors import load_predictor
+from tomat.prediction.report import slices_png
+from tomat.density.store import sample_store
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "demo"
 PICTURE = "MoC"  # a held-out material
@@ -25,7 +25,7 @@ def main() -> None:
         write_json(RESULTS / "scores.json", kept)
         predictor = load_predictor(f"{folder}/parallel/model")
         png = slices_png(true, {"parallel": predictor.predict(true.structure, true.shape)})
-    with write_aside(RESULTS / "slices.png") as aside:
+    with atomic_write(RESULTS / "slices.png") as aside:
         aside.write_bytes(png)
     print(f"wrote {RESULTS / 'scores.json'} and {RESULTS / 'slices.png'}")
 

@@ -28,22 +28,22 @@ import numpy as np
 import torch
 from pymatgen.core import Lattice, Structure
 
-from tomat.codecs import fit_levels
+from tomat.tokens.codecs import fit_levels
 from tomat.demo import DemoConfig
-from tomat.evaluate import evaluate
-from tomat.files import TomatError, write_aside, write_json, write_text
-from tomat.metrics import nmae
-from tomat.plan import TrainConfig
-from tomat.predict import Causal, Parallel, Predictor, load_predictor
-from tomat.progress import track
-from tomat.promolecule import with_promolecule
-from tomat.report import scores_csv, summary
-from tomat.runs import read_log
-from tomat.scores import Score, seam
-from tomat.shards import read_meta, tokenize
-from tomat.store import RawStore
-from tomat.tokenizer import Tokenizer
-from tomat.train import train
+from tomat.prediction.evaluate import evaluate
+from tomat.io.files import TomatError, atomic_write, write_json, write_text
+from tomat.density.metrics import nmae
+from tomat.train.config import TrainConfig
+from tomat.prediction.predictors import CausalPredictor, ProbePredictor, Predictor, load_predictor
+from tomat.io.progress import track
+from tomat.atoms.sad import with_sad
+from tomat.prediction.report import scores_csv, summary
+from tomat.train.log import read_log
+from tomat.prediction.scores import Score, seam
+from tomat.dataset.shards import read_meta, tokenize
+from tomat.density.store import RawStore
+from tomat.tokens.tokenizer import Tokenizer
+from tomat.train.causal import train
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "evaluation"
 DEMO = DemoConfig()
@@ -62,9 +62,9 @@ def rounded(value: Any) -> Any:
 def tokenizer_for(store: RawStore) -> Tokenizer:
     "As the demo's, from every seventh voxel."
     def differences(id: str) -> np.ndarray:
-        density = with_promolecule(store.read(id))
-        assert density.baseline is not None
-        return (density.total - density.baseline).ravel()[::7]
+        density = with_sad(store.read(id))
+        assert density.sad is not None
+        return (density.total - density.sad).ravel()[::7]
     values = np.concatenate([differences(id) for id in track(store.split("train"), "read", unit="materials")])
     return Tokenizer("framed", fit_levels(values, DEMO.levels), patch_size=DEMO.patch_size, pad_to=None, target="difference")
 
@@ -72,7 +72,7 @@ def tokenizer_for(store: RawStore) -> Tokenizer:
 def make_causal(store: RawStore, run: Path, steps: int) -> None:
     rows, config = run / "rows", TrainConfig(steps=steps, batch_size=8, lr=4e-3)
     if not (rows / "meta.json").exists():
-        tokenize(store, tokenizer_for(store), rows, PATCHES, DEMO.seed, "train", prepare=with_promolecule, ids=store.split("train"))
+        tokenize(store, tokenizer_for(store), rows, PATCHES, DEMO.seed, "train", prepare=with_sad, ids=store.split("train"))
     start = process_time()
     train(rows, run / "causal", config)
     spent = process_time() - start  # of this call: a run that went on says too little
@@ -85,15 +85,15 @@ def make_causal(store: RawStore, run: Path, steps: int) -> None:
         "seconds": sum(line["time"]["seconds"] for line in log), "cpu_seconds": spent, "threads": torch.get_num_threads()}))
 
 
-def causal_of(run: Path) -> Causal:
+def causal_of(run: Path) -> CausalPredictor:
     causal = load_predictor(run / "causal" / "model", choose=DEMO.choose)
-    assert isinstance(causal, Causal)
+    assert isinstance(causal, CausalPredictor)
     return causal
 
 
 def make_scores(store: RawStore, run: Path) -> None:
     packaged = load_predictor()
-    assert isinstance(packaged, Parallel)
+    assert isinstance(packaged, ProbePredictor)
     predictors: dict[str, Predictor] = {"parallel": packaged, "causal": causal_of(run)}
     ids, skipped = store.split("validation"), dict[str, str]()
     found: dict[str, dict[str, Score]] = {id: {} for id in ids}
@@ -129,7 +129,7 @@ def in_order(predictor: Predictor,
 
 
 def make_options(store: RawStore, run: Path, materials: int) -> None:
-    everything = (with_promolecule(store.read(id)) for id in store.split("validation"))
+    everything = (with_sad(store.read(id)) for id in store.split("validation"))
     densities = sorted(everything, key=lambda d: d.values.size)[:materials]
     causal, parallel = causal_of(run), load_predictor()
     lines: list[dict[str, Any]] = []
@@ -150,7 +150,7 @@ def make_options(store: RawStore, run: Path, materials: int) -> None:
                 totals.append(in_order(predictor, d.structure, d.shape, order))
                 if len(totals) in (1, 2, 6):
                     add(d.id, f"{name}, {len(totals)} orders", np.mean(totals, axis=0), perf_counter() - start)
-        with write_aside(RESULTS / "options.csv") as aside, aside.open("w", encoding="utf-8", newline="") as file:
+        with atomic_write(RESULTS / "options.csv") as aside, aside.open("w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, list(lines[0]), lineterminator="\n")
             writer.writeheader()
             writer.writerows(lines)

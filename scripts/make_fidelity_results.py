@@ -1,4 +1,4 @@
-"""Measure every scheme of tomat.schemes on every material of a store, and on density files of other programs.
+"""Measure every scheme of tomat.study.schemes on every material of a store, and on density files of other programs.
 
     python scripts/make_fidelity_results.py STORE VASP_FILE… [--out results/fidelity] [--workers N]
 
@@ -14,17 +14,17 @@ from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 
-from tomat.codecs import save_levels
-from tomat.density import RHO, Density
-from tomat.fidelity import sweep
-from tomat.files import write_json, write_text
-from tomat.fit import TARGETS, fit_codec
-from tomat.formats import read_density
-from tomat.progress import n_cores
-from tomat.promolecule import with_promolecule
-from tomat.schemes import SCHEMES, Scheme, fitted_schemes
-from tomat.source import InMemory, Source
-from tomat.store import RawStore
+from tomat.tokens.codecs import save_levels
+from tomat.density.core import RHO, Density
+from tomat.study.fidelity import sweep
+from tomat.io.files import write_json, write_text
+from tomat.tokens.fit_codec import TARGETS, fit_codec
+from tomat.density.formats import read_density
+from tomat.io.progress import n_cores
+from tomat.atoms.sad import with_sad
+from tomat.study.schemes import SCHEMES, Scheme, fitted_schemes
+from tomat.density.source import InMemory, Source
+from tomat.density.store import RawStore
 
 
 def with_levels(store: RawStore, ids: list[str], workers: int) -> dict[str, Scheme]:
@@ -32,7 +32,7 @@ def with_levels(store: RawStore, ids: list[str], workers: int) -> dict[str, Sche
     schemes = dict(SCHEMES)
     with tempfile.TemporaryDirectory() as folder:
         for target in TARGETS:
-            prepare = with_promolecule if target == "difference" else None
+            prepare = with_sad if target == "difference" else None
             codec, _ = fit_codec(ids, store.read, 16384, target=target, unit=RHO, prepare=prepare, workers=workers)
             save_levels(codec, f"{folder}/{target}.npz", {"target": target, "unit": RHO, "objective": "l1"})
             schemes |= fitted_schemes(f"{folder}/{target}.npz")

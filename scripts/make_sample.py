@@ -8,8 +8,8 @@ as they are in STORE, which splits by chemical system.
 import sys
 from pathlib import Path
 
-from tomat.promolecule import with_promolecule
-from tomat.store import RawStore, write_store
+from tomat.atoms.sad import with_sad
+from tomat.density.store import RawStore, write_store
 
 TRAIN = """
 gp-00026 gp-00215 gp-00396 gp-00045 gp-00126 gp-00274 gp-00289 gp-00343 gp-00537 gp-00654 gp-00785 gp-02044
@@ -28,7 +28,7 @@ converged to 1e-5. `charge_density_total` is density times cell volume in electr
 valence electrons): the valence pseudo-density plus the electronic part of the compensation charges, softened to a
 Gaussian of 0.22 Angstrom, float32, not clipped. It is the counterpart of a VASP CHGCAR's total block, but the setups
 and their valence differ: do not mix the two. Negative voxels near some nuclei belong to the pseudo-density.
-`charge_density_sad` is the sum of free atoms on the same grid, made by `tomat.promolecule` from `atoms.json`.
+`charge_density_sad` is the sum of free atoms on the same grid, made by `tomat.atoms.sad` from `atoms.json`.
 
 Structures: elemental crystals, AFLOW prototypes, Avogadro's crystal library, tabulated and estimated prototypes,
 some strained or rattled. Each material's metadata says which. Made for this project; Apache-2.0 like the code.
@@ -40,7 +40,7 @@ def main(source: str) -> None:
     for part, ids in (("train", TRAIN), ("validation", VALIDATION)):
         if wrong := sorted(set(ids) - set(store.split(part))):
             raise SystemExit(f"{source}: {', '.join(wrong)} are not in its {part} part.")
-    densities = (with_promolecule(store.read(id)) for id in [*TRAIN, *VALIDATION])
+    densities = (with_sad(store.read(id)) for id in [*TRAIN, *VALIDATION])
     write_store(densities, {"train": TRAIN, "validation": VALIDATION}, OUT, README)
     print(f"{OUT.name}: {len(TRAIN)} + {len(VALIDATION)} materials, {OUT.stat().st_size / 1e6:.1f} MB")
 

@@ -5,8 +5,8 @@
 import argparse
 import sys
 
-from tomat.files import TomatError, write_aside
-from tomat.scaling import plot_runs, read_runs
+from tomat.io.files import TomatError, atomic_write
+from tomat.study.scaling import plot_runs, read_runs
 
 
 def main() -> int:
@@ -21,7 +21,7 @@ def main() -> int:
         if not runs:
             raise TomatError(f"There is no run in {' or '.join(args.tables)}: give a table with a line or more below its header.")
         figure = plot_runs(runs)
-        with write_aside(args.out) as aside:
+        with atomic_write(args.out) as aside:
             figure.savefig(aside, format="png", dpi=150)
     except TomatError as err:
         print(err, file=sys.stderr)

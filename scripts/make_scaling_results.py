@@ -20,22 +20,22 @@ from typing import Any
 import numpy as np
 import torch
 
-from tomat.codecs import PUBLISHED_DENSITY
-from tomat.density import Density
-from tomat.files import write_aside
-from tomat.fit import fit_codec
-from tomat.formats import write_density
-from tomat.sizes import MODELS, ModelSize, n_parameters
-from tomat.parquet import Recipe, shard_rows, write_shard
-from tomat.plan import Setup, TrainConfig
-from tomat.progress import track
-from tomat.promolecule import with_promolecule
-from tomat.runs import read_log
-from tomat.shards import read_meta, tokenize
-from tomat.source import Folder
-from tomat.store import RawStore
-from tomat.tokenizer import Tokenizer, tokenizer_from_dict
-from tomat.train import train
+from tomat.tokens.codecs import PUBLISHED_DENSITY
+from tomat.density.core import Density
+from tomat.io.files import atomic_write
+from tomat.tokens.fit_codec import fit_codec
+from tomat.density.formats import write_density
+from tomat.models.sizes import MODELS, ModelSize, n_parameters
+from tomat.dataset.parquet import Recipe, shard_rows, write_shard
+from tomat.train.config import RunConfig, TrainConfig
+from tomat.io.progress import track
+from tomat.atoms.sad import with_sad
+from tomat.train.log import read_log
+from tomat.dataset.shards import read_meta, tokenize
+from tomat.density.source import Folder
+from tomat.density.store import RawStore
+from tomat.tokens.tokenizer import Tokenizer, tokenizer_from_dict
+from tomat.train.causal import train
 
 SIZES = {"w24": ModelSize(24, 2, 2, 96), "w32": ModelSize(32, 2, 2, 128), "w48": ModelSize(48, 3, 3, 192),
          "w64": ModelSize(64, 4, 4, 256)}
@@ -49,7 +49,7 @@ def repeated(density: Density, n: int) -> Density:
     values = np.tile(density.values, (n, n, n)) * n**3
     noisy = (values * (1 + 1e-3 * rng.standard_normal(values.shape))).astype(np.float32)
     return replace(density, values=noisy, structure=density.structure.make_supercell(n, in_place=False), id=f"{density.id}-{n}",
-                   baseline=None)
+                   sad=None)
 
 
 def groups(store: RawStore, folder: str) -> Iterator[str]:
@@ -86,15 +86,15 @@ def small_runs(store: RawStore, work: str) -> list[dict[str, Any]]:
     "Lines of small_runs.csv."
     ids, lines = store.split("train"), list[dict[str, Any]]()
     if not Path(work, "val", "meta.json").exists():
-        codec, _ = fit_codec(ids, store.read, 256, "l1", "difference", prepare=with_promolecule)
+        codec, _ = fit_codec(ids, store.read, 256, "l1", "difference", prepare=with_sad)
         tokenizer = Tokenizer("framed", codec, patch_size=4, pad_to=None, target="difference")
-        tokenize(store, tokenizer, f"{work}/train", 24, ids=ids, prepare=with_promolecule, label="train")
-        tokenize(store, tokenizer, f"{work}/val", 4, ids=store.split("validation"), prepare=with_promolecule, label="val")
+        tokenize(store, tokenizer, f"{work}/train", 24, ids=ids, prepare=with_sad, label="train")
+        tokenize(store, tokenizer, f"{work}/val", 4, ids=store.split("validation"), prepare=with_sad, label="val")
     n_ids = tokenizer_from_dict(read_meta(f"{work}/train")["tokenizer"]).vocab.size
     for name, size in SIZES.items():
         MODELS[name] = size
         config = TrainConfig(name, STEPS, BATCH, 3e-3, 20, "constant", eval_every=20)
-        train(f"{work}/train", f"{work}/{name}", config, Setup(save_every=40, device="cpu"), val=f"{work}/val")
+        train(f"{work}/train", f"{work}/{name}", config, RunConfig(save_every=40, device="cpu"), val=f"{work}/val")
         for line in (line for line in read_log(f"{work}/{name}") if line["step"] in JUDGED):
             lines.append({"model": name, "vocab_size": n_ids, "parameters": n_parameters(size, n_ids), "tokens": line["tokens"],
                           "flops": f"{line['flops']:.4g}", "loss": f"{line['val']['loss']:.5f}"})
@@ -115,7 +115,7 @@ def main() -> None:
         for part in args.only:
             name = {"rates": "tokenize_rates", "sizes": "small_runs"}[part]
             lines = rates(store) if part == "rates" else small_runs(store, args.work or folder)
-            with write_aside(args.out / f"{name}.csv") as aside, aside.open("w", newline="") as file:
+            with atomic_write(args.out / f"{name}.csv") as aside, aside.open("w", newline="") as file:
                 writer = csv.DictWriter(file, lines[0].keys(), lineterminator="\n")
                 writer.writeheader()
                 writer.writerows(lines)

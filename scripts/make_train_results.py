@@ -24,17 +24,17 @@ from typing import Any
 import torch
 
 from tomat.demo import DemoConfig, demo_tokenizer
-from tomat.files import write_aside
-from tomat.fit import fit_codec
-from tomat.metrics import nmae
-from tomat.predict import load_predictor
-from tomat.promolecule import with_promolecule
-from tomat.runs import read_log
-from tomat.shards import tokenize
-from tomat.store import RawStore, sample_store
-from tomat.stream import Batches, ParquetRows
-from tomat.tokenizer import Tokenizer
-from tomat.train import Setup, TrainConfig, train
+from tomat.io.files import atomic_write
+from tomat.tokens.fit_codec import fit_codec
+from tomat.density.metrics import nmae
+from tomat.prediction.predictors import load_predictor
+from tomat.atoms.sad import with_sad
+from tomat.train.log import read_log
+from tomat.dataset.shards import tokenize
+from tomat.density.store import RawStore, sample_store
+from tomat.dataset.stream import Batches, ParquetRows
+from tomat.tokens.tokenizer import Tokenizer
+from tomat.train.causal import RunConfig, TrainConfig, train
 
 RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
 BATCH, EVALUATIONS = 16, 12
@@ -45,11 +45,11 @@ WINDOWS, SEEDS = (1024, 8192), (0, 1, 2)
 def make_rows(store: RawStore, folder: str) -> int:
     "Rows of both parts, and four rows of one material; how many the training part has."
     train_ids, val_ids = store.split("train"), store.split("validation")
-    codec, _ = fit_codec(train_ids, store.read, 256, "l1", "difference", prepare=with_promolecule)
+    codec, _ = fit_codec(train_ids, store.read, 256, "l1", "difference", prepare=with_sad)
     tokenizer = Tokenizer("framed", codec, patch_size=4, pad_to=None, target="difference")
-    meta = tokenize(store, tokenizer, f"{folder}/train", 8, ids=train_ids, prepare=with_promolecule, label="train")
-    tokenize(store, tokenizer, f"{folder}/val", 4, ids=val_ids, prepare=with_promolecule, label="validation")
-    tokenize(store, tokenizer, f"{folder}/four", 4, ids=train_ids[:1], prepare=with_promolecule, label="four rows")
+    meta = tokenize(store, tokenizer, f"{folder}/train", 8, ids=train_ids, prepare=with_sad, label="train")
+    tokenize(store, tokenizer, f"{folder}/val", 4, ids=val_ids, prepare=with_sad, label="validation")
+    tokenize(store, tokenizer, f"{folder}/four", 4, ids=train_ids[:1], prepare=with_sad, label="four rows")
     return int(meta["rows"])
 
 
@@ -62,7 +62,7 @@ def curve(run: str, config: TrainConfig) -> list[dict[str, Any]]:
 
 
 def write_csv(path: Path, lines: list[dict[str, Any]]) -> None:
-    with write_aside(path) as aside, aside.open("w", newline="") as file:
+    with atomic_write(path) as aside, aside.open("w", newline="") as file:
         writer = csv.DictWriter(file, lines[0].keys(), lineterminator="\n")
         writer.writeheader()
         writer.writerows(lines)
@@ -80,7 +80,7 @@ def sweep(folder: str, n_rows: int) -> list[dict[str, Any]]:
     lines, steps = list[dict[str, Any]](), n_rows // BATCH
     for seed, lr in product(SWEEP_SEEDS, RATES):
         config = TrainConfig(steps=steps, batch_size=BATCH, lr=lr, seed=seed, eval_every=steps // EVALUATIONS)
-        train(f"{folder}/train", f"{folder}/{seed}-{lr}", config, Setup(save_every=steps), val=f"{folder}/val")
+        train(f"{folder}/train", f"{folder}/{seed}-{lr}", config, RunConfig(save_every=steps), val=f"{folder}/val")
         lines += curve(f"{folder}/{seed}-{lr}", config)
         print(f"seed {seed}, peak rate {lr:g}: held-out loss {lines[-1]['val_loss']}", flush=True)
     return lines

@@ -6,8 +6,8 @@
 """
 from typing import Any
 
-from tomat.launch import (carry_out, command_line, modal_app, modal_needs, modal_options, proxy_auth, sentences, serve_here,
-                          serve_job)
+from tomat.run.launch import (carry_out, command_line, modal_app, modal_needs, modal_options, proxy_auth, sentences,
+                              serve_here, serve_job)
 
 app = modal_app("predict")
 

@@ -1,6 +1,6 @@
 """Run the notebooks under nbs/ and the pytest tests, two jobs at a time; the last line is `N passed, N failed`.
 
-usage: python scripts/run_tests.py [PATH ...]      notebooks and test files; everything when none is named
+usage: python scripts/run_tests.py [--save] [PATH ...]      notebooks and test files; everything when none is named
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parents[1]
-BIN = Path(sys.executable).parent
 LIMIT_S = 1800
 
 
@@ -72,14 +71,13 @@ def run(command: list[str | Path]) -> tuple[int, str, float]:
     return code, re.sub(r"\x1b\[[0-9;]*m", "", output), time.monotonic() - start
 
 
-def run_notebook(path: Path) -> list[Result]:
-    "One notebook in a process of its own, with the flags that [tool.nbdev] skips; outputs are not saved."
+def run_notebook(path: Path, save: bool = False) -> list[Result]:
+    "One notebook in a process of its own, which also compares what its cells print with what is saved, or saves it."
     digest = hashlib.sha256(path.read_bytes()).digest()
-    code, output, seconds = run([BIN / "nbdev-test", path])
-    if hashlib.sha256(path.read_bytes()).digest() != digest:
+    code, output, seconds = run([sys.executable, ROOT / "scripts/run_notebook.py", *(["--save"] if save else []), path])
+    if not save and hashlib.sha256(path.read_bytes()).digest() != digest:
         code, output = 1, f"{output}\nthe notebook's file changed while it ran"
-    outcome = "failed" if code else "skipped" if "No files were eligible" in output else "passed"
-    return [Result(str(path.relative_to(ROOT)), Counter([outcome]), seconds, output)]
+    return [Result(str(path.relative_to(ROOT)), Counter(["failed" if code else "passed"]), seconds, output)]
 
 
 def run_pytest(paths: list[Path]) -> list[Result]:
@@ -114,12 +112,12 @@ def read_junit(xml: Path) -> list[Result]:
     return [Result(file, Counter(tests.values()), seconds[file]) for file, tests in outcomes.items()]
 
 
-def jobs(paths: list[Path]) -> Iterator[Callable[[], list[Result]]]:
+def jobs(paths: list[Path], save: bool) -> Iterator[Callable[[], list[Result]]]:
     "pytest first: it is the longest job, and the notebooks fill the other place meanwhile."
     tests = [path for path in paths if path.suffix != ".ipynb"]
-    if tests:
+    if tests and not save:
         yield partial(run_pytest, tests)
-    yield from (partial(run_notebook, path) for path in paths if path.suffix == ".ipynb")
+    yield from (partial(run_notebook, path, save) for path in paths if path.suffix == ".ipynb")
 
 
 def everything() -> list[Path]:
@@ -132,10 +130,11 @@ def everything() -> list[Path]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("paths", nargs="*", type=lambda path: Path(path).resolve(), help="notebooks and test files")
-    paths = parser.parse_args().paths or everything()
+    parser.add_argument("--save", action="store_true", help="run the notebooks alone, and save what they print and draw")
+    args = parser.parse_args()
     results: list[Result] = []
-    with ThreadPoolExecutor(n_jobs()) as pool:
-        for future in as_completed([pool.submit(job) for job in jobs(paths)]):
+    with ThreadPoolExecutor(1 if args.save else n_jobs()) as pool:  # one alone, so that the times it prints are its own
+        for future in as_completed([pool.submit(job) for job in jobs(args.paths or everything(), args.save)]):
             results += future.result()
             for result in future.result():
                 print(result.line(), flush=True)

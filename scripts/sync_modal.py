@@ -4,7 +4,7 @@
     TOMAT_CHECKPOINT_STORE=… modal run scripts/sync_modal.py::copy --name NAME --kind runs
     python scripts/sync_modal.py --name val-full [--dry-run | --here FOLDER]    # no account is needed
 """
-from tomat.launch import command_line, modal_app, modal_function, sentences, submit, sync_jobs
+from tomat.run.launch import command_line, modal_app, modal_function, sentences, submit, sync_jobs
 
 app = modal_app("sync")
 run = modal_function(app)

@@ -3,7 +3,7 @@
     modal run scripts/tokenize_patches_modal.py::parallel --label val-full --split validation --n-workers 16
     python scripts/tokenize_patches_modal.py --label val-full [--dry-run | --here FOLDER]    # no account is needed
 """
-from tomat.launch import command_line, modal_app, modal_function, sentences, submit, tokenize_jobs
+from tomat.run.launch import command_line, modal_app, modal_function, sentences, submit, tokenize_jobs
 
 app = modal_app("tokenize")
 run = modal_function(app)

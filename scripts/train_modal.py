@@ -3,9 +3,9 @@
     modal run scripts/train_modal.py::train --label train-full --gpu A100:8 --options "model=30M steps=5000 batch_size=128"
     python scripts/train_modal.py --label train-full [--dry-run | --here FOLDER]    # no account is needed
 
-Options are the fields of tomat.plan's TrainConfig and Setup, and each can also be a variable such as TOMAT_STEPS.
+Options are the fields of tomat.train.config's TrainConfig and Setup, and each can also be a variable such as TOMAT_STEPS.
 """
-from tomat.launch import command_line, modal_app, modal_function, sentences, submit, train_jobs
+from tomat.run.launch import command_line, modal_app, modal_function, sentences, submit, train_jobs
 
 app = modal_app("train")
 run = modal_function(app)

@@ -3,7 +3,7 @@
     modal run scripts/verify_modal.py::check --label val-full
     python scripts/verify_modal.py --label val-full [--dry-run | --here FOLDER]    # no account is needed
 """
-from tomat.launch import command_line, modal_app, modal_function, sentences, submit, verify_jobs
+from tomat.run.launch import command_line, modal_app, modal_function, sentences, submit, verify_jobs
 
 app = modal_app("verify")
 run = modal_function(app)

@@ -55,7 +55,7 @@ def gcs(gcs_server, monkeypatch):
     running, url = gcs_server
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", url)
     running.wipe()
-    from tomat.files import remote_fs
+    from tomat.io.files import remote_fs
     remote_fs("gs://densities")[0].mkdir("densities")
     return "gs://densities"
 
@@ -108,4 +108,4 @@ def line():
 def three():
     "Densities for a store."
     rng = np.random.default_rng(7)
-    return [replace(noise(rng, (3, 4, 5), n, baseline=True), id=f"m-{n}", metadata={}) for n in (1, 2, 3)]
+    return [replace(noise(rng, (3, 4, 5), n, sad=True), id=f"m-{n}", metadata={}) for n in (1, 2, 3)]

@@ -5,10 +5,10 @@ import pytest
 from hypothesis import settings
 from pymatgen.core import Lattice, Structure
 
-from tomat.codecs import PUBLISHED_DENSITY, fit_levels, log_codec
-from tomat.density import Density
-from tomat.files import TomatError
-from tomat.formats import read_density
+from tomat.tokens.codecs import PUBLISHED_DENSITY, fit_levels, log_codec
+from tomat.density.core import Density
+from tomat.io.files import TomatError
+from tomat.density.formats import read_density
 
 def real_looking(rng, shape):
     "Electrons over many decades, some of them below zero."
@@ -31,7 +31,7 @@ def crystal(rng, n_atoms=2, elements=("Fe", "O", "Na")):
     return Structure(lattice, species, rng.random((n_atoms, 3)))
 
 
-def noise(rng, shape=(4, 3, 5), n_atoms=2, spin=(), augmented=False, baseline=False):
+def noise(rng, shape=(4, 3, 5), n_atoms=2, spin=(), augmented=False, sad=False):
     "A density of noise, each part of it different."
     def grid():
         return rng.normal(3, 2, shape).astype(np.float32)
@@ -42,7 +42,7 @@ def noise(rng, shape=(4, 3, 5), n_atoms=2, spin=(), augmented=False, baseline=Fa
     return Density(grid(), crystal(rng, n_atoms), id="noise-1", spin={name: grid() for name in spin},
                    augmentation={name: {i + 1: paw(i) for i in range(n_atoms)} for name in blocks},
                    moments={name: np.round(rng.normal(size=n_atoms), 9) for name in spin},
-                   baseline=grid() if baseline else None, metadata={"task_id": "noise-1", "comment": "noise"})
+                   sad=grid() if sad else None, metadata={"task_id": "noise-1", "comment": "noise"})
 
 
 def assert_same(a, b):

@@ -3,9 +3,9 @@ import numpy as np
 import pytest
 from pymatgen.core import Element
 
-from tomat.analytic import ANALYTIC, analytic_atoms, radius_of, shielding, valence_shells
-from tomat.files import TomatError
-from tomat.promolecule import packaged_atoms
+from tomat.atoms.analytic import ANALYTIC, analytic_atoms, radius_of, shielding, valence_shells
+from tomat.io.files import TomatError
+from tomat.atoms.sad import packaged_atoms
 
 
 @pytest.mark.parametrize("kind", ANALYTIC)

@@ -9,28 +9,28 @@ import numpy as np
 import pytest
 import torch
 
-from tomat.codecs import levels_facts, load_levels
-from tomat.density import preparation_name
-from tomat.evaluate import evaluate
-from tomat.files import TomatError
-from tomat.fit import Histogram
-from tomat.fit_parallel import FitConfig, fit_parallel
-from tomat.parallel import ParallelConfig
-from tomat.parquet import fingerprint, read_shard
-from tomat.predict import load_predictor
-from tomat.promolecule import load_atoms, with_promolecule
-from tomat.rows import tokenizer_of, verify
-from tomat.runs import read_log
-from tomat.shards import read_meta, tokenize
-from tomat.sizes import MODELS, ModelSize
-from tomat.store import RawStore
-from tomat.stream import FreshPatches
-from tomat.train import Setup, TrainConfig, train
+from tomat.tokens.codecs import levels_facts, load_levels
+from tomat.density.core import preparation_name
+from tomat.prediction.evaluate import evaluate
+from tomat.io.files import TomatError
+from tomat.tokens.fit_codec import Histogram
+from tomat.train.probe import ProbeTrainConfig, train_probe
+from tomat.models.probe import ProbeConfig
+from tomat.dataset.parquet import fingerprint, read_shard
+from tomat.prediction.predictors import load_predictor
+from tomat.atoms.sad import load_atoms, with_sad
+from tomat.dataset.verify import tokenizer_of, verify
+from tomat.train.log import read_log
+from tomat.dataset.shards import read_meta, tokenize
+from tomat.models.sizes import MODELS, ModelSize
+from tomat.density.store import RawStore
+from tomat.dataset.stream import FreshPatches
+from tomat.train.causal import RunConfig, TrainConfig, train
 
 BEFORE = Path(__file__).parent / "files" / "before"
 EXPECTED = json.loads((BEFORE / "expected.json").read_text())
 STORE = RawStore(BEFORE / "store.zarr")
-DIFFERENCE = {"label": "before", "patches_per_material": 4, "rows_per_shard": 4, "prepare": with_promolecule}
+DIFFERENCE = {"label": "before", "patches_per_material": 4, "rows_per_shard": 4, "prepare": with_sad}
 
 
 @pytest.fixture(autouse=True)
@@ -87,7 +87,7 @@ def test_a_store_is_read(name):
         assert fingerprint(store.read(id)) == expected["fingerprint"]
         np.testing.assert_allclose(said(store.read(id).values), expected["said"], 1e-6)
     a, b = map(store.read, "ab")
-    assert a.baseline is not None and b.baseline is None and a.spin["diff"].shape == a.shape
+    assert a.sad is not None and b.sad is None and a.spin["diff"].shape == a.shape
     np.testing.assert_array_equal(a.augmentation["total"][2], np.arange(4) / 8)
     np.testing.assert_array_equal(a.moments["diff"], [0.25, -0.5])
 
@@ -116,9 +116,9 @@ def test_a_missing_part_is_added_to_one_of_before(tmp_path):
 
 
 def test_names_of_preparations_are_those_of_before():
-    assert preparation_name(with_promolecule) == EXPECTED["prepared"]
+    assert preparation_name(with_sad) == EXPECTED["prepared"]
     tokenizer = tokenizer_of(BEFORE / "rows", read_meta(BEFORE / "rows"))
-    for name, prepare in {"": None, "difference": with_promolecule}.items():
+    for name, prepare in {"": None, "difference": with_sad}.items():
         stream = FreshPatches(STORE, ["a", "b"], tokenizer, epochs=1, patches=2, prepare=prepare)
         assert stream.fingerprint == EXPECTED["streams"][name]
     with pytest.raises(TomatError, match="register the function"):
@@ -131,7 +131,7 @@ def test_a_run_goes_on(tmp_path):
     out = copied("run", tmp_path)
     before = read_log(out)
     config = TrainConfig(steps=6, batch_size=2, warmup=2, seed=3, val_seqs=2, eval_every=3)
-    model = train(BEFORE / "rows", out, config, Setup(save_every=3, keep=1))
+    model = train(BEFORE / "rows", out, config, RunConfig(save_every=3, keep=1))
     assert len(before) == 3 and read_log(out)[:3] == before  # with their times: no step was done again
     assert_same_losses(out, "run")
     assert_predicts(model, "causal", 1e-3)
@@ -140,8 +140,8 @@ def test_a_run_goes_on(tmp_path):
 def test_a_fit_goes_on(tmp_path):
     out = copied("fit", tmp_path)
     before = read_log(out)
-    network = ParallelConfig(width=4, rounds=1, atom_channels=(2, 1, 1), voxel_channels=(2, 1, 1), trunk=4, blocks=1)
-    model = fit_parallel(STORE, ["a"], out, FitConfig(network, steps=6, materials=1, voxels=20, warmup=2, levels=16), ["b"], 3)
+    network = ProbeConfig(width=4, rounds=1, atom_channels=(2, 1, 1), voxel_channels=(2, 1, 1), trunk=4, blocks=1)
+    model = train_probe(STORE, ["a"], out, ProbeTrainConfig(network, steps=6, materials=1, voxels=20, warmup=2, levels=16), ["b"], 3)
     assert len(before) == 3 and read_log(out)[:3] == before  # with their times: no step was done again
     assert_same_losses(out, "fit")
     assert_predicts(model, "parallel", 1e-4)

@@ -10,9 +10,9 @@ import pytest
 from crystals import SPIN_FILE, assert_same, noise
 from pymatgen.core import Lattice, Structure
 
-from tomat.density import Density
-from tomat.files import TomatError
-from tomat.formats import read_density, write_density
+from tomat.density.core import Density
+from tomat.io.files import TomatError
+from tomat.density.formats import read_density, write_density
 
 FILES = Path(__file__).parent / "files"
 

@@ -5,9 +5,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pymatgen.core import Composition, Element, Lattice, Structure
 
-from tomat.classify import CHALCOGENS, CLASSES, HALOGENS, METALS, class_of, classify
-from tomat.files import TomatError
-from tomat.store import sample_store
+from tomat.density.classify import CHALCOGENS, CLASSES, HALOGENS, METALS, class_of, classify
+from tomat.io.files import TomatError
+from tomat.density.store import sample_store
 
 SYMBOLS = sorted({element.symbol for element in Element})
 symbols = st.one_of(st.sampled_from(SYMBOLS), st.sampled_from(["O", "F", "Cl", "S", "Te", "Fe", "Na", "Si", "H"]))

@@ -24,16 +24,17 @@ import zarr
 from pymatgen.core import Lattice, Structure
 from pymatgen.io.vasp.outputs import Chgcar
 
-from tomat import cli, formats
-from tomat.codecs import fit_levels, save_levels
-from tomat.density import Density
-from tomat.files import TomatError
-from tomat.formats import read_density, write_density
-from tomat.model import load_checkpoint, make_model, save_checkpoint
-from tomat.sizes import MODELS
-from tomat.promolecule import valence_electrons
-from tomat.store import RawStore, sample_store, write_store
-from tomat.tokenizer import tokenizer_from_dict
+from tomat import cli
+from tomat.density import formats
+from tomat.tokens.codecs import fit_levels, save_levels
+from tomat.density.core import Density
+from tomat.io.files import TomatError
+from tomat.density.formats import read_density, write_density
+from tomat.models.causal import load_checkpoint, make_model, save_checkpoint
+from tomat.models.sizes import MODELS
+from tomat.atoms.sad import valence_electrons
+from tomat.density.store import RawStore, sample_store, write_store
+from tomat.tokens.tokenizer import tokenizer_from_dict
 
 NACL = Path(__file__).parent / "files" / "CHGCAR.NaCl.gz"
 TOMAT = Path(sys.executable).parent / "tomat"
@@ -893,14 +894,14 @@ def test_training_is_judged_by_free_running_predictions(tomat, tmp_path, made):
 
 def test_fit_atoms(tomat, tmp_path):
     "Atoms of rock salt fit it, and the file is what promolecule reads."
-    from tomat.metrics import nmae
-    from tomat.promolecule import load_atoms, promolecule
+    from tomat.density.metrics import nmae
+    from tomat.atoms.sad import load_atoms, sad_density
     done = tomat("fit-atoms", NACL, "--out", tmp_path / "atoms.json", "--voxels", "2000", "--json")
     assert done.code == 0, done.err
     told = json.loads(done.out)
     assert told["elements"] == 2 and told["materials"] == 1 and told["electrons not determined for"] == []
     atoms, nacl = load_atoms(tmp_path / "atoms.json"), read_density(NACL)
-    assert nmae(promolecule(nacl.structure, nacl.shape, atoms), nacl.total) < 0.01
+    assert nmae(sad_density(nacl.structure, nacl.shape, atoms), nacl.total) < 0.01
     assert atoms.facts["source"] == str(NACL) and atoms.facts["voxels"] == 2000
 
 

@@ -7,12 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-import tomat.codecs
-from tomat.codecs import (
-    LOG_CODECS, POSITIONS, PUBLISHED_DENSITY, LevelCodec, LogCodec, codec_from_dict, fit_levels, levels_facts, load_levels,
-    log_codec, save_levels,
-)
-from tomat.files import TomatError
+import tomat.tokens.codecs
+from tomat.tokens.codecs import (LOG_CODECS, POSITIONS, PUBLISHED_DENSITY, LevelCodec, LogCodec, codec_from_dict,
+                                 fit_levels, levels_facts, load_levels, log_codec, save_levels)
+from tomat.io.files import TomatError
 
 quick = settings(derandomize=True, deadline=None, max_examples=60)
 numbers = st.floats(-1e7, 1e7, allow_subnormal=False)
@@ -93,7 +91,7 @@ def test_blocks_leave_no_trace(monkeypatch):
     v = (10 ** rng.uniform(-5, 5, 20_000) * rng.choice([-1, 1], 20_000)).astype(np.float32)
     tokens, n_clipped = PUBLISHED_DENSITY.encode(v)
     for block in (1, 7, 1000, 20_000):
-        monkeypatch.setattr(tomat.codecs, "BLOCK", block)
+        monkeypatch.setattr(tomat.tokens.codecs, "BLOCK", block)
         again, n = PUBLISHED_DENSITY.encode(v)
         assert (again == tokens).all() and n == n_clipped
     assert (PUBLISHED_DENSITY.encode(v[::-1])[0] == tokens[::-1]).all()

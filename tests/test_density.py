@@ -8,20 +8,20 @@ from crystals import noise, quick
 from hypothesis import given, settings, strategies as st
 from pymatgen.core import Element, Lattice, Structure
 
-from tomat.density import RHO, TOTAL, Density, check_density, formula_of, plot_slice
-from tomat.files import TomatError
+from tomat.density.core import RHO, TOTAL, Density, check_density, formula_of, plot_slice
+from tomat.io.files import TomatError
 
 
 @quick
 @given(seed=st.integers(0, 10**6), steps=st.tuples(*[st.integers(-9, 9)] * 3))
 def test_rolling_moves_everything_together(seed, steps):
     rng = np.random.default_rng(seed)
-    first = noise(rng, spin=("diff",), baseline=True)
+    first = noise(rng, spin=("diff",), sad=True)
     moved = first.rolled(steps)
     assert moved.n_electrons == pytest.approx(first.n_electrons, abs=1e-6)
     i, j, k = rng.integers(0, first.shape)
     place = tuple((np.array([i, j, k]) + steps) % first.shape)
-    for of in (lambda d: d.values, lambda d: d.spin["diff"], lambda d: d.baseline):
+    for of in (lambda d: d.values, lambda d: d.spin["diff"], lambda d: d.sad):
         assert of(moved)[place] == of(first)[i, j, k]
     shift = moved.structure.frac_coords - first.structure.frac_coords - np.divide(steps, first.shape)
     np.testing.assert_allclose(shift, shift.round(), atol=1e-12)
@@ -32,7 +32,7 @@ def test_rolling_moves_everything_together(seed, steps):
 @settings(quick, max_examples=10)
 @given(seed=st.integers(0, 10**6))
 def test_units_and_electrons(seed):
-    first = noise(np.random.default_rng(seed), spin=("diff",), baseline=True)
+    first = noise(np.random.default_rng(seed), spin=("diff",), sad=True)
     other = first.as_units(RHO)
     assert other.n_electrons == pytest.approx(first.n_electrons, rel=1e-5)
     np.testing.assert_allclose(other.as_units(TOTAL).spin["diff"], first.spin["diff"], rtol=1e-5)
@@ -74,9 +74,9 @@ def test_shared_sites_have_a_formula():
 
 
 def test_what_was_changed_in_place_is_seen_before_writing():
-    first = noise(np.random.default_rng(0), baseline=True)
+    first = noise(np.random.default_rng(0), sad=True)
     check_density(first)
-    for block in (first.values, first.baseline):
+    for block in (first.values, first.sad):
         kept, block[0, 0, 0] = block[0, 0, 0], np.inf
         with pytest.raises(TomatError, match="1 NaN or infinite"):
             check_density(first)

@@ -19,23 +19,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pymatgen.core import Lattice, Structure
 
-import tomat.evaluate
-from tomat.codecs import PUBLISHED_DENSITY, fit_levels
-from tomat.decode import Chooser
-from tomat.density import RHO, Density
-from tomat.evaluate import codec_floor, copied, entries_of, evaluate, free_atoms, score_material, teacher_forced
-from tomat.files import TomatError
-from tomat.metrics import nmae
-from tomat.model import make_model
-from tomat.sizes import ModelSize
-from tomat.patches import cover, cut
-from tomat.predict import Causal, Prediction
-from tomat.promolecule import promolecule
-from tomat.report import report_html, reliability_png, scores_csv, slices_png, summary, write_report
-from tomat.scores import REGIONS, SPREADS, miscalibration, nemd, regions, reliability, score, seam
-from tomat.source import InMemory
-from tomat.store import RawStore, write_store
-from tomat.tokenizer import Tokenizer
+import tomat.prediction.evaluate
+from tomat.tokens.codecs import PUBLISHED_DENSITY, fit_levels
+from tomat.prediction.decoding import DecodingStrategy
+from tomat.density.core import RHO, Density
+from tomat.prediction.evaluate import (codec_floor, copied, entries_of, evaluate, sad_prediction, score_material,
+                                       teacher_forced)
+from tomat.io.files import TomatError
+from tomat.density.metrics import nmae
+from tomat.models.causal import make_model
+from tomat.models.sizes import ModelSize
+from tomat.tokens.patches import cover, cut
+from tomat.prediction.predictors import CausalPredictor, Prediction
+from tomat.atoms.sad import sad_density
+from tomat.prediction.report import report_html, reliability_png, scores_csv, slices_png, summary, write_report
+from tomat.prediction.scores import REGIONS, SPREADS, miscalibration, nemd, regions, reliability, score, seam
+from tomat.density.source import InMemory
+from tomat.density.store import RawStore, write_store
+from tomat.tokens.tokenizer import Tokenizer
 
 quick = settings(derandomize=True, deadline=None, max_examples=25)
 SIGNED = np.random.default_rng(7).lognormal(0, 1, 5000) * np.where(np.arange(5000) % 2, 1, -1)
@@ -55,9 +56,9 @@ def material(seed, id="", shape=(6, 7, 8), elements=("Na", "Cl")):
     "Free atoms with some charge moved about, so that the electrons are right."
     rng = np.random.default_rng(seed)
     structure = Structure(Lattice.from_parameters(*rng.uniform(4, 5, 3), 80, 95, 105), elements, [[0.1, 0, 0], [0.55, 0.5, 0.45]])
-    known = promolecule(structure, shape)
+    known = sad_density(structure, shape)
     moved = rng.normal(0, 0.3, shape)
-    return Density((known + moved - moved.mean()).astype(np.float32), structure, id or f"m-{seed}", baseline=known)
+    return Density((known + moved - moved.mean()).astype(np.float32), structure, id or f"m-{seed}", sad=known)
 
 
 @cache
@@ -70,7 +71,7 @@ def causal(target="difference", choose=None, two=False, unit="electrons"):
         for layer in model.model.layers:
             for part in (layer.self_attn.o_proj, layer.self_attn.v_proj, layer.mlp.down_proj, layer.mlp.up_proj):
                 part.weight *= 10
-    return Causal(model, tokenizer, choose, rescale=False)
+    return CausalPredictor(model, tokenizer, choose, rescale=False)
 
 
 class Halfway:
@@ -81,7 +82,7 @@ class Halfway:
 
     def predict(self, structure, shape, show=False):
         self.calls.append(structure)
-        total = promolecule(structure, shape) * (1 + self.share)
+        total = sad_density(structure, shape) * (1 + self.share)
         return Prediction(Density(total.astype(np.float32), structure), np.full(shape, 0.01, np.float32), float(total.mean()))
 
     def identity(self):
@@ -200,11 +201,11 @@ def test_units_of_the_truth_do_not_change_a_score():
 
 def test_the_free_atoms_and_the_copy_by_hand():
     true = material(3)
-    assert nmae(free_atoms(true).density.total, true.total) == pytest.approx(nmae(true.baseline, true.total), rel=1e-5)
-    wanted = true.baseline[1, 2, 3] + (true.total - true.baseline)[1, 2, 2]
+    assert nmae(sad_prediction(true).density.total, true.total) == pytest.approx(nmae(true.sad, true.total), rel=1e-5)
+    wanted = true.sad[1, 2, 3] + (true.total - true.sad)[1, 2, 2]
     assert copied(true).density.total[1, 2, 3] == pytest.approx(wanted, rel=1e-5)
     with pytest.raises(TomatError, match="free atoms"):
-        free_atoms(replace(true, baseline=None))
+        sad_prediction(replace(true, sad=None))
 
 
 @pytest.mark.parametrize("options", [{"target": "difference"}, {"target": "total"}, {"target": "total", "two": True},
@@ -216,7 +217,7 @@ def test_the_floor_is_that_of_perfect_tokens(options):
     offsets = cover(true.shape, tokenizer.size)
     rows = tokenizer.encode(true, offsets)[0]
     unit = true.volume if tokenizer.unit == RHO else 1
-    known = true.baseline if tokenizer.target == "difference" else np.zeros(true.shape)
+    known = true.sad if tokenizer.target == "difference" else np.zeros(true.shape)
     floor = codec_floor(true, predictor).density.total
     for row, patch, free in zip(rows, cut(floor, offsets, 3), cut(known, offsets, 3), strict=True):
         np.testing.assert_allclose(tokenizer.decode(row).values * unit + free, patch, rtol=1e-4, atol=1e-3)
@@ -228,11 +229,11 @@ def test_teacher_forcing_shows_the_true_voxels_before_and_no_other(options):
     """Each voxel is what the model says when it reads the true row up to there, one row at a time."""
     true, predictor = material(4, shape=(3, 3, 6)), causal(**options)
     tokenizer, model = predictor.tokenizer, predictor.model
-    known = true.baseline if tokenizer.target == "difference" else np.zeros(true.shape)
+    known = true.sad if tokenizer.target == "difference" else np.zeros(true.shape)
     found = teacher_forced(true, predictor)
     rows = torch.from_numpy(tokenizer.encode(true, [(0, 0, 0), (0, 0, 3)])[0]).long()
     start, k = rows.shape[1] - 2 - tokenizer.n_density_tokens, tokenizer.density_codec.tokens_per_value
-    chooser = Chooser(tokenizer, predictor.choice, torch.device("cpu"))
+    chooser = DecodingStrategy(tokenizer, predictor.choice, torch.device("cpu"))
     for row, offset in zip(rows, (0, 3), strict=True):
         for voxel in (0, 1, 13, 26):
             ids, value = [], None
@@ -253,7 +254,7 @@ def test_teacher_forcing_shows_the_true_voxels_before_and_no_other(options):
 def test_every_entry_says_what_it_reads():
     """With NaN as the truth, what reads the structure alone gives the same bits, and the rest gives no density."""
     true = material(5)
-    blind = Density(true.values.copy(), true.structure, true.id, baseline=true.baseline.copy())
+    blind = Density(true.values.copy(), true.structure, true.id, sad=true.sad.copy())
     blind.values[:] = np.nan
     entries = entries_of({"causal": causal(), "half": Halfway()})
     assert {name: reads for name, (reads, _) in entries.items()} == {
@@ -303,9 +304,9 @@ def test_what_was_scored_otherwise_is_scored_anew(store, tmp_path, monkeypatch, 
     if change == "density":
         time.sleep(0.02)
         other = replace(material(2), values=material(2).values + np.float32(0.0))
-        tomat.formats.write_density(other, tmp_path / "store/label/m-2.zarr")
+        tomat.density.formats.write_density(other, tmp_path / "store/label/m-2.zarr")
     if change == "rules":
-        monkeypatch.setattr(tomat.evaluate, "_RULES", 99)
+        monkeypatch.setattr(tomat.prediction.evaluate, "_RULES", 99)
     if change == "name":
         name = "other"
     if change == "damage":
@@ -328,7 +329,7 @@ def test_a_report_shows_the_pictures_of_its_own_run(store, tmp_path):
 
 
 def test_what_cannot_be_scored_is_skipped_and_named(tmp_path):
-    strange = replace(material(1), baseline=None, values=material(1).values * 2)
+    strange = replace(material(1), sad=None, values=material(1).values * 2)
     source = InMemory([replace(strange, id="strange"), material(2)])
     result = evaluate(source, source.ids, {"half": Halfway()}, tmp_path / "out")
     assert list(result.skipped) == ["strange"] and {s.id for s in result.scores} == {"m-2"}

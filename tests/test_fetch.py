@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings, strategies as st
 
-from tomat.fetch import BASE_URL, _partial, base_of, cache_folder, fetch, has_md5, is_whole_gzip, read_ids, stored_md5
-from tomat.files import TomatError, details, exists, list_folder, remote_fs
+from tomat.io.fetch import (BASE_URL, _partial, base_of, cache_folder, fetch, has_md5, is_whole_gzip, read_ids,
+                            stored_md5)
+from tomat.io.files import TomatError, details, exists, list_folder, remote_fs
 
 # gzip cannot shrink noise, so the file has about the size of its content
 CONTENT = gzip.compress(np.random.default_rng(3).bytes(3_000_000), 1, mtime=0)

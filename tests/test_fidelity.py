@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 from crystals import noise
 
-from tomat.fidelity import COLUMNS, measure, measure_all, read_sweep, summary, sweep
-from tomat.files import TomatError
-from tomat.metrics import METRICS, atom_spheres, nmae
-from tomat.schemes import SCHEMES, Difference, Direct, LowWaves, Scheme, TopShare, as_numbers, as_tokens
-from tomat.source import InMemory
-from tomat.store import sample_store
+from tomat.study.fidelity import COLUMNS, measure, measure_all, read_sweep, summary, sweep
+from tomat.io.files import TomatError
+from tomat.density.metrics import METRICS, atom_spheres, nmae
+from tomat.study.schemes import SCHEMES, Difference, Direct, LowWaves, Scheme, TopShare, as_numbers, as_tokens
+from tomat.density.source import InMemory
+from tomat.density.store import sample_store
 
 PUBLISHED = ("mp_id category config tokens nmae chi_sq hellinger jsd weighted_mae seconds grid "
              "mass_captured effective_threshold").split()

@@ -12,8 +12,9 @@ import fsspec
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from tomat.files import (TomatError, entries, exists, head_of, is_remote, kind_of, list_folder, local_copy, open_binary,
-                         read_json, read_text, refuse_strangers, stamp_of, write_aside, write_json, write_text)
+from tomat.io.files import (TomatError, entries, exists, head_of, is_remote, kind_of, list_folder, local_copy,
+                            open_binary, read_json, read_text, check_folder, version_tag, atomic_write, write_json,
+                            write_text)
 
 
 @pytest.fixture
@@ -43,10 +44,10 @@ def tree(folder):
 def test_a_failed_write_changes_nothing(tmp_path, error, as_folder, before):
     target = tmp_path / "out" / "x.zarr"
     if before:
-        with write_aside(target) as aside:
+        with atomic_write(target) as aside:
             make(aside, "zarr.json", "c/0") if as_folder else aside.write_text("old")
     old = tree(tmp_path)
-    with pytest.raises(error), write_aside(target) as aside:
+    with pytest.raises(error), atomic_write(target) as aside:
         make(aside, "zarr.json", "c/1") if as_folder else aside.write_text("new")
         raise error
     assert tree(tmp_path) == old
@@ -59,7 +60,7 @@ def test_a_folder_is_always_the_last_one_that_succeeded(tmp_path_factory, steps)
     expected = None
     for names, fails in steps:
         try:
-            with write_aside(folder / "x") as aside:
+            with atomic_write(folder / "x") as aside:
                 make(aside, "meta.json", *names)
                 if fails:
                     raise RuntimeError
@@ -73,7 +74,7 @@ def test_a_folder_is_always_the_last_one_that_succeeded(tmp_path_factory, steps)
 
 
 def test_the_partial_name_keeps_the_suffixes_and_the_folder(tmp_path):
-    with write_aside(tmp_path / "CHGCAR.x.gz") as aside:
+    with atomic_write(tmp_path / "CHGCAR.x.gz") as aside:
         assert aside.parent == tmp_path and aside.suffixes[-2:] == [".x", ".gz"]
         assert aside.name.startswith(".partial-") and list_folder(tmp_path) == []
         aside.write_text("x")
@@ -82,7 +83,7 @@ def test_the_partial_name_keeps_the_suffixes_and_the_folder(tmp_path):
 
 
 def test_two_writers_do_not_meet(tmp_path):
-    with write_aside(tmp_path / "a") as first, write_aside(tmp_path / "a") as second:
+    with atomic_write(tmp_path / "a") as first, atomic_write(tmp_path / "a") as second:
         assert first != second
         first.write_text("outer")
         second.write_text("inner")
@@ -97,9 +98,9 @@ def test_a_new_file_has_ordinary_rights(tmp_path):
 
 def test_overwrite_false_refuses_before_the_work(tmp_path):
     write_text(tmp_path / "a", "old")
-    with pytest.raises(TomatError, match="exists already"), write_aside(tmp_path / "a", overwrite=False):
+    with pytest.raises(TomatError, match="exists already"), atomic_write(tmp_path / "a", overwrite=False):
         pytest.fail("the block ran")
-    with pytest.raises(TomatError, match="exists already"), write_aside(tmp_path / "b", overwrite=False) as aside:
+    with pytest.raises(TomatError, match="exists already"), atomic_write(tmp_path / "b", overwrite=False) as aside:
         aside.write_text("mine")
         (tmp_path / "b").write_text("somebody was faster")
     assert read_text(tmp_path / "b") == "somebody was faster"
@@ -108,11 +109,11 @@ def test_overwrite_false_refuses_before_the_work(tmp_path):
 def test_other_peoples_folders_are_never_replaced(tmp_path):
     make(tmp_path / "home", "thesis.tex", "README.md")
     for write in (lambda p: make(p, "zarr.json", "README.md"), lambda p: p.write_text("a file")):
-        with pytest.raises(TomatError, match="holds other things"), write_aside(tmp_path / "home") as aside:
+        with pytest.raises(TomatError, match="holds other things"), atomic_write(tmp_path / "home") as aside:
             write(aside)
     assert tree(tmp_path) == ["home", "home/README.md", "home/thesis.tex"]
     (tmp_path / "empty").mkdir()
-    with write_aside(tmp_path / "empty") as aside:
+    with atomic_write(tmp_path / "empty") as aside:
         make(aside, "zarr.json")
     assert tree(tmp_path / "empty") == ["zarr.json"]
 
@@ -128,7 +129,7 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
 def test_a_place_without_a_name_is_refused(tmp_path, monkeypatch, name):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    with pytest.raises(TomatError, match="no name for something new"), write_aside(name) as aside:
+    with pytest.raises(TomatError, match="no name for something new"), atomic_write(name) as aside:
         make(aside, "zarr.json")
     assert tree(tmp_path) == ["here"]
 
@@ -140,7 +141,7 @@ def test_a_link_is_followed_and_stays(tmp_path, as_folder):
     link = tmp_path / "home" / "x"
     link.symlink_to(tmp_path / "disk" / "y")
     for text in ("one", "two"):
-        with write_aside(link) as aside:
+        with atomic_write(link) as aside:
             make(aside, "zarr.json", text) if as_folder else aside.write_text(text)
     assert link.is_symlink() and os.listdir(tmp_path / "home") == ["x"] and os.listdir(tmp_path / "disk") == ["y"]
     assert tree(tmp_path / "disk" / "y") == ["two", "zarr.json"] if as_folder else read_text(tmp_path / "disk" / "y") == "two"
@@ -149,14 +150,14 @@ def test_a_link_is_followed_and_stays(tmp_path, as_folder):
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG])
 def test_a_full_disk_names_the_place(tmp_path, number):
     sentence = r"a cannot be written, choose another place or free it: .+\.$"
-    with pytest.raises(TomatError, match=sentence), write_aside(tmp_path / "a") as aside:
+    with pytest.raises(TomatError, match=sentence), atomic_write(tmp_path / "a") as aside:
         aside.write_text("half")
         raise OSError(number, os.strerror(number))
     assert tree(tmp_path) == []
 
 
 def test_an_error_about_another_file_keeps_its_traceback(tmp_path):
-    with pytest.raises(FileNotFoundError), write_aside(tmp_path / "a") as aside:
+    with pytest.raises(FileNotFoundError), atomic_write(tmp_path / "a") as aside:
         aside.write_text((tmp_path / "missing").read_text())
     assert tree(tmp_path) == []
 
@@ -165,7 +166,7 @@ def test_remote_files_and_folders(bucket):
     write_text(f"{bucket}/a.txt", "ρ\n")
     assert read_text(f"{bucket}/a.txt") == "ρ\n" and exists(f"{bucket}/a.txt") and not exists(f"{bucket}/b.txt")
     for names in (["zarr.json", "c/0/0", "c/0/1"], ["zarr.json", "c/0/0"]):
-        with write_aside(f"{bucket}/x.zarr") as aside:
+        with atomic_write(f"{bucket}/x.zarr") as aside:
             make(aside, *names)
         with local_copy(f"{bucket}/x.zarr") as here:
             assert here.name == "x.zarr" and [n for n in tree(here) if (here / n).is_file()] == sorted(names)
@@ -173,14 +174,14 @@ def test_remote_files_and_folders(bucket):
     with open_binary(f"{bucket}/a.txt") as file:
         file.seek(2)
         assert file.read() == b"\n"
-    with pytest.raises(TomatError, match="exists already"), write_aside(f"{bucket}/a.txt", overwrite=False):
+    with pytest.raises(TomatError, match="exists already"), atomic_write(f"{bucket}/a.txt", overwrite=False):
         pass
     with pytest.raises(TomatError, match="no such file"), open_binary(f"{bucket}/b"):
         pass
 
 
 def test_a_failed_remote_write_sends_nothing(bucket):
-    with pytest.raises(RuntimeError), write_aside(f"{bucket}/x.zarr") as aside:
+    with pytest.raises(RuntimeError), atomic_write(f"{bucket}/x.zarr") as aside:
         make(aside, "zarr.json")
         raise RuntimeError
     assert not exists(bucket)
@@ -194,7 +195,7 @@ def test_the_root_file_of_a_folder_is_sent_last(bucket, monkeypatch):
         sent.append(key.split("/")[-1])
         put(self, source, key, **kwargs)
     monkeypatch.setattr(type(fs), "put_file", put_file)
-    with write_aside(f"{bucket}/data") as aside:
+    with atomic_write(f"{bucket}/data") as aside:
         make(aside, "meta.json", "worker-00/meta.json", "a.parquet", "z.parquet")
     assert sent[-1] == "meta.json" and len(sent) == 4 and sent[:3].count("meta.json") == 1
 
@@ -305,21 +306,21 @@ def test_what_is_at_a_place(tmp_path, bucket):
 def test_a_stamp_is_another_once_a_file_is_written_anew(tmp_path, bucket):
     for place in (tmp_path, bucket):
         write_text(f"{place}/a", "one")
-        first = stamp_of(f"{place}/a")
-        assert stamp_of(f"{place}/a") == first
+        first = version_tag(f"{place}/a")
+        assert version_tag(f"{place}/a") == first
         write_text(f"{place}/a", "two")
-        assert stamp_of(f"{place}/a") != first
+        assert version_tag(f"{place}/a") != first
         with pytest.raises(TomatError, match=r"/b .*(does not exist|no such file)"):
-            stamp_of(f"{place}/b")
+            version_tag(f"{place}/b")
 
 
 def test_strangers_are_refused(tmp_path, bucket):
     for place in (tmp_path, bucket):
-        assert refuse_strangers(f"{place}/rows", "rows-.*") == []
+        assert check_folder(f"{place}/rows", "rows-.*") == []
         write_text(f"{place}/rows/rows-0", "x")
-        assert refuse_strangers(f"{place}/rows", "rows-.*") == ["rows-0"]
+        assert check_folder(f"{place}/rows", "rows-.*") == ["rows-0"]
         write_text(f"{place}/rows/my-rows-0", "x")
         with pytest.raises(TomatError, match=r"rows is a folder that holds other things, my-rows-0 for one: give another name\.$"):
-            refuse_strangers(f"{place}/rows", "rows-.*")
+            check_folder(f"{place}/rows", "rows-.*")
         with pytest.raises(TomatError, match=r"rows-0 is a file: give the name of a folder\.$"):
-            refuse_strangers(f"{place}/rows/rows-0", ".*")
+            check_folder(f"{place}/rows/rows-0", ".*")

@@ -9,15 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pymatgen.core import Lattice, Structure
 
-from tomat.density import RHO, Density
-from tomat.files import TomatError
-from tomat.fit_atoms import (
-    BASIS, ELECTRONS, KNOTS, N_BASIS, TABLE_R, FitSums, add_up, columns_of, count_electrons, fit_atoms, solve, sums_of,
-)
-from tomat.formats import read_density
-from tomat.metrics import nmae
-from tomat.promolecule import FreeAtom, FreeAtoms, load_atoms, packaged_atoms, promolecule, save_atoms
-from tomat.source import InMemory
+from tomat.density.core import RHO, Density
+from tomat.io.files import TomatError
+from tomat.atoms.fit_atoms import (BASIS, ELECTRONS, KNOTS, N_BASIS, TABLE_R, FitSums, add_up, columns_of,
+                                   count_electrons, fit_atoms, solve, sums_of)
+from tomat.density.formats import read_density
+from tomat.density.metrics import nmae
+from tomat.atoms.sad import FreeAtom, FreeAtoms, load_atoms, packaged_atoms, sad_density, save_atoms
+from tomat.density.source import InMemory
 
 NOBODY = FreeAtoms({}, "nobody")
 FILES = Path(__file__).parent / "files"
@@ -31,7 +30,7 @@ def made_up(seed, n_atoms=3, shape=(12, 12, 12)):
     "A crystal that is a sum of spherical atoms and nothing else."
     structure = crystal(np.random.default_rng(seed), n_atoms)
     structure.scale_lattice(25.0 * n_atoms)
-    return Density(promolecule(structure, shape, TRUTH), structure, id=f"m-{seed}")
+    return Density(sad_density(structure, shape, TRUTH), structure, id=f"m-{seed}")
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +57,7 @@ def test_made_up_atoms_are_found_again_without_a_hint(parts):
         truth = TRUTH[symbol].density_r(r)
         assert np.abs(fitted[symbol].density_r(r) - truth).max() < 0.02 * truth.max()
     unseen = made_up(99)
-    assert nmae(promolecule(unseen.structure, unseen.shape, fitted), unseen.total) < 0.01
+    assert nmae(sad_density(unseen.structure, unseen.shape, fitted), unseen.total) < 0.01
 
 
 @quick
@@ -156,14 +155,14 @@ def test_a_file_of_another_code(tmp_path):
     save_atoms(fitted, tmp_path / "atoms.json")
     again = load_atoms(tmp_path / "atoms.json")
     assert again.facts["materials"] == 1 and again.facts["materials_of"] == {"Cl": 1, "Na": 1}
-    total_xyz = promolecule(nacl.structure, nacl.shape, again)
+    total_xyz = sad_density(nacl.structure, nacl.shape, again)
     assert nmae(total_xyz, nacl.total) < 0.01 and total_xyz.mean() == pytest.approx(nacl.n_electrons, abs=1e-4)
 
 
 def test_each_compound_finds_its_own_guess():
     "Rock salt of another code with groups' electrons, and titanium monoxide with the packaged ones, in one fit."
     nacl = read_density(FILES / "CHGCAR.NaCl.gz")
-    tio = Density(promolecule(cell := Structure(Lattice.cubic(3), ["Ti", "O"], [[0, 0, 0], [0.5, 0.5, 0.5]]), (12, 12, 12)), cell)
+    tio = Density(sad_density(cell := Structure(Lattice.cubic(3), ["Ti", "O"], [[0, 0, 0], [0.5, 0.5, 0.5]]), (12, 12, 12)), cell)
     fitted = solve(sums_of(nacl, 500) + sums_of(tio, 500))
     assert {s: atom.n_valence for s, atom in fitted.atoms.items()} == {"Cl": 7, "Na": 1, "O": 6, "Ti": 12}
 
@@ -174,13 +173,13 @@ def test_electrons_that_nothing_tells():
     odd = replace(nacl, values=nacl.values * (11 / 8))
     fitted, _ = fit_atoms([0], lambda _: odd)
     assert fitted.facts["electrons_known"] == [] and fitted.electrons(odd.structure) == pytest.approx(11, abs=1e-4)
-    assert nmae(promolecule(odd.structure, odd.shape, fitted), odd.total) < 0.01
+    assert nmae(sad_density(odd.structure, odd.shape, fitted), odd.total) < 0.01
 
 
 def test_few_data_stay_near_the_free_atom():
     "One voxel says next to nothing."
     iron = Structure(Lattice.cubic(2.8), ["Fe"], [[0, 0, 0]])
-    density = Density(promolecule(iron, (12, 12, 12)), iron, id="iron")
+    density = Density(sad_density(iron, (12, 12, 12)), iron, id="iron")
     fitted = solve(sums_of(density, 1))
     r = np.linspace(0.5, 3, 40)
     np.testing.assert_allclose(fitted["Fe"].density_r(r), packaged_atoms()["Fe"].density_r(r), atol=0.02)

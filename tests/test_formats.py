@@ -16,9 +16,10 @@ from monty.json import MontyEncoder
 from pymatgen.core import Element, Lattice, Structure
 from pymatgen.io.vasp.outputs import Chgcar
 
-from tomat.density import RHO, Density, formula_of
-from tomat.files import TomatError, exists, list_folder, write_text
-from tomat.formats import density_info, format_of, group_stamp, may_be_density, read_density, read_structure, write_density
+from tomat.density.core import RHO, Density, formula_of
+from tomat.io.files import TomatError, exists, list_folder, write_text
+from tomat.density.formats import (density_info, format_of, group_version_tag, may_be_density, read_density, read_structure,
+                                   write_density)
 
 FILES = Path(__file__).parent / "files"
 
@@ -234,7 +235,7 @@ def test_what_s3_refuses_is_one_sentence(s3, monkeypatch):
 @settings(quick, max_examples=10)
 @given(seed=st.integers(0, 10**6))
 def test_electrons_survive_a_change_of_unit(tmp_path_factory, seed):
-    first = noise(np.random.default_rng(seed), spin=("diff",), baseline=True)
+    first = noise(np.random.default_rng(seed), spin=("diff",), sad=True)
     folder = tmp_path_factory.mktemp("units")
     for name in ("x.vasp", "x.zarr", "x.cube", "x.json"):
         write_density(first.as_units(RHO), folder / name)
@@ -377,7 +378,7 @@ def test_the_caller_may_name_the_material(tmp_path):
 def test_a_group_replaces_a_group_and_nothing_else(tmp_path, three, request, where):
     root = str(tmp_path) if where == "local" else request.getfixturevalue("s3")
     target = f"{root}/grp.zarr"
-    write_density(noise(np.random.default_rng(0), spin=("diff",), augmented=True, baseline=True), target)
+    write_density(noise(np.random.default_rng(0), spin=("diff",), augmented=True, sad=True), target)
     write_density(three[0], target)
     assert list_folder(target) == ["charge_density_sad", "charge_density_total", "zarr.json"]
     write_text(f"{target}/other/notes.txt", "mine")
@@ -391,29 +392,29 @@ def test_a_stamp_covers_all_of_a_group(tmp_path, three):
     for name in ("a.zarr", "b.zarr"):
         write_density(three[0], tmp_path / name)
     a, b = tmp_path / "a.zarr", tmp_path / "b.zarr"
-    assert group_stamp(a) != group_stamp(b) and group_stamp(a, content=True) == group_stamp(b, content=True)
+    assert group_version_tag(a) != group_version_tag(b) and group_version_tag(a, content=True) == group_version_tag(b, content=True)
     for path in [p for p in sorted(a.rglob("*")) if p.is_file()]:
-        before, content, facts = (group_stamp(a), group_stamp(a, content=True)), path.read_bytes(), path.stat()
+        before, content, facts = (group_version_tag(a), group_version_tag(a, content=True)), path.read_bytes(), path.stat()
         path.write_bytes(content[::-1])
         os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns))
-        assert group_stamp(a, content=True) != before[1]
+        assert group_version_tag(a, content=True) != before[1]
         path.write_bytes(content + b" ")
-        assert group_stamp(a) != before[0]
+        assert group_version_tag(a) != before[0]
         path.unlink()
-        assert group_stamp(a) != before[0] and group_stamp(a, content=True) != before[1]
+        assert group_version_tag(a) != before[0] and group_version_tag(a, content=True) != before[1]
         path.write_bytes(content)
     with pytest.raises(TomatError, match=r"c\.zarr does not exist"):
-        group_stamp(tmp_path / "c.zarr")
+        group_version_tag(tmp_path / "c.zarr")
 
 
 def test_a_stamp_covers_all_of_a_group_in_a_bucket(s3, three):
     write_density(three[0], f"{s3}/a.zarr")
-    before = group_stamp(f"{s3}/a.zarr")
-    assert group_stamp(f"{s3}/a.zarr/") == before
+    before = group_version_tag(f"{s3}/a.zarr")
+    assert group_version_tag(f"{s3}/a.zarr/") == before
     write_text(f"{s3}/a.zarr/charge_density_total/c/0/0/0", "other")
-    assert group_stamp(f"{s3}/a.zarr") != before
+    assert group_version_tag(f"{s3}/a.zarr") != before
     with pytest.raises(TomatError, match=r"b\.zarr holds no files: check the name\.$"):
-        group_stamp(f"{s3}/b.zarr")
+        group_version_tag(f"{s3}/b.zarr")
 
 
 @pytest.mark.parametrize("name", ["p.cube", "p.json.gz", "CHGCAR", "p.zarr"])

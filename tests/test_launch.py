@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 from packaging.requirements import Requirement
 
-from tomat.files import TomatError
-from tomat.jobs import TASKS, Job, Resources, carry_out, read_job
-from tomat.jobs import main as run_lines
-from tomat.launch import modal_needs, modal_options, shared_env, submit, sync_jobs, tokenize_jobs, train_jobs
-from tomat.shards import read_meta
+from tomat.io.files import TomatError
+from tomat.run.jobs import TASKS, Job, Resources, carry_out, read_job
+from tomat.run.jobs import main as run_lines
+from tomat.run.launch import modal_needs, modal_options, shared_env, submit, sync_jobs, tokenize_jobs, train_jobs
+from tomat.dataset.shards import read_meta
 
 pytest.importorskip("modal")
 pytestmark = pytest.mark.filterwarnings("ignore:The .* function is executing locally:UserWarning")
@@ -127,7 +127,7 @@ CALLS = {
 @pytest.mark.parametrize("name", CALLS)
 def test_a_dry_run_is_what_is_run(name, place, few, scripts, tmp_path, monkeypatch, capsys):
     module, (entry, asked, n) = scripts[name], CALLS[name]
-    monkeypatch.setattr("tomat.launch.MOUNT", str(tmp_path))  # the folder that stands for the volume
+    monkeypatch.setattr("tomat.run.launch.MOUNT", str(tmp_path))  # the folder that stands for the volume
     if name in ("train_modal", "verify_modal"):
         (tmp_path / "rows").symlink_to(few.parent)
     cloud = Cloud(module.run)
@@ -166,8 +166,8 @@ def test_several_gpus_are_processes_of_torchrun(few):
 
 
 def test_a_sweep_by_workers_is_the_sweep_of_one(place):
-    from tomat.fidelity import read_sweep
-    from tomat.launch import sweep_jobs
+    from tomat.study.fidelity import read_sweep
+    from tomat.run.launch import sweep_jobs
     asked = {"split": "validation", "materials": 4, "only": "coarse", "cores": 1}
     for n in (1, 6):  # six workers for four materials
         results = submit(sweep_jobs(f"by-{n}", n_workers=n, here=str(place), **asked), here=str(place))
@@ -199,9 +199,9 @@ def test_rows_go_to_the_bucket(place, rows, scripts, s3, monkeypatch, capsys):
 
 
 def test_the_service_predicts_over_http(place, scripts, tmp_path, capsys):
-    from tomat.formats import read_density
-    from tomat.predict import load_predictor
-    from tomat.store import sample_store
+    from tomat.density.formats import read_density
+    from tomat.prediction.predictors import load_predictor
+    from tomat.density.store import sample_store
     scripts["predict_modal"].serve(dry_run=True)
     assert read_job(capsys.readouterr().out.strip()).task == "serve"
     structure = sample_store().read(sample_store().split("validation")[0]).structure
@@ -236,7 +236,7 @@ def test_the_service_predicts_over_http(place, scripts, tmp_path, capsys):
 
 
 def test_printed_lines_can_be_run_elsewhere(place, tmp_path, capsys, monkeypatch):
-    "A launcher as a program of its own, without an account, and its lines through `python -m tomat.jobs`."
+    "A launcher as a program of its own, without an account, and its lines through `python -m tomat.run.jobs`."
     options = f"--label tiny --n-workers 2 --materials 4 --cores 1 --here {tmp_path} --dry-run".split()
     done = subprocess.run([sys.executable, ROOT / "scripts/tokenize_patches_modal.py", *options], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -313,7 +313,7 @@ def test_what_is_asked_for_is_what_modal_gets(place, monkeypatch):
 @pytest.mark.parametrize("wrong", [
     {"n_workers": 0}, {"n_workers": -1}, {"cores": 0}, {"materials": -3}])
 def test_counts_are_checked(place, wrong):
-    from tomat.launch import sweep_jobs
+    from tomat.run.launch import sweep_jobs
     for jobs in (lambda: tokenize_jobs("tiny", **wrong), lambda: sweep_jobs(**wrong)):
         with pytest.raises(TomatError, match=r"workers of .* cores cannot share"):
             jobs()

@@ -95,8 +95,8 @@ def test_imports_go_downward(path):
 
 
 @pytest.mark.parametrize("source, names", [
-    ("import tomat.files", {"files"}), ("from .files import exists", {"files"}), ("from . import files", {"files"}),
-    ("from tomat import files as f", {"files"}), ("def f():\n    from tomat.files import exists", {"files"}),
+    ("import tomat.io.files", {"files"}), ("from .files import exists", {"files"}), ("from . import files", {"files"}),
+    ("from tomat import files as f", {"files"}), ("def f():\n    from tomat.io.files import exists", {"files"}),
     ("import numpy", set())])
 def test_every_form_of_import_is_seen(source, names):
     assert set(imported(ast.parse(source))) == names
@@ -146,7 +146,7 @@ def test_a_notebook_has_its_place_on_the_site(path):
 def test_a_notebook_starts_with_its_claim(path):
     first = cells_of(path)[0]
     assert first["cell_type"] == "markdown"
-    assert re.match(r"# \S.*\n+> \S", first["source"]), "the first cell is `# Title`, then `> claim`"
+    assert re.match(r"# \S.*\n+> \S", first["source"]), "the first cell is `# Title`, then `> open_run_dir`"
 
 
 @notebooks

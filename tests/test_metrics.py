@@ -6,20 +6,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from pymatgen.core import Lattice, Structure
 
-from tomat.files import TomatError
-from tomat.metrics import (
-    METRICS,
-    atom_spheres,
-    chi_sq,
-    electron_error,
-    hellinger,
-    jensen_shannon,
-    nmae,
-    rmse,
-    sphere_error,
-    touching_radii,
-    weighted_mae,
-)
+from tomat.io.files import TomatError
+from tomat.density.metrics import (METRICS, atom_spheres, chi_sq, electron_error, hellinger, jensen_shannon, nmae,
+                                   rmse, sphere_error, touching_radii, weighted_mae)
 
 quick = settings(derandomize=True, deadline=None, max_examples=100)
 DISTANCES = (chi_sq, jensen_shannon, hellinger)

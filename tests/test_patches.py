@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tomat.patches import as_size, cover, cut, flat_indices, random_offsets, stitch
+from tomat.tokens.patches import as_size, cover, cut, flat_indices, random_offsets, stitch
 
 quick = settings(derandomize=True, deadline=None, max_examples=80)
 side = st.integers(1, 9)

@@ -16,21 +16,22 @@ from hypothesis import strategies as st
 from pymatgen.core import Lattice, Structure
 from pymatgen.io.vasp.outputs import Chgcar
 
-import tomat.decode
-import tomat.evaluate
-import tomat.predict
-from tomat.batch import SUFFIXES, as_structure, default_grid, find_structures, plan_jobs, run_jobs, write_prediction
-from tomat.codecs import PUBLISHED_DENSITY, fit_levels, log_codec
-from tomat.decode import Chooser, best_choice, free_run
-from tomat.density import RHO, Density
-from tomat.files import TomatError
-from tomat.formats import read_density, write_density
-from tomat.model import load_checkpoint, make_model, save_checkpoint
-from tomat.sizes import ModelSize
-from tomat.parallel import ParallelConfig, ParallelModel
-from tomat.predict import Causal, Parallel, check_crystal, load_predictor, predict
-from tomat.promolecule import promolecule, valence_electrons
-from tomat.tokenizer import Tokenizer
+import tomat.prediction.decoding
+import tomat.prediction.evaluate
+import tomat.prediction.predictors
+from tomat.prediction.batch import (SUFFIXES, as_structure, default_grid, find_structures, plan_jobs, run_jobs,
+                                    write_prediction)
+from tomat.tokens.codecs import PUBLISHED_DENSITY, fit_levels, log_codec
+from tomat.prediction.decoding import DecodingStrategy, best_strategy, free_run
+from tomat.density.core import RHO, Density
+from tomat.io.files import TomatError
+from tomat.density.formats import read_density, write_density
+from tomat.models.causal import load_checkpoint, make_model, save_checkpoint
+from tomat.models.sizes import ModelSize
+from tomat.models.probe import ProbeConfig, ProbeNet
+from tomat.prediction.predictors import CausalPredictor, ProbePredictor, check_crystal, load_predictor, predict
+from tomat.atoms.sad import sad_density, valence_electrons
+from tomat.tokens.tokenizer import Tokenizer
 
 SMALL = ModelSize(width=32, layers=2, heads=2, mlp=64, kv_heads=1)
 POSITIVE = np.random.default_rng(7).lognormal(0, 2, 20_000)
@@ -74,8 +75,8 @@ def crystal(seed, n_atoms=2, elements=("Li", "O", "Na", "Fe")):
 
 
 def with_free_atoms(density):
-    "Noise has no number of electrons that `with_promolecule` would accept."
-    return replace(density, baseline=promolecule(density.structure, density.shape))
+    "Noise has no number of electrons that `with_sad` would accept."
+    return replace(density, sad=sad_density(density.structure, density.shape))
 
 
 def crowd(seed, n_atoms):
@@ -142,7 +143,7 @@ def test_every_predicted_row_decodes(codec, layout, size):
     free = model(torch.from_numpy(prompts).long()).logits[:, -1].argmax(-1)
     low, high = tokenizer.legal_ids(0)
     assert not any(low <= i < high for i in free), "an unmasked model would do: the test shows nothing"
-    for choose in {"argmax", best_choice(tokenizer)}:
+    for choose in {"argmax", best_strategy(tokenizer)}:
         blocks = np.stack([written.ids_N for written in free_run(model, tokenizer, prompts, choose)], axis=1)
         end = np.tile([tokenizer.vocab.id("DENS_END"), 2], (3, 1))
         for ids in np.concatenate([prompts, blocks, end], axis=1):
@@ -186,7 +187,7 @@ def test_what_each_choice_promises(logits):
     logits = torch.tensor([logits])
     shares = logits.double().softmax(-1)[0].numpy()
     expected = (shares * abs(values[:, None] - values)).sum(1)  # of each level as the guess
-    got = {choose: Chooser(tokenizer, choose, torch.device("cpu"))(logits, 0) for choose in ("argmax", "median", "mean")}
+    got = {choose: DecodingStrategy(tokenizer, choose, torch.device("cpu"))(logits, 0) for choose in ("argmax", "median", "mean")}
     ids = {choose: written.ids_N[0] for choose, written in got.items()}
     assert ids["argmax"] == int(logits.argmax())
     assert expected[ids["median"]] == pytest.approx(expected.min(), rel=1e-4, abs=1e-4)
@@ -206,9 +207,9 @@ def test_the_mean_is_what_the_grid_gets():
 
 def spoiled(density):
     "The same material with no truth in it: NaN everywhere, written behind the frozen type's back."
-    empty = Density(density.values.copy(), density.structure, density.id, baseline=density.baseline.copy())
+    empty = Density(density.values.copy(), density.structure, density.id, sad=density.sad.copy())
     empty.values[:] = np.nan
-    empty.baseline[:] = np.nan
+    empty.sad[:] = np.nan
     return empty
 
 
@@ -218,9 +219,9 @@ def test_no_prediction_sees_the_truth(codec, target):
     """What is scored is predicted from the structure and the shape of the grid: NaN as truth gives the same bits."""
     densities = [with_free_atoms(a_density(seed, (5, 6, 7))) for seed in (1, 2)]
     nothing = [spoiled(density) for density in densities]
-    assert all(np.isnan(d.values).all() and np.isnan(d.baseline).all() for d in nothing)
+    assert all(np.isnan(d.values).all() and np.isnan(d.sad).all() for d in nothing)
     model, tokenizer = small(codec, target=target)
-    reads, make = tomat.evaluate.entries_of({"causal": Causal(model, tokenizer, rescale=False)})["causal, free-running"]
+    reads, make = tomat.prediction.evaluate.entries_of({"causal": CausalPredictor(model, tokenizer, rescale=False)})["causal, free-running"]
     assert reads == "structure"
     for density, blind in zip(densities, nothing, strict=True):
         one, other = make(density).density, make(blind).density
@@ -232,7 +233,7 @@ def test_no_prediction_sees_the_truth(codec, target):
 def test_no_function_of_predict_takes_a_density():
     """But for `Prediction`, which holds the result."""
     seen = set()
-    for module in (tomat.predict, tomat.decode):
+    for module in (tomat.prediction.predictors, tomat.prediction.decoding):
         members = [m for _, m in inspect.getmembers(module) if inspect.isroutine(m) or inspect.isclass(m)]
         own = [member for member in members if member.__module__ == module.__name__ and member.__name__ != "Prediction"]
         seen |= {member.__name__ for member in own}
@@ -242,7 +243,7 @@ def test_no_function_of_predict_takes_a_density():
             for parameter in inspect.signature(function).parameters.values():
                 assert "Density" not in str(parameter.annotation) and "density" not in parameter.name, (function, parameter)
         source = inspect.getsource(module)
-        assert not any(word in source for word in (".baseline", "read_density", "RawStore", ".encode(", "target_of"))
+        assert not any(word in source for word in (".sad", "read_density", "RawStore", ".encode(", "target_of"))
     assert {"predict", "free_run", "_written", "_scale", "Causal", "Parallel", "load_predictor"} <= seen
 
 
@@ -286,7 +287,7 @@ def test_a_prediction_without_electrons_is_refused():
 
 def test_an_element_without_a_free_atom_is_refused_before_the_work(monkeypatch):
     (model, tokenizer), structure = small(), Structure(Lattice.cubic(4), ["Tc"], [[0, 0, 0]])
-    monkeypatch.setattr("tomat.decode.free_run", lambda *args: pytest.fail("the work was done first"))
+    monkeypatch.setattr("tomat.prediction.decoding.free_run", lambda *args: pytest.fail("the work was done first"))
     with pytest.raises(TomatError, match="Tc"):
         predict(structure, (4, 4, 4), model, tokenizer)
 
@@ -299,7 +300,7 @@ def test_borders_are_where_patches_meet():
     (model, tokenizer), structure = small("levels", size=3), crystal(4)
     for shape, overlap, borders in (((6, 9, 3), 0, ([0, 3], [0, 3, 6], [0])), ((7, 6, 6), 0, ([0, 2, 3, 6], [0, 3], [0, 3])),
                                     ((6, 6, 6), 1, ([0, 1, 2, 3, 4, 5],) * 3)):
-        found = Causal(model, tokenizer, overlap=overlap, rescale=False).predict(structure, shape).borders
+        found = CausalPredictor(model, tokenizer, overlap=overlap, rescale=False).predict(structure, shape).borders
         if overlap == 0:
             assert [list(planes) for planes in found] == [list(planes) for planes in borders]
         else:
@@ -314,7 +315,7 @@ def test_the_spread_is_in_the_unit_of_the_density():
     scaled = replace(levels, boundaries=levels.boundaries / volume, recon_points=levels.recon_points / volume,
                      clip_max=levels.clip_max / volume)
     other = Tokenizer("framed", scaled, patch_size=3, pad_to=None, unit=RHO)
-    a, b = (Causal(model, tok, rescale=False).predict(structure, (6, 6, 6)) for tok in (tokenizer, other))
+    a, b = (CausalPredictor(model, tok, rescale=False).predict(structure, (6, 6, 6)) for tok in (tokenizer, other))
     np.testing.assert_allclose(a.spread_xyz, b.spread_xyz, rtol=1e-3)
     np.testing.assert_allclose(a.density.values, b.density.values, rtol=1e-4)
 
@@ -349,24 +350,24 @@ class StandIn(torch.nn.Module):
         self.share, self.training_facts = torch.nn.Parameter(torch.tensor(0.1)), {"elements": ["Li", "O", "Na"]}
 
 
-def field_of_stand_in(model, structure, shape, baseline_xyz, show=False):
-    assert baseline_xyz.shape == tuple(shape)
-    assert baseline_xyz.mean() * structure.volume == pytest.approx(valence_electrons(structure))
+def field_of_stand_in(model, structure, shape, sad_xyz, show=False):
+    assert sad_xyz.shape == tuple(shape)
+    assert sad_xyz.mean() * structure.volume == pytest.approx(valence_electrons(structure))
     share = model.share.item()
-    return np.float32(share * baseline_xyz), np.float32(share * baseline_xyz / 2)
+    return np.float32(share * sad_xyz), np.float32(share * sad_xyz / 2)
 
 
 @pytest.fixture
 def stand_in(monkeypatch):
-    monkeypatch.setattr(tomat.predict, "load_parallel", lambda path: StandIn())
-    monkeypatch.setattr(tomat.predict, "predict_field", field_of_stand_in)
-    return Parallel(StandIn())
+    monkeypatch.setattr(tomat.prediction.predictors, "load_parallel", lambda path: StandIn())
+    monkeypatch.setattr(tomat.prediction.predictors, "predict_field", field_of_stand_in)
+    return ProbePredictor(StandIn())
 
 
 def test_the_parallel_decoder_adds_and_counts(stand_in):
     structure = crystal(3, elements=("Li", "O", "Fe"), n_atoms=4)
     raw = replace(stand_in, rescale=False).predict(structure, (8, 9, 10))
-    known = promolecule(structure, (8, 9, 10))
+    known = sad_density(structure, (8, 9, 10))
     np.testing.assert_allclose(raw.density.values, 1.1 * known, rtol=1e-5, atol=1e-4)
     np.testing.assert_allclose(raw.spread_xyz, 0.05 * known / structure.volume, rtol=1e-5, atol=1e-6)
     assert raw.electrons_before == pytest.approx(1.1 * valence_electrons(structure), rel=1e-5) and raw.borders is None
@@ -379,7 +380,7 @@ def test_the_parallel_decoder_adds_and_counts(stand_in):
 def test_a_checkpoint_says_which_decoder_it_is_for(stand_in, tmp_path, monkeypatch):
     (tmp_path / "p").mkdir()
     (tmp_path / "p" / "tomat.json").write_text('{"decoder": "parallel"}')
-    assert isinstance(load_predictor(tmp_path / "p", choose=None, overlap=0), Parallel)
+    assert isinstance(load_predictor(tmp_path / "p", choose=None, overlap=0), ProbePredictor)
     with pytest.raises(TomatError, match="overlap"):
         load_predictor(tmp_path / "p", overlap=2)
     model, tokenizer = small()
@@ -398,10 +399,10 @@ def test_identity_tells_weights_and_settings_apart(stand_in):
     other = copy.deepcopy(model)
     with torch.no_grad():
         next(other.parameters())[0, 0] += 1
-    ids = [p.identity() for p in (Causal(model, tokenizer), Causal(other, tokenizer), Causal(model, tokenizer, "argmax"),
-                                  Causal(model, tokenizer, overlap=1), stand_in, replace(stand_in, rescale=False))]
+    ids = [p.identity() for p in (CausalPredictor(model, tokenizer), CausalPredictor(other, tokenizer), CausalPredictor(model, tokenizer, "argmax"),
+                                  CausalPredictor(model, tokenizer, overlap=1), stand_in, replace(stand_in, rescale=False))]
     assert all(a != b for i, a in enumerate(ids) for b in ids[:i])
-    assert Causal(copy.deepcopy(model), tokenizer, batch_size=3).identity() == ids[0]
+    assert CausalPredictor(copy.deepcopy(model), tokenizer, batch_size=3).identity() == ids[0]
 
 
 # Physics, of a network of random weights and of the packaged one
@@ -417,12 +418,12 @@ def network(name):
             pytest.skip("this copy of tomat comes without a packaged checkpoint")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
-        model = ParallelModel(ParallelConfig(dropout=0.0, element_dropout=0.0))
+        model = ProbeNet(ProbeConfig(dropout=0.0, element_dropout=0.0))
         for layer in (model.head, model.sphere, model.bond):
             for parameter in layer.parameters():
                 torch.nn.init.normal_(parameter, std=0.05)
     model.training_facts = {"elements": ["Na", "Cl"]}
-    return Parallel(model.eval())
+    return ProbePredictor(model.eval())
 
 
 networks = pytest.mark.parametrize("name", ["random", "packaged"])
@@ -446,7 +447,7 @@ def assert_alike(found, wanted, tolerance=1e-4):
 @networks
 def test_a_prediction_is_more_than_the_free_atoms(name):
     rho, spread = fields(network(name), SALT, (12, 14, 16))
-    assert abs(rho - promolecule(SALT, (12, 14, 16)) / SALT.volume).max() > 0.01 and (spread > 0).all()
+    assert abs(rho - sad_density(SALT, (12, 14, 16)) / SALT.volume).max() > 0.01 and (spread > 0).all()
 
 
 @networks
@@ -609,7 +610,7 @@ def test_a_model_that_does_not_say_how_sure_it_is(tmp_path):
     model, tokenizer = small("two_token_9_12")
     jobs, _ = plan_jobs([crystal(1)], f"{tmp_path}/x.cube", (3, 3, 3), f"{tmp_path}/y.cube")
     with pytest.raises(TomatError, match="how sure"):
-        next(run_jobs(jobs, Causal(model, tokenizer)))
+        next(run_jobs(jobs, CausalPredictor(model, tokenizer)))
     assert not list(tmp_path.iterdir())
 
 

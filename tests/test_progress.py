@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tomat.files import TomatError
-from tomat.progress import in_order, silent, track
+from tomat.io.files import TomatError
+from tomat.io.progress import in_order, silent, track
 
 
 def square(x):

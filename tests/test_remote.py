@@ -8,15 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tomat.fetch import fetch
-from tomat.files import TomatError, list_folder, read_json, read_text
-from tomat.formats import read_density, write_density
-from tomat.rows import read_rows, verify
-from tomat.shards import read_meta, tokenize
-from tomat.source import Folder, InMemory, open_source, store_all
-from tomat.sync import sync
-from tomat.codecs import PUBLISHED_DENSITY
-from tomat.tokenizer import Tokenizer
+from tomat.io.fetch import fetch
+from tomat.io.files import TomatError, list_folder, read_json, read_text
+from tomat.density.formats import read_density, write_density
+from tomat.dataset.verify import read_rows, verify
+from tomat.dataset.shards import read_meta, tokenize
+from tomat.density.source import Folder, InMemory, open_source, store_all
+from tomat.dataset.sync import sync
+from tomat.tokens.codecs import PUBLISHED_DENSITY
+from tomat.tokens.tokenizer import Tokenizer
 
 # a file of the open bucket may be named here, to go the same way with it
 NACL = Path(__file__).parent / "files" / "CHGCAR.NaCl.gz"

@@ -15,15 +15,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tomat.codecs import PUBLISHED_DENSITY
-from tomat.files import TomatError
-from tomat.sizes import MODELS, n_parameters
-from tomat.pull import logged_run, offline_runs, online_runs, run_of
-from tomat.runs import Log
-from tomat.scaling import (Fleet, LossLaw, Run, TokenizeRates, by_law, by_ratio, choices, device_hours, fit_loss, fit_power,
-                           fit_rates, mfu_of, parameters_of, plot_runs, read_runs, resampled_laws, resampled_slopes, shaped,
-                           token_flops, tokenize_forecast, write_runs)
-from tomat.tokenizer import Tokenizer
+from tomat.tokens.codecs import PUBLISHED_DENSITY
+from tomat.io.files import TomatError
+from tomat.models.sizes import MODELS, n_parameters
+from tomat.study.pull import logged_run, offline_runs, online_runs, run_of
+from tomat.train.log import Log
+from tomat.study.scaling import (Fleet, LossLaw, Run, TokenizeRates, by_law, by_ratio, choices, device_hours, fit_loss,
+                                 fit_power, fit_rates, mfu_of, parameters_of, plot_runs, read_runs, resampled_laws,
+                                 resampled_slopes, shaped, token_flops, tokenize_forecast, write_runs)
+from tomat.tokens.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "results/scaling/published_runs.csv"

@@ -13,34 +13,16 @@ from hypothesis import strategies as st
 from pymatgen.core import Lattice, Structure
 from test_layering import code_lines
 
-from tomat.analytic import ANALYTIC
-from tomat.codecs import PUBLISHED_DENSITY, fit_levels, save_levels
-from tomat.density import RHO, TOTAL
-from tomat.files import TomatError
-from tomat.metrics import nmae
-from tomat.promolecule import promolecule, valence_electrons
-from tomat.schemes import (
-    ONE,
-    SCHEMES,
-    Coarse,
-    Difference,
-    Direct,
-    LargeWaves,
-    LowWaves,
-    MassCap,
-    Patches,
-    PerVolume,
-    Threshold,
-    TopK,
-    TopShare,
-    fitted_schemes,
-    from_waves,
-    read_places,
-    to_waves,
-    wave_slots,
-    write_places,
-)
-from tomat.store import sample_store
+from tomat.atoms.analytic import ANALYTIC
+from tomat.tokens.codecs import PUBLISHED_DENSITY, fit_levels, save_levels
+from tomat.density.core import RHO, TOTAL
+from tomat.io.files import TomatError
+from tomat.density.metrics import nmae
+from tomat.atoms.sad import sad_density, valence_electrons
+from tomat.study.schemes import (ONE, SCHEMES, Coarse, Difference, Direct, LargeWaves, LowWaves, MassCap, Patches,
+                                 PerVolume, Threshold, TopK, TopShare, fitted_schemes, from_waves, read_places,
+                                 to_waves, wave_slots, write_places)
+from tomat.density.store import sample_store
 
 quick = settings(derandomize=True, deadline=None, max_examples=25)
 sides = st.integers(1, 9)
@@ -194,7 +176,7 @@ def test_coarse_is_exact_for_what_fits():
 
 def test_free_atoms_cost_no_token():
     structure = crystal(np.random.default_rng(2))
-    values = promolecule(structure, (8, 8, 8))
+    values = sad_density(structure, (8, 8, 8))
     scheme = Difference(LowWaves(0.0))
     assert len(scheme.write(values, structure)) == 3
     assert nmae(scheme.read(scheme.write(values, structure), structure), values) < 1e-9
@@ -203,7 +185,7 @@ def test_free_atoms_cost_no_token():
 def test_free_atoms_of_other_setups_are_refused():
     structure = crystal(np.random.default_rng(2))
     with pytest.raises(TomatError, match="same setups"):
-        Difference(Direct()).write(1.1 * promolecule(structure, (4, 4, 4)), structure)
+        Difference(Direct()).write(1.1 * sad_density(structure, (4, 4, 4)), structure)
 
 
 @pytest.mark.parametrize("target, unit", [("total", TOTAL), ("total", RHO), ("difference", RHO)])
@@ -211,7 +193,7 @@ def test_fitted_levels(tmp_path, target, unit):
     "A file of levels that were fitted to this very density writes it well, in its unit."
     density = sample_store().read(sample_store().split("validation")[0])
     values, structure = density.total.astype(float), density.structure
-    field = values - promolecule(structure, density.shape) if target == "difference" else values
+    field = values - sad_density(structure, density.shape) if target == "difference" else values
     codec = fit_levels(field / (density.volume if unit == RHO else 1), 1024)
     save_levels(codec, tmp_path / "levels.npz", {"target": target, "unit": unit, "objective": "l1"})
     schemes = fitted_schemes(tmp_path / "levels.npz")

@@ -2,8 +2,8 @@
 
 import pytest
 
-from tomat.files import TomatError
-from tomat.settings import data_set, labels, setting, settings_file
+from tomat.io.files import TomatError
+from tomat.io.settings import data_set, labels, setting, settings_file
 
 PUBLISHED = {"val-smoke": ("validation", 128, 32), "val-full": ("validation", 4305, 32),
              "val-full-m128": ("validation", 4305, 128), "train-full": ("train", 77498, 32)}

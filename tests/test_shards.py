@@ -22,19 +22,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pymatgen.core import Lattice, Structure
 
-from tomat.codecs import POSITIONS, PUBLISHED_DENSITY
-from tomat.density import Density, preparation
-from tomat.files import TomatError
-from tomat.patches import as_size, cut
-from tomat.promolecule import promolecule
-from tomat.rows import read_rows, row_of, verify
-from tomat.parquet import SCHEMA, material_rng
-from tomat.shards import read_meta, tokenize
-from tomat.source import InMemory
-from tomat.settings import data_set
-from tomat.store import RawStore, sample_store, write_store
-from tomat.stream import ParquetRows
-from tomat.tokenizer import Tokenizer, tokenizer_from_dict
+from tomat.tokens.codecs import POSITIONS, PUBLISHED_DENSITY
+from tomat.density.core import Density, preparation
+from tomat.io.files import TomatError
+from tomat.tokens.patches import as_size, cut
+from tomat.atoms.sad import sad_density
+from tomat.dataset.verify import read_rows, row_of, verify
+from tomat.dataset.parquet import SCHEMA, material_rng
+from tomat.dataset.shards import read_meta, tokenize
+from tomat.density.source import InMemory
+from tomat.io.settings import data_set
+from tomat.density.store import RawStore, sample_store, write_store
+from tomat.dataset.stream import ParquetRows
+from tomat.tokens.tokenizer import Tokenizer, tokenizer_from_dict
 
 TOMAT = Path(sys.executable).parent / "tomat"
 ELEMENTS = ("H", "Li", "O", "Na", "Fe", "Cs", "Au")  # all with a free atom
@@ -47,8 +47,8 @@ def quiet(monkeypatch):
 
 @preparation("free atoms, whatever their electrons")
 def with_free_atoms(density):
-    "Noise has no number of electrons that `with_promolecule` would accept."
-    return replace(density, baseline=promolecule(density.structure, density.shape))
+    "Noise has no number of electrons that `with_sad` would accept."
+    return replace(density, sad=sad_density(density.structure, density.shape))
 
 
 def a_density(seed, id="", shape=(6, 7, 8), n_atoms=2):
@@ -193,7 +193,7 @@ def test_the_sample_through_the_shards(tmp_path):
         reader, ids = row_of(tmp_path / "rows", number)
         assert ids.tolist() == rows.ids[number].tolist()
         density = next(d for d in densities if d.id == rows.materials[number])
-        patch = cut(density.total - density.baseline, rows.offsets_Nx3[[number]], 4)[0]
+        patch = cut(density.total - density.sad, rows.offsets_Nx3[[number]], 4)[0]
         assert (np.abs(reader.decode(ids).values - patch) <= tok.density_codec.bound(patch)).all()
     with pytest.raises(TomatError, match="it holds 15"):
         row_of(tmp_path / "rows", 15)

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from crystals import assert_same
 
-from tomat.files import TomatError, list_folder, read_json, write_json, write_text
-from tomat.formats import read_density, write_density
-from tomat.source import Fetched, Folder, InMemory, Source, open_source, store_all
-from tomat.store import RawStore, write_store
+from tomat.io.files import TomatError, list_folder, read_json, write_json, write_text
+from tomat.density.formats import read_density, write_density
+from tomat.density.source import Fetched, Folder, InMemory, Source, open_source, store_all
+from tomat.density.store import RawStore, write_store
 
 
 @pytest.fixture(autouse=True)
@@ -154,7 +154,7 @@ def test_calculations_in_a_bucket_with_strays(s3, three):
     assert source.ids == ["task", "v0.0", "v1.0", "v2.0", "x"]
     assert source.passed_over == {"custodian.json": "no density by its first lines", "deep": "no CHGCAR of its own"}
     for id in ("task", "x", "v0.0"):
-        assert_same(replace(three[0], id=id), replace(source.read(id), baseline=None))
+        assert_same(replace(three[0], id=id), replace(source.read(id), sad=None))
 
 
 def test_a_bucket_whose_name_begins_as_a_density(s3, three):
@@ -286,7 +286,7 @@ def test_a_run_that_is_killed_goes_on(tmp_path, three):
     """Two processes, and no time to tidy up."""
     for i in range(40):
         write_density(three[i % 3], tmp_path / "runs" / f"a{i:02}.json")
-    code = f"from tomat.source import *; store_all(Folder({str(tmp_path / 'runs')!r}), {str(tmp_path / 'store')!r}, 2)"
+    code = f"from tomat.density.source import *; store_all(Folder({str(tmp_path / 'runs')!r}), {str(tmp_path / 'store')!r}, 2)"
     running = subprocess.Popen([sys.executable, "-c", code])
     label = tmp_path / "store" / "label"
     while not label.is_dir() or len(list_folder(label)) < 5:
@@ -431,7 +431,7 @@ def test_other_things_in_a_group_stay(runs, tmp_path):
 
 
 def test_a_group_in_a_bucket_is_followed_and_healed(s3, three):
-    from tomat.files import remote_fs
+    from tomat.io.files import remote_fs
     fs, root = remote_fs(s3)
     chunk = "charge_density_total/c/0/0/0"
     for density in three:

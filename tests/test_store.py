@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from crystals import assert_same, refused
 
-from tomat.files import TomatError, list_folder, write_text
-from tomat.formats import pack_folder, write_density
-from tomat.store import RawStore, is_store, sample_store, write_store
+from tomat.io.files import TomatError, list_folder, write_text
+from tomat.density.formats import pack_folder, write_density
+from tomat.density.store import RawStore, is_store, sample_store, write_store
 
 
 @pytest.mark.parametrize("name", ["store", "store.zip"])
@@ -21,7 +21,7 @@ def test_a_store_comes_back(tmp_path, three, name):
     for one in three:
         got = store.read(one.id)
         assert_same(one, got)
-        np.testing.assert_array_equal(got.baseline, one.baseline)
+        np.testing.assert_array_equal(got.sad, one.sad)
     with pytest.raises(TomatError, match="m-9"):
         store.read("m-9")
     with pytest.raises(TomatError, match="it has test, train, validation"):
@@ -180,6 +180,6 @@ def test_the_sample():
         for id in ids:
             one = store.read(id)
             assert one.id == id and one.n_electrons == pytest.approx(round(one.n_electrons), abs=1e-4)
-            assert one.baseline.mean(dtype=float) == pytest.approx(one.n_electrons, abs=1e-4)
+            assert one.sad.mean(dtype=float) == pytest.approx(one.n_electrons, abs=1e-4)
             systems[part].add(one.structure.composition.chemical_system)
     assert not systems["train"] & systems["validation"]

@@ -24,16 +24,16 @@ from hypothesis import strategies as st
 from pymatgen.core import Lattice, Structure
 from torch.utils.data import DataLoader
 
-from tomat.density import TURNS, Density
-from tomat.files import TomatError, md5_of, write_json
-from tomat.patches import cut
-from tomat.promolecule import promolecule, with_promolecule
-from tomat.shards import read_meta, tokenize
-from tomat.store import RawStore, write_store
-from tomat.stream import Batches, FreshPatches, ParquetRows, fitting, permuted
-from tomat.tokenizer import Tokenizer
+from tomat.density.core import AXIS_PERMUTATIONS, Density
+from tomat.io.files import TomatError, md5_of, write_json
+from tomat.tokens.patches import cut
+from tomat.atoms.sad import sad_density, with_sad
+from tomat.dataset.shards import read_meta, tokenize
+from tomat.density.store import RawStore, write_store
+from tomat.dataset.stream import Batches, FreshPatches, ParquetRows, fitting, permuted
+from tomat.tokens.tokenizer import Tokenizer
 
-turns = st.sampled_from(TURNS)
+turns = st.sampled_from(AXIS_PERMUTATIONS)
 
 
 @pytest.fixture(autouse=True)
@@ -86,7 +86,7 @@ def rows_of(blocks):
 @quick
 @given(seed=st.integers(0, 10**6), turn=turns, then=turns)
 def test_a_turn_moves_everything_together(seed, turn, then):
-    first = noise(np.random.default_rng(seed), spin=("diff",), augmented=True, baseline=True)
+    first = noise(np.random.default_rng(seed), spin=("diff",), augmented=True, sad=True)
     turned = first.turned(*turn)
     axes, flips = turn
     assert turned.n_electrons == pytest.approx(first.n_electrons, rel=1e-6)
@@ -97,15 +97,15 @@ def test_a_turn_moves_everything_together(seed, turn, then):
         old = [0, 0, 0]
         for i in range(3):
             old[axes[i]] = -index[i] % turned.shape[i] if flips[i] else index[i]
-        for of in (lambda d: d.values, lambda d: d.spin["diff"], lambda d: d.baseline):
+        for of in (lambda d: d.values, lambda d: d.spin["diff"], lambda d: d.sad):
             assert of(turned)[index] == of(first)[tuple(old)]
     back = np.argsort(axes)
     again = turned.turned(back, np.array(flips)[back])
     assert again.structure == first.structure
-    for of in (lambda d: d.values, lambda d: d.spin["diff"], lambda d: d.baseline):
+    for of in (lambda d: d.values, lambda d: d.spin["diff"], lambda d: d.sad):
         np.testing.assert_array_equal(of(again), of(first))
     both = turned.turned(*then)
-    assert sum(np.array_equal(both.values, first.turned(*other).values) for other in TURNS) == 1  # a group
+    assert sum(np.array_equal(both.values, first.turned(*other).values) for other in AXIS_PERMUTATIONS) == 1  # a group
 
 
 @settings(quick, max_examples=12)
@@ -113,17 +113,17 @@ def test_a_turn_moves_everything_together(seed, turn, then):
 def test_free_atoms_of_a_turned_crystal_are_turned_free_atoms(seed, turn):
     first = a_density(seed, (6, 7, 8), 3)
     turned = with_free_atoms(first).turned(*turn)
-    np.testing.assert_allclose(turned.baseline, promolecule(turned.structure, turned.shape), rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(turned.sad, sad_density(turned.structure, turned.shape), rtol=1e-6, atol=1e-9)
 
 
 def with_free_atoms(density):
-    return replace(density, baseline=promolecule(density.structure, density.shape))
+    return replace(density, sad=sad_density(density.structure, density.shape))
 
 
 def test_turns_are_all_different_and_half_keep_the_handedness():
     density = a_density(0)
-    assert len(set(TURNS)) == 48 and TURNS[0] == ((0, 1, 2), (False,) * 3)
-    sign = [np.sign(np.linalg.det(density.turned(*turn).structure.lattice.matrix)) for turn in TURNS]
+    assert len(set(AXIS_PERMUTATIONS)) == 48 and AXIS_PERMUTATIONS[0] == ((0, 1, 2), (False,) * 3)
+    sign = [np.sign(np.linalg.det(density.turned(*turn).structure.lattice.matrix)) for turn in AXIS_PERMUTATIONS]
     assert sign == [1.0] * 24 + [-1.0] * 24
 
 
@@ -291,7 +291,7 @@ def test_no_patch_twice_before_all_have_come(seed, patches, turn):
 
 def in_order_of_visits(stream):
     "The same rows without the shuffle inside a window."
-    from tomat.stream import _assembled
+    from tomat.dataset.stream import _assembled
     for epoch in range(stream.epochs):
         part = stream.rows(0, epoch, np.arange(stream.patches))
         yield _assembled([part], [np.arange(stream.patches)], np.int32)
@@ -299,7 +299,7 @@ def in_order_of_visits(stream):
 
 def corner(shape, offset, turn, size):
     "The low corner in the cell as it is stored."
-    axes, flips = TURNS[turn]
+    axes, flips = AXIS_PERMUTATIONS[turn]
     old = [0, 0, 0]
     for i in range(3):
         old[axes[i]] = (-(offset[i] + size - 1) if flips[i] else offset[i]) % shape[axes[i]]
@@ -311,7 +311,7 @@ def corner(shape, offset, turn, size):
 def test_a_turned_row_is_a_row_of_the_turned_crystal(seed, layout):
     density, tok = a_density(seed), tokenizer(3, layout=layout)
     part = FreshPatches(InMemory([density]), [density.id], tok, seed, 6, turn=True).rows(0, seed, np.arange(6))
-    turned = density.turned(*TURNS[part.turn])
+    turned = density.turned(*AXIS_PERMUTATIONS[part.turn])
     np.testing.assert_array_equal(part.ids_NxL, tok.encode(turned, part.offsets_Nx3)[0])
     stored = np.array([corner(density.shape, offset, part.turn, 3) for offset in part.offsets_Nx3.tolist()])
     np.testing.assert_array_equal(np.sort(cut(density.total, stored, 3).reshape(6, -1)),
@@ -327,11 +327,11 @@ def test_every_turn_comes():
 def test_the_difference_to_free_atoms():
     tok = tokenizer(target="difference")
     density = a_density(3)
-    density = replace(density, values=promolecule(density.structure, density.shape).astype(np.float32) + np.float32(0.01))
+    density = replace(density, values=sad_density(density.structure, density.shape).astype(np.float32) + np.float32(0.01))
     ids = [density.id]
     with pytest.raises(TomatError, match=r"m-3 cannot be streamed.*with_promolecule"):
         list(Batches(FreshPatches(InMemory([density]), ids, tok), 4))
-    stream = FreshPatches(InMemory([density]), ids, tok, patches=4, epochs=2, turn=True, prepare=with_promolecule)
+    stream = FreshPatches(InMemory([density]), ids, tok, patches=4, epochs=2, turn=True, prepare=with_sad)
     for row, *_ in rows_of(Batches(stream, 4, workers=1)):
         np.testing.assert_allclose(tok.decode(row).values, 0.01, rtol=0.01, atol=1e-4)
 
@@ -390,7 +390,7 @@ def test_a_place_is_refused_in_another_stream():
     state = Batches(fresh(), 4).state_dict()
     assert json.loads(json.dumps(state)) == state
     Batches(fresh(epochs=9), 9, workers=2).load_state_dict(state)  # none of these changes a row
-    for other in (fresh(seed=2), fresh(turn=True), fresh(patches=6), fresh(window=30), fresh(prepare=with_promolecule),
+    for other in (fresh(seed=2), fresh(turn=True), fresh(patches=6), fresh(window=30), fresh(prepare=with_sad),
                   FreshPatches(seven(), ["m-0"], tokenizer()),
                   FreshPatches(seven(), list(seven().densities), tokenizer(3), 1, 5, 11)):
         with pytest.raises(TomatError, match="another stream"):

@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from tomat.files import (TomatError, exists, list_folder, local_copy, md5_of, open_binary, read_json, read_text, remote_fs,
-                         write_aside, write_json, write_text)
-from tomat.sync import sync
+from tomat.io.files import (TomatError, exists, list_folder, local_copy, md5_of, open_binary, read_json, read_text,
+                            remote_fs, atomic_write, write_json, write_text)
+from tomat.dataset.sync import sync
 
 CLOSED = "http://127.0.0.1:9"
 
@@ -134,7 +134,7 @@ def test_a_killed_run_is_repaired(up, s3, line, tmp_path):
     src, dst = (source, f"{s3}/set") if up else (f"{s3}/set", tmp_path / "copy")
     wire = line(os.environ["AWS_ENDPOINT_URL"])
     wire.left, wire.silent = 400_000, True
-    code = f"from tomat.sync import sync; sync({str(src)!r}, {str(dst)!r}, workers=2)"
+    code = f"from tomat.dataset.sync import sync; sync({str(src)!r}, {str(dst)!r}, workers=2)"
     running = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "AWS_ENDPOINT_URL": wire.url})
     while wire.left > 0:
         assert running.poll() is None
@@ -230,11 +230,11 @@ def test_no_network_is_one_sentence(pair, tmp_path, monkeypatch, capfd):
 
 
 def test_files_in_a_bucket_of_google(gcs):
-    "What `tomat.files` promises of every store holds for this one."
+    "What `tomat.io.files` promises of every store holds for this one."
     write_json(f"{gcs}/a/x.json", {"a": 1})
     assert read_json(f"{gcs}/a/x.json") == {"a": 1} and md5_of(f"{gcs}/a/x.json") == "43e273b87da8cbbcbbeebfaf267fad8b"
     for names in (["meta.json", "c/0", "c/1"], ["meta.json", "c/0"]):
-        with write_aside(f"{gcs}/set") as aside:
+        with atomic_write(f"{gcs}/set") as aside:
             for name in names:
                 (aside / name).parent.mkdir(parents=True, exist_ok=True)
                 (aside / name).write_bytes(b"7" * 7_000_000 if name == "c/0" else b"")

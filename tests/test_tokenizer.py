@@ -15,12 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pymatgen.core import Lattice, Structure
 
-import tomat.tokenizer as room
-from tomat.codecs import POSITIONS, PUBLISHED_DENSITY
-from tomat.density import RHO, TOTAL, Density
-from tomat.files import TomatError
-from tomat.patches import as_size, cut, random_offsets
-from tomat.tokenizer import Tokenizer, tokenizer_from_dict
+import tomat.tokens.tokenizer as room
+from tomat.tokens.codecs import POSITIONS, PUBLISHED_DENSITY
+from tomat.density.core import RHO, TOTAL, Density
+from tomat.io.files import TomatError
+from tomat.tokens.patches import as_size, cut, random_offsets
+from tomat.tokens.tokenizer import Tokenizer, tokenizer_from_dict
 
 ROOT = Path(__file__).parents[1]
 

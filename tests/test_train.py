@@ -21,35 +21,35 @@ from hypothesis import strategies as st
 from pymatgen.core import Lattice, Structure
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import tomat.loss
-import tomat.runs
-import tomat.train
-from tomat.codecs import PUBLISHED_DENSITY, fit_levels
-from tomat.cost import memory_estimate, rows_at_once
-from tomat.density import Density
-from tomat.feed import kept_rows, pieces_of, train_and_val
-from tomat.files import TomatError
-from tomat.fit_parallel import FitConfig, fit_parallel
-from tomat.loss import Learner, chunked_loss, loss_sum, objective_of
-from tomat.model import hidden_states, load_checkpoint, make_model, save_checkpoint
-from tomat.sizes import MODELS, ModelSize
-from tomat.optim import SCHEDULES, learning_rate
-from tomat.parallel import ParallelConfig
-from tomat.plan import dry_run
-from tomat.rows import read_rows
-from tomat.runs import flat, list_runs, read_log, save_picture
-from tomat.shards import tokenize
-from tomat.states import states_in
-from tomat.store import sample_store
-from tomat.stream import Batches, ParquetRows
-from tomat.tokenizer import Tokenizer
-from tomat.train import Setup, TrainConfig, train
+import tomat.models.loss
+import tomat.train.log
+import tomat.train.causal
+from tomat.tokens.codecs import PUBLISHED_DENSITY, fit_levels
+from tomat.train.cost import memory_estimate, rows_at_once
+from tomat.density.core import Density
+from tomat.dataset.held_out import kept_rows, micro_batches, train_and_val
+from tomat.io.files import TomatError
+from tomat.train.probe import ProbeTrainConfig, train_probe
+from tomat.models.loss import LossModule, chunked_loss, loss_sum, objective_of
+from tomat.models.causal import hidden_states, load_checkpoint, make_model, save_checkpoint
+from tomat.models.sizes import MODELS, ModelSize
+from tomat.train.optim import SCHEDULES, learning_rate
+from tomat.models.probe import ProbeConfig
+from tomat.train.config import dry_run
+from tomat.dataset.verify import read_rows
+from tomat.train.log import flat, list_runs, read_log, save_picture
+from tomat.dataset.shards import tokenize
+from tomat.train.checkpoints import states_in
+from tomat.density.store import sample_store
+from tomat.dataset.stream import Batches, ParquetRows
+from tomat.tokens.tokenizer import Tokenizer
+from tomat.train.causal import RunConfig, TrainConfig, train
 
 SMALL = ModelSize(width=32, layers=2, heads=2, mlp=64, kv_heads=1)
 LEVELS = fit_levels(np.random.default_rng(7).lognormal(0, 2, 20_000), 64)
 TOKENIZER = Tokenizer("framed", LEVELS, patch_size=2, pad_to=None)
 CONFIG = TrainConfig(steps=40, batch_size=2, warmup=5, seed=11, val_seqs=5, eval_every=8)
-SETUP = Setup(save_every=3)
+SETUP = RunConfig(save_every=3)
 
 
 @pytest.fixture(autouse=True)
@@ -186,13 +186,13 @@ def test_a_run_stopped_anywhere_goes_on_bit_for_bit(rows, tmp_path, monkeypatch,
     """Stopped at three steps, twice of them between saves; each time in a process that has drawn random numbers."""
     config = replace(CONFIG, steps=20, **options)
     train(rows, tmp_path / "whole", config, SETUP)
-    step, stops = tomat.train._step, [4, 9, 16]
+    step, stops = tomat.train.causal._step, [4, 9, 16]
     def stopping(run, *args):
         if stops and run.counters["step"] == stops[0]:
             stops.pop(0)
             raise KeyboardInterrupt
         return step(run, *args)
-    monkeypatch.setattr(tomat.train, "_step", stopping)
+    monkeypatch.setattr(tomat.train.causal, "_step", stopping)
     while stops:
         with pytest.raises(KeyboardInterrupt):
             train(rows, tmp_path / "run", config, SETUP)
@@ -210,7 +210,7 @@ def test_a_finished_run_changes_nothing_when_started_again(rows, whole):
 
 def test_the_last_states_stay(whole, rows, tmp_path):
     assert [state.name for state in states_in(whole)] == ["step-00000039", "step-00000040"]
-    train(rows, tmp_path / "run", replace(CONFIG, steps=7), Setup(save_every=2, keep=3))
+    train(rows, tmp_path / "run", replace(CONFIG, steps=7), RunConfig(save_every=2, keep=3))
     assert [state.name for state in states_in(tmp_path / "run")] == ["step-00000004", "step-00000006", "step-00000007"]
 
 
@@ -227,12 +227,12 @@ def limited(size):
 
 def test_a_full_disk_leaves_the_state_before(rows, tmp_path, monkeypatch, whole):
     """The disk is full from step 9 on: the state of step 6 is whole, the run goes on from it to the same numbers."""
-    step = tomat.train._step
+    step = tomat.train.causal._step
     def filling(run, *args):
         if run.counters["step"] == 8:
             resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, resource.RLIM_INFINITY))
         return step(run, *args)
-    monkeypatch.setattr(tomat.train, "_step", filling)
+    monkeypatch.setattr(tomat.train.causal, "_step", filling)
     now, words = resource.getrlimit(resource.RLIMIT_FSIZE)[0], r"step-00000006, is whole\.$"
     with limited(now), pytest.raises(TomatError, match=words) as err:
         train(rows, tmp_path / "run", CONFIG, SETUP)
@@ -370,7 +370,7 @@ def test_two_byte_numbers_change_little(rows, whole, tmp_path):
 
 def test_pieces_and_padding_change_no_more_than_rounding(rows, whole, tmp_path, monkeypatch):
     train(rows, tmp_path / "pieces", CONFIG, replace(SETUP, rows_at_once=1))
-    monkeypatch.setattr(tomat.train._Run, "multiple", 64)
+    monkeypatch.setattr(tomat.train.causal._Run, "multiple", 64)
     train(rows, tmp_path / "padded", CONFIG, SETUP)
     for name in ("pieces", "padded"):
         log = read_log(tmp_path / name)
@@ -405,12 +405,12 @@ def test_four_rows_are_learnt_by_heart(tmp_path, monkeypatch):
 
 def seen_rows(monkeypatch, rows, out, config, val=None):
     "Material and corner of every row that is learnt from, step by step."
-    step, seen = tomat.train._step, []
+    step, seen = tomat.train.causal._step, []
     def noting(run, block, started):
         names = run.batches.stream.names
         seen.append([(names[m], *corner) for m, corner in zip(block.materials.tolist(), block.offsets.tolist(), strict=True)])
         return step(run, block, started)
-    monkeypatch.setattr(tomat.train, "_step", noting)
+    monkeypatch.setattr(tomat.train.causal, "_step", noting)
     train(rows, out, config, val=val)
     return seen
 
@@ -457,7 +457,7 @@ def test_the_best_model_is_kept_and_the_judge_is_asked(rows, tmp_path):
     assert json.loads((tmp_path / "run/best/tomat.json").read_text())["training"]["step"] == best
     _, judged = train_and_val(rows, CONFIG.seed, CONFIG.window, CONFIG.val_seqs, None)
     block, _ = kept_rows(judged, CONFIG.val_seqs)
-    learner, ids = Learner(model, objective_of(TOKENIZER)), block.ids.long()
+    learner, ids = LossModule(model, objective_of(TOKENIZER)), block.ids.long()
     with torch.no_grad():
         places = learner.places(ids)
         assert learner(ids, places).item() / len(places) == pytest.approx(scores[best]["loss"], rel=1e-5)
@@ -496,7 +496,7 @@ def test_a_loss_in_chunks_is_the_plain_loss(tokens, n_ids, at_once, emd, seed):
     for plain in (False, True):
         h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setitem(tomat.loss.LOGITS, "cpu", at_once)
+            patch.setitem(tomat.models.loss.LOGITS, "cpu", at_once)
             loss = loss_sum(h @ w.T, target, emd, values_V) if plain else chunked_loss(h, w, target, emd, values_V)
             (loss / 3).backward()
         found.append((loss.detach(), h.grad, w.grad))
@@ -525,7 +525,7 @@ def test_a_mixture_is_shares_of_both(tokens, n_ids, emd, seed):
 
 
 def test_padding_does_not_change_the_loss(rows):
-    learner, ids = Learner(make_model(SMALL, TOKENIZER.vocab), objective_of(TOKENIZER)), torch.tensor(read_rows(rows).ids[0]).long()
+    learner, ids = LossModule(make_model(SMALL, TOKENIZER.vocab), objective_of(TOKENIZER)), torch.tensor(read_rows(rows).ids[0]).long()
     short, long = ids[None], torch.nn.functional.pad(ids[None], (0, 30))
     assert len(learner.places(short)) == len(learner.places(long)) == 8
     assert learner(short, learner.places(short)).item() == pytest.approx(learner(long, learner.places(long)).item(), rel=1e-5)
@@ -546,12 +546,12 @@ def test_two_token_codecs_have_no_distance(tmp_path):
 @settings(derandomize=True, deadline=None, max_examples=30)
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=9), st.integers(1, 5), st.sampled_from([1, 8, 64]))
 def test_pieces_hold_every_row_once_and_nothing_else(lengths, size, multiple):
-    from tomat.stream import Block
+    from tomat.dataset.stream import Block
     ids = torch.zeros(len(lengths), max(lengths), dtype=torch.int64)
     for row, length in enumerate(lengths):
         ids[row, :length] = 100 * (row + 1) + torch.arange(length)
     n = torch.zeros(len(lengths), dtype=torch.int32)
-    pieces = pieces_of(Block(ids, torch.tensor(lengths, dtype=torch.int32), n, n, n, n), size, multiple)
+    pieces = micro_batches(Block(ids, torch.tensor(lengths, dtype=torch.int32), n, n, n, n), size, multiple)
     assert len(pieces) == -(-len(lengths) // size) and all(len(piece) <= size for piece in pieces)
     assert all((piece.shape[1] - 1) % multiple == 0 and piece.shape[1] - max(2, int((piece > 0).sum(1).max())) < multiple
                for piece in pieces)
@@ -577,7 +577,7 @@ def test_wrong_options_are_refused(options, word):
 
 def test_a_dry_run_writes_nothing_and_counts_right(rows, tmp_path, whole):
     before = tree(rows)
-    facts = dry_run(rows, CONFIG, Setup(device="cpu"), mfu=0.5)
+    facts = dry_run(rows, CONFIG, RunConfig(device="cpu"), mfu=0.5)
     assert tree(rows) == before and facts["rows"] == 80 and facts["devices"] == 1
     assert facts["parameters"] == make_model(SMALL, TOKENIZER.vocab).num_parameters()
     assert facts["tokens"] == pytest.approx(read_log(whole)[-1]["tokens"], rel=0.15)
@@ -603,7 +603,7 @@ def test_a_line_says_all_that_is_promised(whole):
 
 
 def test_one_line_on_the_terminal_lives(rows, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(tomat.runs, "silent", lambda: False)
+    monkeypatch.setattr(tomat.train.log, "silent", lambda: False)
     train(rows, tmp_path / "run", replace(CONFIG, steps=8), SETUP)
     said = capsys.readouterr().err
     assert all(word in said for word in ("train", "8/8", "loss ", "held-out ", "tok/s"))
@@ -611,10 +611,10 @@ def test_one_line_on_the_terminal_lives(rows, tmp_path, monkeypatch, capsys):
 
 def test_runs_of_both_kinds_stand_in_one_list(whole, tmp_path):
     """A parallel decoder counts no FLOPs; a folder of another program is passed over."""
-    store, tiny = sample_store(), ParallelConfig(width=8, rounds=1, atom_channels=(4, 2, 2), voxel_channels=(4, 2, 2), trunk=16)
-    fit = FitConfig(model=tiny, steps=3, materials=2, voxels=20, kept=300, warmup=2, levels=16)
+    store, tiny = sample_store(), ProbeConfig(width=8, rounds=1, atom_channels=(4, 2, 2), voxel_channels=(4, 2, 2), trunk=16)
+    fit = ProbeTrainConfig(model=tiny, steps=3, materials=2, voxels=20, kept=300, warmup=2, levels=16)
     shutil.copytree(whole, tmp_path / "causal")
-    fit_parallel(store, store.split("train")[:2], tmp_path / "parallel", fit)
+    train_probe(store, store.split("train")[:2], tmp_path / "parallel", fit)
     (tmp_path / "another").mkdir()
     for name in ("config.json", "log.jsonl"):
         (tmp_path / "another" / name).write_text('{"step": 1}\n')

@@ -19,8 +19,8 @@ from tomat_marin.rows import Endless, Rows
 from tomat_marin.run import device_name
 
 from conftest import LAUNCHER, ROOT, with_torch
-from tomat.files import TomatError
-from tomat.shards import read_meta
+from tomat.io.files import TomatError
+from tomat.dataset.shards import read_meta
 
 
 @pytest.fixture
@@ -127,11 +127,11 @@ def test_a_line_for_iris_that_could_not_run_is_refused(knobs, monkeypatch, tmp_p
 def test_a_folder_belongs_to_one_run(knobs):
     knobs()
     first = plans.plan()
-    plans.claim(first, writes=True)
-    plans.claim(first, writes=False)
+    plans.open_run_dir(first, writes=True)
+    plans.open_run_dir(first, writes=False)
     knobs(SEED=1, RESULTS_LABEL=first.knobs.results_label)
     with pytest.raises(TomatError, match="holds a run with other knobs or other data"):
-        plans.claim(plans.plan(), writes=True)
+        plans.open_run_dir(plans.plan(), writes=True)
 
 
 def shard_rows(rows):

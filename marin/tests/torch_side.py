@@ -6,9 +6,9 @@ import sys
 import numpy as np
 import torch
 
-from tomat.feed import kept_rows, train_and_val
-from tomat.loss import Learner, objective_of
-from tomat.model import load_checkpoint
+from tomat.dataset.held_out import kept_rows, train_and_val
+from tomat.models.loss import LossModule, objective_of
+from tomat.models.causal import load_checkpoint
 
 
 def main(export: str, rows: str, val_seqs: str, emd: str, out: str) -> None:
@@ -16,7 +16,7 @@ def main(export: str, rows: str, val_seqs: str, emd: str, out: str) -> None:
     _, held_out = train_and_val(rows, 0, 1024, int(val_seqs), None)
     block, _ = kept_rows(held_out, 0)
     ids_BxL = block.ids.long()
-    learner = Learner(model, objective_of(tokenizer, emd=float(emd)))
+    learner = LossModule(model, objective_of(tokenizer, emd=float(emd)))
     with torch.no_grad():
         logits_BxLxV = model(ids_BxL[:4]).logits
         places_T = learner.places(ids_BxL)

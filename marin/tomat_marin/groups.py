@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tomat.files import TomatError, open_binary
+from tomat.io.files import TomatError, open_binary
 
 LANES = 128  # rows are as long as a multiple of this: what a TPU's attention takes
 

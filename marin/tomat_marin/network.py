@@ -12,8 +12,8 @@ from levanter.layers.attention import AttentionMask
 from levanter.models.lm_model import split_activations
 from levanter.models.qwen import Qwen3Config, Qwen3LMHeadModel
 
-from tomat.sizes import ModelSize
-from tomat.tokenizer import PAD, Tokenizer, Vocabulary
+from tomat.models.sizes import ModelSize
+from tomat.tokens.tokenizer import PAD, Tokenizer, Vocabulary
 
 PLACES = 512  # tokens of each row whose logits are in memory at once
 
@@ -21,14 +21,14 @@ PLACES = 512  # tokens of each row whose logits are in memory at once
 def config_of(size: ModelSize,
               length: int,  # of the rows, tokens
               ) -> Qwen3Config:
-    "Levanter's configuration of the network that `tomat.model.qwen3_config` describes."
+    "Levanter's configuration of the network that `tomat.models.causal.qwen3_config` describes."
     return Qwen3Config(
         max_seq_len=length, hidden_dim=size.width, intermediate_dim=size.mlp, num_layers=size.layers, num_heads=size.heads,
         num_kv_heads=size.kv_heads or size.heads, head_dim=size.head_dim, tie_word_embeddings=True, layer_norm_epsilon=1e-6)
 
 
 def _rank_code(n: int, Embed: hax.Axis, seed: int, scale: float = 16.0) -> jax.Array:  # (n, width)
-    "Smooth features of a number's rank, as `tomat.model.rank_code` (other random frequencies)."
+    "Smooth features of a number's rank, as `tomat.models.causal.rank_code` (other random frequencies)."
     frequencies = scale * np.random.default_rng(seed).standard_normal(Embed.size // 2)
     phase_nxw = jnp.linspace(0, 1, n)[:, None] * jnp.asarray(frequencies, jnp.float32)
     return 2**0.5 * jnp.concatenate([jnp.sin(phase_nxw), jnp.cos(phase_nxw)], axis=1)

@@ -9,12 +9,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tomat import sizes
-from tomat.files import TomatError, exists, is_name, is_remote, read_json, write_json
-from tomat.settings import setting
-from tomat.shards import read_meta
-from tomat.sizes import OTHER_NAMES, ModelSize, flops_per_token, n_parameters
-from tomat.tokenizer import Tokenizer, tokenizer_from_dict
+from tomat.models import sizes
+from tomat.io.files import TomatError, exists, is_name, is_remote, read_json, write_json
+from tomat.io.settings import setting
+from tomat.dataset.shards import read_meta
+from tomat.models.sizes import OTHER_NAMES, ModelSize, flops_per_token, n_parameters
+from tomat.tokens.tokenizer import Tokenizer, tokenizer_from_dict
 
 from tomat_marin.groups import Group, groups_of, row_length, split
 
@@ -61,7 +61,7 @@ class Knobs:
 
 
 @dataclass(frozen=True)
-class Setup:
+class RunConfig:
     "How a run is carried out; none of it changes the numbers by more than rounding."
     rows_at_once: int = -1     # on one device; -1: its whole share of a batch
     save_minutes: float = 15   # between two states that replace each other
@@ -112,7 +112,7 @@ def run_place(knobs: Knobs) -> str:
 class Plan:
     "A run and the data that it reads."
     knobs: Knobs
-    setup: Setup
+    setup: RunConfig
     data: str                 # folder of rows
     out: str                  # folder of the run
     meta: dict[str, Any]      # the data's meta.json
@@ -153,7 +153,7 @@ class Plan:
                 "FLOPs": last["flops"], "epochs": self.knobs.steps * self.knobs.batch_size / rows}
 
 
-def check_share(knobs: Knobs, setup: Setup, devices: int = 1) -> None:
+def check_share(knobs: Knobs, setup: RunConfig, devices: int = 1) -> None:
     "Refuse batches that so many devices cannot share."
     at_once = max(1, setup.rows_at_once)
     if knobs.batch_size % (devices * at_once):
@@ -163,7 +163,7 @@ def check_share(knobs: Knobs, setup: Setup, devices: int = 1) -> None:
 
 def plan() -> Plan:
     "The run that the environment asks for; raises `TomatError` where its data is not there, or it cannot be."
-    knobs, setup = from_environment(Knobs), from_environment(Setup)
+    knobs, setup = from_environment(Knobs), from_environment(RunConfig)
     check_share(knobs, setup)
     data = data_place(knobs)
     meta = read_meta(data)
@@ -174,7 +174,7 @@ def plan() -> Plan:
     return Plan(knobs, setup, data, run_place(knobs), meta, tokenizer, *split(groups_of(data, meta), knobs.val_seqs))
 
 
-def claim(plan: Plan, writes: bool) -> None:
+def open_run_dir(plan: Plan, writes: bool) -> None:
     "Refuse a folder that another run has begun; the process that `writes` puts the facts there."
     place = f"{plan.out}/run.json"
     if exists(place):
@@ -190,13 +190,13 @@ COMMAND = "sh marin/environment.sh .venv-tpu tpu && .venv-tpu/bin/python marin/t
 
 def iris_line(cluster: str) -> str:
     "The `iris job run` line of the run that the environment asks for, on the TPUs of the settings; the data is not looked at."
-    check_share(from_environment(Knobs), from_environment(Setup))
+    check_share(from_environment(Knobs), from_environment(RunConfig))
     stores, tpu = ("token_store", "checkpoint_store"), setting("tpu_type")
     if missing := next((name for name in stores if not is_remote(setting(name))), "" if tpu else "tpu_type"):
         wanted = "a folder in a bucket" if missing in stores else "TPUs such as v6e-8"
         raise TomatError(f"The setting {missing} is {setting(missing)!r}: name {wanted}, in settings.ini or as "
                          f"TOMAT_{missing.upper()}.")
-    names = [field.name for kind in (Knobs, Setup) for field in dataclasses.fields(kind)]
+    names = [field.name for kind in (Knobs, RunConfig) for field in dataclasses.fields(kind)]
     given = {name: os.environ.get(f"TOMAT_{name.upper()}") for name in names} | {name: setting(name) for name in (
         *stores, "s3_endpoint", "gcs_project", "wandb_mode", "wandb_entity", "wandb_project")}
     variables = [word for name, value in given.items() if value for word in ("-e", f"TOMAT_{name.upper()}", value)]

@@ -10,7 +10,7 @@ import numpy as np
 from levanter.data.dataset import AsyncDataset
 from levanter.utils.jax_utils import local_cpu_mesh
 
-from tomat.files import TomatError
+from tomat.io.files import TomatError
 
 from tomat_marin.groups import Group, read_column
 

@@ -27,13 +27,13 @@ import levanter.trainer
 from levanter.trainer import Trainer, TrainerConfig
 from transformers import Qwen3Config as HFQwen3Config
 
-from tomat.files import exists, is_remote, md5_of, write_json
-from tomat.settings import setting
-from tomat.sizes import n_parameters
-from tomat.tokenizer import BOS, EOS, PAD
+from tomat.io.files import exists, is_remote, md5_of, write_json
+from tomat.io.settings import setting
+from tomat.models.sizes import n_parameters
+from tomat.tokens.tokenizer import BOS, EOS, PAD
 
 from tomat_marin.network import Objective, config_of, fresh, loss_and_count, objective_of
-from tomat_marin.plan import Plan, check_share, claim
+from tomat_marin.plan import Plan, check_share, open_run_dir
 from tomat_marin.rows import Endless, Rows
 
 
@@ -56,7 +56,7 @@ def _local(plan: Plan) -> Path:
 
 def device_name(kind: str,  # as JAX calls it
                 ) -> str:
-    "`v6e` of `TPU v6 lite`, `H100` of `NVIDIA H100 80GB HBM3`: as `tomat.cost.PEAKS` has them."
+    "`v6e` of `TPU v6 lite`, `H100` of `NVIDIA H100 80GB HBM3`: as `tomat.train.cost.PEAKS` has them."
     name = re.split(r"-| \d+ ?GB", re.sub(r"^(TPU|NVIDIA) (GeForce )?", "", kind).replace(" lite", "e"))[0]
     return {"v5": "v5p"}.get(name, name)
 
@@ -156,7 +156,7 @@ def train(plan: Plan) -> str:  # the checkpoint, a folder
     "Train, or go on with a run that was stopped."
     knobs, vocab = plan.knobs, plan.tokenizer.vocab
     check_share(knobs, plan.setup, jax.device_count())
-    claim(plan, writes=jax.process_index() == 0)
+    open_run_dir(plan, writes=jax.process_index() == 0)
     if exists(f"{plan.out}/model/tomat.json"):
         say(f"{plan.out} is finished")
         return f"{plan.out}/model"

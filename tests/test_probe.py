@@ -1,0 +1,370 @@
+"""The parallel decoder: what must not change a density does not, and a fit repeats, resumes and learns."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pymatgen.core import Lattice, Structure
+from safetensors.torch import load_file
+
+import tomat
+from tomat.tokens.codecs import fit_levels
+from tomat.io.files import TomatError
+from tomat.train.probe import ProbeTrainConfig, train_probe
+from tomat.models.geometry import GAUSSIANS, LEVELS, STEP, harmonics, images_of, neighbours, radial_basis
+from tomat.density.metrics import nmae
+from tomat.models.probe import (ProbeConfig, ProbeNet, balanced, level_probabilities, load_probe,
+                                predict_field, save_probe)
+from tomat.prediction.predictors import ProbePredictor, load_predictor
+from tomat.atoms.sad import sad_density, valence_electrons
+from tomat.train.log import read_log
+from tomat.density.store import sample_store
+
+TINY = ProbeConfig(width=8, rounds=1, atom_channels=(4, 2, 2), voxel_channels=(4, 2, 2), trunk=16, blocks=1)
+FIT = ProbeTrainConfig(model=TINY, steps=6, materials=3, voxels=20, kept=300, warmup=2, average=0.5, levels=16)
+SHAPE = (12, 12, 12)
+
+
+@pytest.fixture(scope="module")
+def model() -> ProbeNet:
+    "With last layers that are not zero, so that there is something to compare."
+    torch.manual_seed(0)
+    made = ProbeNet().eval()
+    for layer in (made.head, made.sphere, made.bond):
+        for parameter in layer.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+    return made
+
+
+@pytest.fixture(scope="module")
+def crystal() -> Structure:
+    cell = Lattice.from_parameters(3.9, 4.4, 5.2, 75, 98, 112)
+    return Structure(cell, ["Ba", "Ti", "O"], [[0.11, 0.02, 0.95], [0.52, 0.47, 0.55], [0.07, 0.41, 0.38]])
+
+
+def sad_prediction(structure: Structure, shape: tuple[int, int, int] = SHAPE) -> np.ndarray:
+    return sad_density(structure, shape) / structure.volume
+
+
+def field(model: ProbeNet, structure: Structure, shape: tuple[int, int, int] = SHAPE) -> np.ndarray:
+    "Difference and expected error, one after the other."
+    return np.stack(predict_field(model, structure, shape, sad_prediction(structure, shape)))
+
+
+edges, angles = st.floats(2.5, 9), st.floats(60, 115)
+cells = st.builds(Lattice.from_parameters, edges, edges, edges, angles, angles, angles).filter(lambda cell: cell.volume > 12)
+
+
+@settings(derandomize=True, deadline=None, max_examples=25)
+@given(cells, st.integers(0, 2**16), st.floats(2.0, 6.0))
+def test_a_point_sees_every_atom_within_reach_once(cell, seed, reach):
+    rng = np.random.default_rng(seed)
+    structure = Structure(cell, ["Na", "Cl"], rng.uniform(-1, 2, (2, 3)))
+    points = rng.random((3, 3)) @ cell.matrix
+    near = neighbours(points, images_of(structure, reach))
+    for point, found in zip(points, near.vector_3xP.T.split(near.count_N.tolist()), strict=True):
+        sites = structure.get_sites_in_sphere(point, reach)
+        if any(abs(site.nn_distance - reach) < 1e-4 for site in sites):
+            continue
+        assert np.allclose(np.sort(found.norm(dim=1)), np.sort([site.nn_distance for site in sites]), atol=1e-4)
+
+
+def test_an_atom_does_not_see_itself_but_its_images():
+    alone = Structure(Lattice.cubic(3.0), ["Na"], [[0.2, 0.9, 1.7]])
+    near = neighbours(alone.frac_coords % 1 @ alone.lattice.matrix, images_of(alone, 3.5), skip_self=True)
+    assert near.count_N.tolist() == [6]
+    assert np.allclose(near.vector_3xP.norm(dim=0), 3.0)
+
+
+def test_radial_functions_have_no_step_anywhere():
+    for reach in (4.0, 6.0, 4.013):
+        basis = radial_basis("Fe", reach)
+        assert len(basis) * STEP > reach + STEP / 2 and not basis[-1].any()
+        assert basis.diff(dim=0)[:, :GAUSSIANS].abs().max() < 0.25
+        assert torch.isfinite(basis).all()
+
+
+@settings(derandomize=True, deadline=None, max_examples=20)
+@given(st.integers(0, 2**16))
+def test_squares_of_harmonics_do_not_turn(seed):
+    vectors = torch.tensor(np.random.default_rng(seed).normal(size=(10, 3))).float()
+    turn = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(seed)))[0]
+    for here, there in zip(harmonics(vectors.T).split(LEVELS), harmonics((vectors @ turn).T).split(LEVELS), strict=True):
+        assert torch.allclose((here**2).sum(0), (there**2).sum(0), atol=1e-5)
+
+
+@pytest.mark.parametrize("steps", [(1, 0, 0), (5, 3, 11)])
+def test_another_origin(model, crystal, steps):
+    moved = crystal.copy()
+    moved.translate_sites(range(3), np.divide(steps, SHAPE))
+    here = field(model, crystal)
+    assert np.abs(field(model, moved) - np.roll(here, steps, (1, 2, 3))).max() < 1e-4 * np.abs(here).max()
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_a_supercell(model, crystal, axis):
+    scale, here = np.where(np.arange(3) == axis, 2, 1), field(model, crystal)
+    there = field(model, crystal * tuple(scale), tuple(np.multiply(SHAPE, scale)))
+    assert np.abs(there - np.concatenate([here, here], axis + 1)).max() < 1e-4 * np.abs(here).max()
+
+
+@pytest.mark.parametrize("turn", [
+    [[1, 0, 0], [1, 1, 0], [0, -1, 1]], [[0, 1, 0], [0, 0, 1], [1, 0, 0]], [[-1, 0, 0], [0, 1, 2], [0, 0, 1]]])
+def test_other_lattice_vectors(model, crystal, turn):
+    turn = np.array(turn)
+    other = Structure(Lattice(turn @ crystal.lattice.matrix), crystal.species, crystal.frac_coords @ np.linalg.inv(turn))
+    i, j, k = np.moveaxis(np.stack(np.meshgrid(*map(np.arange, SHAPE), indexing="ij"), -1) @ turn % SHAPE[0], -1, 0)
+    here = field(model, crystal)
+    assert np.abs(field(model, other) - here[:, i, j, k]).max() < 1e-4 * np.abs(here).max()
+
+
+def test_a_turn_and_a_mirror_in_space(model, crystal):
+    spin = np.linalg.qr(np.random.default_rng(0).normal(size=(3, 3)))[0]
+    here = field(model, crystal)
+    for turn in (spin, -spin):
+        turned = Structure(Lattice(crystal.lattice.matrix @ turn), crystal.species, crystal.frac_coords)
+        assert np.abs(field(model, turned) - here).max() < 1e-4 * np.abs(here).max()
+
+
+def test_the_order_of_the_atoms(model, crystal):
+    here = field(model, crystal)
+    assert np.abs(field(model, Structure.from_sites(crystal[::-1])) - here).max() < 1e-4 * np.abs(here).max()
+
+
+def test_equal_atoms_get_equal_densities(model):
+    rock = Structure.from_spacegroup("Fm-3m", Lattice.cubic(5.6), ["Na", "Cl"], [[0, 0, 0], [0.5, 0.5, 0.5]])
+    here = field(model, rock)
+    assert np.abs(here - np.roll(here, (6, 6), (1, 2))).max() < 1e-4 * np.abs(here).max()
+
+
+def test_a_block_at_the_edge_is_like_any_other(model, crystal):
+    "20 = 16 + 4: voxels of the last blocks come out as those of a grid that is one block."
+    free = sad_prediction(crystal, (20, 20, 20))
+    fine, coarse = (np.stack(predict_field(model, crystal, x.shape, x)) for x in (free, free[::2, ::2, ::2]))
+    assert np.abs(fine[:, ::2, ::2, ::2] - coarse).max() < 1e-4 * np.abs(coarse).max()
+
+
+def test_any_number_of_threads_gives_the_same_bits(model, crystal):
+    shape, before, fields = (20, 17, 9), torch.get_num_threads(), []
+    try:
+        for n in (1, 3):
+            torch.set_num_threads(n)
+            fields.append(field(model, crystal, shape))
+            assert torch.get_num_threads() == n
+    finally:
+        torch.set_num_threads(before)
+    assert (fields[0] == fields[1]).all()
+
+
+@settings(derandomize=True, deadline=None, max_examples=50)
+@given(st.integers(0, 2**16), st.floats(0.01, 3))
+def test_electrons_are_made_exact_and_none_is_borrowed(seed, mean):
+    total = np.random.default_rng(seed).normal(1, 1, (4, 5, 6))
+    made = balanced(total, mean)
+    assert made.mean() == pytest.approx(mean, rel=1e-9)
+    assert (made >= np.minimum(total, 0) - 1e-12).all()
+    order = np.argsort(total, axis=None)
+    assert (np.diff(made.ravel()[order]) >= -1e-12).all()
+
+
+def test_before_training_it_is_the_sum_of_free_atoms(crystal):
+    assert not predict_field(ProbeNet(TINY), crystal, SHAPE, sad_prediction(crystal))[0].any()
+
+
+@settings(derandomize=True, deadline=None, max_examples=30)
+@given(st.floats(-2, 2), st.floats(1e-6, 10))
+def test_levels_share_out_all_probability(centre, width):
+    codec = fit_levels(np.random.default_rng(0).laplace(0, 0.1, 3000), 64)
+    p = level_probabilities(np.full((2, 3), centre), np.full((2, 3), width), codec)
+    assert p.shape == (2, 3, 64) and (p >= 0).all() and np.allclose(p.sum(-1), 1)
+    below, cell = p[0, 0].cumsum(), codec.encode(np.array([centre]))[0][0, 0]
+    assert below[cell] >= 0.5 - 1e-12 and (cell == 0 or below[cell - 1] <= 0.5 + 1e-12)  # the median is in the centre's cell
+
+
+def test_an_element_without_free_atom_gets_one_sentence(model):
+    uranium = Structure(Lattice.cubic(3.5), ["U"], [[0, 0, 0]])
+    with pytest.raises(TomatError, match="no free atom for U"):
+        predict_field(model, uranium, SHAPE, np.ones(SHAPE))
+
+
+def test_every_element_with_a_free_atom_gives_numbers(model):
+    for symbol in ("H", "He", "Cs", "La", "Lu", "Hg", "Rn"):
+        try:
+            free = sad_prediction(alone := Structure(Lattice.cubic(4.0), [symbol], [[0, 0, 0]]))
+        except TomatError:
+            continue
+        assert np.isfinite(predict_field(model, alone, SHAPE, free)).all()
+
+
+def test_a_checkpoint_comes_back(model, crystal, tmp_path):
+    model.codec = fit_levels(np.linspace(-1, 1, 50), 8)
+    save_probe(model, tmp_path / "c", {"elements": ["O"]})
+    again = load_probe(tmp_path / "c")
+    assert (field(again, crystal) == field(model, crystal)).all()
+    assert again.codec == model.codec and again.config == model.config and again.training_facts == {"elements": ["O"]}
+
+
+def test_damaged_checkpoints_get_one_sentence(model, tmp_path):
+    save_probe(model, tmp_path / "c", {"elements": []})
+    changed = "is not the file that was written"
+    for name, text in (("model.safetensors", changed), ("config.json", changed), ("tomat.json", "has no tomat.json")):
+        copy = tmp_path / name
+        shutil.copytree(tmp_path / "c", copy)
+        (copy / name).unlink()
+        with pytest.raises(TomatError, match=text):
+            load_probe(copy)
+    facts = json.loads((tmp_path / "c" / "tomat.json").read_text())
+    (tmp_path / "c" / "tomat.json").write_text(json.dumps(facts | {"decoder": "causal"}))
+    with pytest.raises(TomatError, match="no checkpoint of a parallel decoder"):
+        load_probe(tmp_path / "c")
+
+
+def test_a_checkpoint_of_another_network_gets_one_sentence(model, tmp_path):
+    save_probe(model, tmp_path / "c", {"elements": []})
+    facts = json.loads((tmp_path / "c" / "tomat.json").read_text())
+    (tmp_path / "c" / "tomat.json").write_text(json.dumps(facts | {"md5": {}}))
+    config = json.loads((tmp_path / "c" / "config.json").read_text())
+    for change in ({"width": 16}, {"depth": 3}):
+        (tmp_path / "c" / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(TomatError, match="cannot be read with this version"):
+            load_probe(tmp_path / "c")
+
+
+def weights(checkpoint: Path) -> dict[str, np.ndarray]:
+    return {name: x.numpy() for name, x in load_file(checkpoint / "model.safetensors").items()}
+
+
+def same(a: Path, b: Path) -> bool:
+    return all((weights(a)[name] == x).all() for name, x in weights(b).items())
+
+
+def fit(out: Path, config: ProbeTrainConfig = FIT, **options) -> Path:
+    ids = sample_store().split("train")
+    return train_probe(sample_store(), ids[:4], out, config, ids[4:6], save_every=2, **options)
+
+
+def test_a_fit_repeats_and_a_seed_matters(tmp_path):
+    first = fit(tmp_path / "a")
+    assert same(first, fit(tmp_path / "b"))
+    assert not same(first, fit(tmp_path / "c", replace(FIT, seed=1)))
+    assert [line["step"] for line in read_log(tmp_path / "a")] == list(range(1, 7))
+
+
+def test_a_fit_that_was_stopped_goes_on(tmp_path, monkeypatch):
+    whole = fit(tmp_path / "whole")
+    import tomat.train.probe as module
+    update = module._update
+
+    def stopping(under_way):
+        line = update(under_way)
+        if under_way.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return line
+    monkeypatch.setattr(module, "_update", stopping)
+    with pytest.raises(SystemExit) as stopped:
+        fit(tmp_path / "parts")
+    assert stopped.value.code == 128 + signal.SIGTERM and len(read_log(tmp_path / "parts")) == 3
+    assert same(whole, fit(tmp_path / "parts"))
+
+
+def test_a_fit_says_what_it_saw(tmp_path):
+    made = load_probe(fit(tmp_path / "run"))
+    store = sample_store()
+    seen = {site.specie.symbol for id in store.split("train")[:4] for site in store.read(id).structure}
+    assert set(made.training_facts["elements"]) == seen
+    assert made.codec is not None and len(made.codec.recon_points) <= 16
+    assert made.training_facts["widen"] == made.training_facts["held_out"]["widen"] > 0
+    never = [z for z in range(119) if not made.element.weight[z].any()]
+    assert len(never) == 119 - len(seen)  # what was never seen has its descriptor alone
+
+
+def test_expected_errors_are_widened_by_hand_where_nothing_is_held_out(tmp_path, crystal):
+    ids, store = sample_store().split("train")[:3], sample_store()
+    errors = []
+    for calibration_scale in (1.0, 3.0):  # the second time the finished run is only saved anew
+        made = load_probe(train_probe(store, ids, tmp_path / "run", FIT, calibration_scale=calibration_scale))
+        errors.append(predict_field(made, crystal, SHAPE, sad_prediction(crystal)))
+    assert (errors[0][0] == errors[1][0]).all()
+    assert np.allclose(3 * errors[0][1], errors[1][1], rtol=1e-4)
+
+
+def test_a_fit_refuses_what_makes_no_sense(tmp_path):
+    store = sample_store()
+    for ids, held_out in ((["a"], ["a"]), ([], []), (["a", "a"], [])):
+        with pytest.raises(TomatError, match="A fit needs materials"):
+            train_probe(store, ids, tmp_path / "run", FIT, held_out)
+    with pytest.raises(TomatError, match="at least one step"):
+        ProbeTrainConfig(steps=0)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("mine")
+    with pytest.raises(TomatError, match="such as notes"):
+        fit(tmp_path / "other")
+
+
+# The packaged checkpoint
+
+PACKAGED = Path(tomat.__file__).parent / "data" / "probe"
+RESULTS = Path(__file__).parents[1] / "results" / "probe"
+
+
+@pytest.fixture(scope="module")
+def packaged() -> ProbePredictor:
+    made = load_predictor()
+    assert isinstance(made, ProbePredictor)
+    return made
+
+
+def measured() -> dict[str, dict[str, str]]:
+    with open(RESULTS / "validation.csv", encoding="utf-8", newline="") as file:
+        return {row["id"]: row for row in csv.DictReader(file)}
+
+
+def test_the_card_says_what_was_measured(packaged):
+    summary, text = json.loads((RESULTS / "validation.json").read_text()), (PACKAGED / "README.md").read_text()
+    rows, facts = measured(), packaged.model.training_facts
+    assert summary["training"] == {name: facts[name] for name in summary["training"]}  # the checkpoint that was measured
+    assert summary["materials"] == len(rows) and not {*rows} & {*facts["materials"]}
+    for name, how in (("mean", np.mean), ("median", np.median), ("worst", max)):
+        score = how([float(row["nmae"]) for row in rows.values()])
+        assert score == pytest.approx(summary[f"nmae_{name}"], rel=1e-4)
+        assert f"{100 * summary[f'nmae_{name}']:.2f} %" in text
+    for said in (f"{100 * summary['free_atoms_mean']:.2f} %", f"{summary['ratio_of_means']:.3f}", summary["command"],
+                 f"{summary['training']['steps']:,} steps", "e/Å³", " ".join(facts["elements"]), *summary["rare_elements"],
+                 *(f"| {kind} | {x['materials']} | {100 * x['nmae_mean']:.2f} % |" for kind, x in summary["classes"].items())):
+        assert said in text
+
+
+def test_the_packaged_checkpoint_halves_the_error_of_materials_it_never_saw(packaged):
+    store, rows, scores = sample_store(), measured(), []
+    for id in store.split("validation"):
+        true = store.read(id)
+        made = packaged.predict(true.structure, true.shape).density
+        scores.append((nmae(made.total, true.total), nmae(sad_density(true.structure, true.shape), true.total)))
+        assert id not in packaged.model.training_facts["materials"]
+        assert scores[-1][0] == pytest.approx(float(rows[id]["nmae"]), rel=0.01)
+        assert made.n_electrons == pytest.approx(valence_electrons(true.structure), rel=1e-6)
+        assert made.values.min() > -0.01 * made.values.max()
+    ours, free = np.mean(scores, 0)
+    assert len(scores) == 8 and ours < free / 2
+
+
+def test_the_packaged_checkpoint_knows_no_origin_and_no_cell(packaged):
+    true = sample_store().read("gp-00559")
+    shape, steps = (16, 16, 16), (3, 15, 8)
+    here = packaged.predict(true.structure, shape)
+    moved, twice = true.structure.copy(), true.structure.make_supercell([1, 1, 2], in_place=False)
+    moved.translate_sites(range(len(moved)), np.divide(steps, shape))
+    for structure, grid, change in ((moved, shape, lambda x: np.roll(x, steps, (0, 1, 2))),
+                                    (twice, (16, 16, 32), lambda x: np.concatenate([x, x], 2))):
+        there = packaged.predict(structure, grid)
+        for one, other in ((there.density.rho, here.density.rho), (there.spread_xyz, here.spread_xyz)):
+            assert np.abs(one - change(other)).max() < 1e-4 * np.abs(other).max()
