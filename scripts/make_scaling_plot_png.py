@@ -5,7 +5,8 @@
 import argparse
 import sys
 
-from tomat.io.files import TomatError, atomic_write
+from tomat.io.remote import TomatError
+from tomat.io.files import atomic_write
 from tomat.study.scaling import plot_runs, read_runs
 
 

@@ -1,4 +1,4 @@
-"""A service on Modal that predicts: POST a POSCAR or a CIF, get a CHGCAR.  The checkpoint is loaded once a container.
+"""A service on Modal that predicts: POST a POSCAR or a CIF, get a CHGCAR.  Each container loads the checkpoint once.
 
     TOMAT_CHECKPOINT=/data/runs/NAME/model modal deploy scripts/predict_modal.py    # without it, the packaged checkpoint
     curl --data-binary @POSCAR 'URL/?grid=48,48,48' -o CHGCAR
@@ -6,8 +6,9 @@
 """
 from typing import Any
 
-from tomat.run.launch import (carry_out, command_line, modal_app, modal_needs, modal_options, proxy_auth, sentences,
-                              serve_here, serve_job)
+from tomat.run.jobs import carry_out
+from tomat.run.launch import (ServeLaunch, command_line, launcher, modal_app, modal_needs, modal_options, proxy_auth, serve_here,
+                              serve_job)
 
 app = modal_app("predict")
 
@@ -20,20 +21,20 @@ class Service:
 
     @modal.enter()
     def load(self) -> None:
-        "Once, when the container begins."
+        "Load the checkpoint, once when the container starts."
         self.application = carry_out(serve_job().text)
 
     @modal.wsgi_app(requires_proxy_auth=proxy_auth())
     def web(self) -> Any:
-        "What answers requests."
+        "The application that answers requests."
         return self.application
 
 
 @app.local_entrypoint()
-@sentences
-def serve(checkpoint: str = "", port: int = 8000, dry_run: bool = False) -> None:
-    "On this machine, until somebody stops it."
-    serve_here(serve_job(checkpoint), port, dry_run)
+@launcher(ServeLaunch)
+def serve(options: ServeLaunch) -> None:
+    "Serve on this machine until the process is stopped."
+    serve_here(options)
 
 
 if __name__ == "__main__":

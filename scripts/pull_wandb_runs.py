@@ -9,7 +9,7 @@ A run that cannot be read is told of and left out; where none remains, nothing i
 import argparse
 import sys
 
-from tomat.io.files import TomatError
+from tomat.io.remote import TomatError
 from tomat.study.pull import collecting, offline_runs, online_runs, run_of, write_history
 from tomat.study.scaling import write_runs
 

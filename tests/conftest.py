@@ -55,7 +55,7 @@ def gcs(gcs_server, monkeypatch):
     running, url = gcs_server
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", url)
     running.wipe()
-    from tomat.io.files import remote_fs
+    from tomat.io.remote import remote_fs
     remote_fs("gs://densities")[0].mkdir("densities")
     return "gs://densities"
 

@@ -1,14 +1,22 @@
 """Made-up densities for the tests, each part of them different."""
 
+from typing import NamedTuple
+
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import settings
 from pymatgen.core import Lattice, Structure
 
-from tomat.tokens.codecs import PUBLISHED_DENSITY, fit_levels, log_codec
+from tomat.tokens.codecs import PUBLISHED_DENSITY, log_codec
+from tomat.tokens.levels import fit_levels
 from tomat.density.core import Density
-from tomat.io.files import TomatError
+from tomat.io.remote import TomatError
+from tomat.dataset.meta import read_meta, tokenizer_of
+from tomat.dataset.parquet import read_shard
 from tomat.density.formats import read_density
+from tomat.io.files import local_copy
+from tomat.tokens.tokenizer import Tokenizer
 
 def real_looking(rng, shape):
     "Electrons over many decades, some of them below zero."
@@ -102,3 +110,21 @@ def refused(path, *words, read=read_density):
         read(path)
     text = str(caught.value)
     assert str(path) in text and "\n" not in text and text.endswith(".") and all(word in text for word in words), text
+
+
+class Rows(NamedTuple):
+    "A data set in memory."
+    tokenizer: Tokenizer
+    ids: list[np.ndarray]     # one int32 array a row, PAD taken off
+    materials: list[str]      # id of each row's material
+    offsets_Nx3: np.ndarray   # (N, 3) low corners, voxels
+
+
+def read_rows(path):
+    "All rows of a data set, local or remote."
+    meta = read_meta(path)
+    with local_copy(path) as folder:
+        table = pa.concat_tables([read_shard(folder / name) for name in meta["shards"]])
+    ids = [np.array(row, np.int32) for row in table["input_ids"].to_pylist()]
+    offsets_Nx3 = np.stack([table[f"offset_{axis}"].to_numpy() for axis in "xyz"], axis=1)
+    return Rows(tokenizer_of(path, meta), [row[:np.count_nonzero(row)] for row in ids], table["task_id"].to_pylist(), offsets_Nx3)

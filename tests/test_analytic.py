@@ -4,7 +4,7 @@ import pytest
 from pymatgen.core import Element
 
 from tomat.atoms.analytic import ANALYTIC, analytic_atoms, radius_of, shielding, valence_shells
-from tomat.io.files import TomatError
+from tomat.io.remote import TomatError
 from tomat.atoms.sad import packaged_atoms
 
 

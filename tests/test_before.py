@@ -9,22 +9,24 @@ import numpy as np
 import pytest
 import torch
 
-from tomat.tokens.codecs import levels_facts, load_levels
+from tomat.tokens.levels import levels_metadata, load_levels
 from tomat.density.core import preparation_name
 from tomat.prediction.evaluate import evaluate
-from tomat.io.files import TomatError
+from tomat.io.remote import TomatError
 from tomat.tokens.fit_codec import Histogram
 from tomat.train.probe import ProbeTrainConfig, train_probe
 from tomat.models.probe import ProbeConfig
-from tomat.dataset.parquet import fingerprint, read_shard
+from tomat.dataset.parquet import TokenizeConfig, density_checksum, read_shard
 from tomat.prediction.predictors import load_predictor
 from tomat.atoms.sad import load_atoms, with_sad
-from tomat.dataset.verify import tokenizer_of, verify
+from tomat.dataset.meta import tokenizer_of
+from tomat.dataset.verify import verify
 from tomat.train.log import read_log
-from tomat.dataset.shards import read_meta, tokenize
+from tomat.dataset.meta import read_meta
+from tomat.dataset.shards import tokenize
 from tomat.models.sizes import MODELS, ModelSize
 from tomat.density.store import RawStore
-from tomat.dataset.stream import FreshPatches
+from tomat.dataset.fresh import FreshPatches, PatchConfig
 from tomat.train.causal import RunConfig, TrainConfig, train
 
 BEFORE = Path(__file__).parent / "files" / "before"
@@ -84,7 +86,7 @@ def test_a_store_is_read(name):
     store = RawStore(BEFORE / name)
     assert store.ids == ["a", "b"] and store.splits == {"train": ["a"], "validation": ["b"]}
     for id, expected in EXPECTED["store"].items():
-        assert fingerprint(store.read(id)) == expected["fingerprint"]
+        assert density_checksum(store.read(id)) == expected["fingerprint"]
         np.testing.assert_allclose(said(store.read(id).values), expected["said"], 1e-6)
     a, b = map(store.read, "ab")
     assert a.sad is not None and b.sad is None and a.spin["diff"].shape == a.shape
@@ -100,17 +102,17 @@ def test_rows_are_taken_for_what_the_same_settings_make_now(name, settings, tmp_
     assert meta["plan"] == EXPECTED["plans"][name] and verify(folder) == []
     tokenizer = tokenizer_of(folder, meta)
     times = [(folder / shard).stat().st_mtime_ns for shard in meta["shards"]]
-    assert tokenize(STORE, tokenizer, folder, **settings) == meta
+    assert tokenize(STORE, tokenizer, folder, TokenizeConfig(**settings)) == meta
     assert [(folder / shard).stat().st_mtime_ns for shard in meta["shards"]] == times  # none was made again
     (folder / "rows-00001.parquet").unlink()
-    remade = tokenize(STORE, tokenizer, folder, **settings)
+    remade = tokenize(STORE, tokenizer, folder, TokenizeConfig(**settings))
     assert remade | {"shards": {}} == meta | {"shards": {}} and rows_in(folder) == rows and verify(folder) == []
 
 
 def test_a_missing_part_is_added_to_one_of_before(tmp_path):
     folder = copied("rows_parts", tmp_path)
     tokenizer = tokenizer_of(BEFORE / "rows_difference", read_meta(BEFORE / "rows_difference"))
-    tokenize(STORE, tokenizer, folder, part=(1, 2), **DIFFERENCE)
+    tokenize(STORE, tokenizer, folder, TokenizeConfig(**DIFFERENCE), part=(1, 2))
     assert read_meta(folder)["plan"] == EXPECTED["plans"]["rows_difference"]
     assert rows_in(folder) == rows_in(BEFORE / "rows_difference")
 
@@ -119,12 +121,12 @@ def test_names_of_preparations_are_those_of_before():
     assert preparation_name(with_sad) == EXPECTED["prepared"]
     tokenizer = tokenizer_of(BEFORE / "rows", read_meta(BEFORE / "rows"))
     for name, prepare in {"": None, "difference": with_sad}.items():
-        stream = FreshPatches(STORE, ["a", "b"], tokenizer, epochs=1, patches=2, prepare=prepare)
+        stream = FreshPatches(STORE, ["a", "b"], tokenizer, PatchConfig(2, prepare=prepare), epochs=1)
         assert stream.fingerprint == EXPECTED["streams"][name]
     with pytest.raises(TomatError, match="register the function"):
-        tokenize(STORE, tokenizer, "nowhere", prepare=lambda density: density)
+        tokenize(STORE, tokenizer, "nowhere", TokenizeConfig(prepare=lambda density: density))
     with pytest.raises(TomatError, match="register the function"):
-        FreshPatches(STORE, ["a"], tokenizer, prepare=lambda density: density)
+        FreshPatches(STORE, ["a"], tokenizer, PatchConfig(prepare=lambda density: density))
 
 
 def test_a_run_goes_on(tmp_path):
@@ -140,8 +142,9 @@ def test_a_run_goes_on(tmp_path):
 def test_a_fit_goes_on(tmp_path):
     out = copied("fit", tmp_path)
     before = read_log(out)
-    network = ProbeConfig(width=4, rounds=1, atom_channels=(2, 1, 1), voxel_channels=(2, 1, 1), trunk=4, blocks=1)
-    model = train_probe(STORE, ["a"], out, ProbeTrainConfig(network, steps=6, materials=1, voxels=20, warmup=2, levels=16), ["b"], 3)
+    network = ProbeConfig(width=4, n_layers=1, atom_channels=(2, 1, 1), voxel_channels=(2, 1, 1), readout_width=4, readout_blocks=1)
+    model = train_probe(STORE, ["a"], out, ProbeTrainConfig(network, steps=6, materials=1, voxels=20, warmup=2, levels=16), ["b"],
+                        RunConfig(save_every=3))
     assert len(before) == 3 and read_log(out)[:3] == before  # with their times: no step was done again
     assert_same_losses(out, "fit")
     assert_predicts(model, "parallel", 1e-4)
@@ -161,7 +164,7 @@ def test_scores_are_kept(tmp_path):
     for id in STORE.ids:
         path = out / "materials" / f"{id}.json"
         kept[id] = json.loads(path.read_text())
-        path.write_text(json.dumps(kept[id] | {"stamp": STORE.stamp(id)}))  # a stamp holds the time of a copy
+        path.write_text(json.dumps(kept[id] | {"stamp": STORE.version_tag(id)}))  # a stamp holds the time of a copy
     scores = evaluate(STORE, STORE.ids, predictors, out).scores
     assert [score.seconds for score in scores] == [line["seconds"] for id in STORE.ids for line in kept[id]["scores"]]
     fresh = evaluate(STORE, STORE.ids, predictors, tmp_path / "fresh").scores
@@ -172,5 +175,5 @@ def test_fits_are_read():
     assert {symbol: atom.n_valence for symbol, atom in load_atoms(BEFORE / "atoms.json").atoms.items()} == EXPECTED["atoms"]
     of_rows = tokenizer_of(BEFORE / "rows", read_meta(BEFORE / "rows")).density_codec
     np.testing.assert_array_equal(load_levels(BEFORE / "codec.npz").recon_points, of_rows.recon_points)
-    assert levels_facts(BEFORE / "codec.npz") == {"target": "total", "unit": "electrons", "objective": "l1"}
+    assert levels_metadata(BEFORE / "codec.npz") == {"target": "total", "unit": "electrons", "objective": "l1"}
     assert Histogram.load(BEFORE / "histogram.npz").n_values == STORE.read("a").values.size

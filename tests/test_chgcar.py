@@ -11,7 +11,7 @@ from crystals import SPIN_FILE, assert_same, noise
 from pymatgen.core import Lattice, Structure
 
 from tomat.density.core import Density
-from tomat.io.files import TomatError
+from tomat.io.remote import TomatError
 from tomat.density.formats import read_density, write_density
 
 FILES = Path(__file__).parent / "files"

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from pymatgen.core import Composition, Element, Lattice, Structure
 
 from tomat.density.classify import CHALCOGENS, CLASSES, HALOGENS, METALS, class_of, classify
-from tomat.io.files import TomatError
+from tomat.io.remote import TomatError
 from tomat.density.store import sample_store
 
 SYMBOLS = sorted({element.symbol for element in Element})

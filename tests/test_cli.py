@@ -26,9 +26,9 @@ from pymatgen.io.vasp.outputs import Chgcar
 
 from tomat import cli
 from tomat.density import formats
-from tomat.tokens.codecs import fit_levels, save_levels
+from tomat.tokens.levels import fit_levels, save_levels
 from tomat.density.core import Density
-from tomat.io.files import TomatError
+from tomat.io.remote import TomatError
 from tomat.density.formats import read_density, write_density
 from tomat.models.causal import load_checkpoint, make_model, save_checkpoint
 from tomat.models.sizes import MODELS
@@ -446,7 +446,7 @@ show-tokens {made}/rows/rows-00001.parquet | rows-00001.parquet
 train {made}/rows --out {tmp}/run --steps 0 | step
 train {made}/rows --out {tmp}/run --steps -1 | step
 train {made}/rows --out {tmp}/run --batch-size 0 | batch
-train {made}/rows --out {tmp}/run --lr 0 | lr
+train {made}/rows --out {tmp}/run --lr -1 | lr -1
 train {made}/rows --out {tmp}/run --lr nan | lr
 train {made}/rows --out {tmp}/run --lr inf |
 train {made}/rows --out {tmp}/run --seed -1 | seed -1
@@ -530,7 +530,7 @@ train {made}/rows | --out
 train {made}/rows --out s3://bucket/run | remote
 train {made}/rows --out {tmp}/run --schedule linear | linear
 train {made}/rows --out {tmp}/run --optimizer sgd | sgd
-train {made}/rows --out {tmp}/run --emd 2 | earth
+train {made}/rows --out {tmp}/run --emd 2 | emd 1
 train {made}/rows --out {tmp}/run --val-seqs 7000 | 7000
 train {made}/rows --out {tmp}/run --device tpu | tpu
 train {made}/rows --out {tmp}/run --shard | torchrun
@@ -902,7 +902,7 @@ def test_fit_atoms(tomat, tmp_path):
     assert told["elements"] == 2 and told["materials"] == 1 and told["electrons not determined for"] == []
     atoms, nacl = load_atoms(tmp_path / "atoms.json"), read_density(NACL)
     assert nmae(sad_density(nacl.structure, nacl.shape, atoms), nacl.total) < 0.01
-    assert atoms.facts["source"] == str(NACL) and atoms.facts["voxels"] == 2000
+    assert atoms.metadata["source"] == str(NACL) and atoms.metadata["voxels"] == 2000
 
 
 def test_fit_atoms_judges_by_held_out_materials_and_is_the_same_for_any_workers(tomat, tmp_path):

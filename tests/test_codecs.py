@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import tomat.tokens.codecs
-from tomat.tokens.codecs import (LOG_CODECS, POSITIONS, PUBLISHED_DENSITY, LevelCodec, LogCodec, codec_from_dict,
-                                 fit_levels, levels_facts, load_levels, log_codec, save_levels)
-from tomat.io.files import TomatError
+from tomat.tokens.codecs import LOG_CODECS, POSITIONS, PUBLISHED_DENSITY, LogCodec, log_codec
+from tomat.tokens.levels import LevelCodec, codec_from_dict, fit_levels, levels_metadata, load_levels, save_levels
+from tomat.io.remote import TomatError
 
 quick = settings(derandomize=True, deadline=None, max_examples=60)
 numbers = st.floats(-1e7, 1e7, allow_subnormal=False)
@@ -206,14 +206,14 @@ def test_codecs_survive_json_and_npz(tmp_path_factory, values, n):
 
 def test_a_file_of_levels_may_say_what_it_is_for(tmp_path):
     codec, path = fit_levels(np.arange(9.0), 4), tmp_path / "levels.npz"
-    for facts in ({}, {"unit": "e/Å³"}, {"target": "difference", "unit": "electrons", "objective": "l2"}):
-        save_levels(codec, path, facts)
-        assert levels_facts(path) == facts and load_levels(path) == codec
-    with pytest.raises(TomatError, match="no room for boundaries, colour"):
+    for metadata in ({}, {"unit": "e/Å³"}, {"target": "difference", "unit": "electrons", "objective": "l2"}):
+        save_levels(codec, path, metadata)
+        assert levels_metadata(path) == metadata and load_levels(path) == codec
+    with pytest.raises(TomatError, match="cannot hold boundaries, colour"):
         save_levels(codec, path, {"colour": "red", "boundaries": "none"})
     path.write_bytes(path.read_bytes()[:50])
     with pytest.raises(TomatError, match=r"levels\.npz is not an"):
-        levels_facts(path)
+        levels_metadata(path)
 
 
 @pytest.mark.parametrize("left_out", [slice(1, -1), slice(0, -1), slice(1, None), slice(0, None)])
@@ -286,7 +286,7 @@ def test_tokens_of_another_codec_are_refused(tokens):
 def test_the_rest_is_refused_too():
     with pytest.raises(TomatError, match="no fitted points"):
         PUBLISHED_DENSITY.decode([[1, 1]], "fitted")
-    with pytest.raises(TomatError, match="no point"):
+    with pytest.raises(TomatError, match="no reconstruction point"):
         PUBLISHED_DENSITY.decode([[1, 1]], "middle")
     with pytest.raises(TomatError, match="no log codec"):
         log_codec("fp8", 0, 1)

@@ -9,7 +9,7 @@ from hypothesis import given, settings, strategies as st
 from pymatgen.core import Element, Lattice, Structure
 
 from tomat.density.core import RHO, TOTAL, Density, check_density, formula_of, plot_slice
-from tomat.io.files import TomatError
+from tomat.io.remote import TomatError
 
 
 @quick
@@ -84,7 +84,7 @@ def test_what_was_changed_in_place_is_seen_before_writing():
 
 
 @pytest.mark.parametrize("species, coords, words", [
-    ([], [], "no atoms"), (["H"], [[np.nan, 0, 0]], "nowhere"), (["Xx", "He"], [[0, 0, 0], [0, 0, 0.5]], "unknown elements")])
+    ([], [], "no atoms"), (["H"], [[np.nan, 0, 0]], "not finite"), (["Xx", "He"], [[0, 0, 0], [0, 0, 0.5]], "unknown elements")])
 def test_a_structure_that_is_none(species, coords, words):
     with pytest.raises(TomatError, match=words):
         Density(np.ones((2, 2, 2)), Structure(Lattice.cubic(4), species, coords))

@@ -20,20 +20,22 @@ from hypothesis import strategies as st
 from pymatgen.core import Lattice, Structure
 
 import tomat.prediction.evaluate
-from tomat.tokens.codecs import PUBLISHED_DENSITY, fit_levels
+from tomat.tokens.codecs import PUBLISHED_DENSITY
+from tomat.tokens.levels import fit_levels
 from tomat.prediction.decoding import DecodingStrategy
 from tomat.density.core import RHO, Density
-from tomat.prediction.evaluate import (codec_floor, copied, entries_of, evaluate, sad_prediction, score_material,
-                                       teacher_forced)
-from tomat.io.files import TomatError
+from tomat.prediction.causal import codec_floor, teacher_forced
+from tomat.prediction.evaluate import copied, entries_of, evaluate, sad_prediction, score_material
+from tomat.io.remote import TomatError
 from tomat.density.metrics import nmae
 from tomat.models.causal import make_model
 from tomat.models.sizes import ModelSize
 from tomat.tokens.patches import cover, cut
-from tomat.prediction.predictors import CausalPredictor, Prediction
+from tomat.prediction.causal import CausalPredictor
+from tomat.prediction.core import Prediction
 from tomat.atoms.sad import sad_density
-from tomat.prediction.report import report_html, reliability_png, scores_csv, slices_png, summary, write_report
-from tomat.prediction.scores import REGIONS, SPREADS, miscalibration, nemd, regions, reliability, score, seam
+from tomat.prediction.report import evaluation_summary, report_html, reliability_png, scores_csv, slices_png, write_report
+from tomat.prediction.scores import REGIONS, ERROR_BINS, miscalibration, nemd, regions, reliability, score, seam
 from tomat.density.source import InMemory
 from tomat.density.store import RawStore, write_store
 from tomat.tokens.tokenizer import Tokenizer
@@ -56,13 +58,13 @@ def material(seed, id="", shape=(6, 7, 8), elements=("Na", "Cl")):
     "Free atoms with some charge moved about, so that the electrons are right."
     rng = np.random.default_rng(seed)
     structure = Structure(Lattice.from_parameters(*rng.uniform(4, 5, 3), 80, 95, 105), elements, [[0.1, 0, 0], [0.55, 0.5, 0.45]])
-    known = sad_density(structure, shape)
+    sad_xyz = sad_density(structure, shape)
     moved = rng.normal(0, 0.3, shape)
-    return Density((known + moved - moved.mean()).astype(np.float32), structure, id or f"m-{seed}", sad=known)
+    return Density((sad_xyz + moved - moved.mean()).astype(np.float32), structure, id or f"m-{seed}", sad=sad_xyz)
 
 
 @cache
-def causal(target="difference", choose=None, two=False, unit="electrons"):
+def causal(target="difference", strategy="", two=False, unit="electrons"):
     "A model that looks far back and writes something else at every place."
     codec = PUBLISHED_DENSITY if two else fit_levels(SIGNED / (80 if unit == RHO else 1), 64)
     tokenizer = Tokenizer("framed", codec, patch_size=3, pad_to=None, target=target, unit=unit)
@@ -71,7 +73,7 @@ def causal(target="difference", choose=None, two=False, unit="electrons"):
         for layer in model.model.layers:
             for part in (layer.self_attn.o_proj, layer.self_attn.v_proj, layer.mlp.down_proj, layer.mlp.up_proj):
                 part.weight *= 10
-    return CausalPredictor(model, tokenizer, choose, rescale=False)
+    return CausalPredictor(model, tokenizer, strategy, rescale=False)
 
 
 class Halfway:
@@ -120,32 +122,32 @@ def test_a_tiny_cell_sees_many_images():
 
 @quick
 @given(st.integers(0, 999), st.floats(0.3, 3))
-def test_calibration_is_told(seed, factor):
+def test_calibration(seed, factor):
     rng = np.random.default_rng(seed)
-    spread = rng.lognormal(-3, 1, (20, 20, 20))
-    error = abs(rng.laplace(0, spread))
-    found = miscalibration(reliability(factor * spread, error))
+    expected = rng.lognormal(-3, 1, (20, 20, 20))
+    error = abs(rng.laplace(0, expected))
+    found = miscalibration(reliability(factor * expected, error))
     assert found == pytest.approx(abs(factor - 1), abs=0.1 * max(1, factor))
-    sums = np.array(reliability(spread, error))
-    assert sums.shape == (len(SPREADS) + 1, 3) and sums[:, 0].sum() == spread.size
+    sums = np.array(reliability(expected, error))
+    assert sums.shape == (len(ERROR_BINS) + 1, 3) and sums[:, 0].sum() == expected.size
     assert sums[:, 2].sum() == pytest.approx(error.sum())
 
 
 def test_reliability_of_extremes():
-    spread, error = np.array([[[0.0, 1e9, 1e-5]]]), np.array([[[1.0, 2.0, 3.0]]])
-    sums = np.array(reliability(spread, error))
+    expected, error = np.array([[[0.0, 1e9, 1e-5]]]), np.array([[[1.0, 2.0, 3.0]]])
+    sums = np.array(reliability(expected, error))
     assert sums[0].tolist() == [1, 0, 1] and sums[-1].tolist() == [1, 1e9, 2]
     assert miscalibration(reliability(np.zeros((2, 2, 2)), np.zeros((2, 2, 2)))) == 0
 
 
 @quick
 @given(st.floats(0, 3), st.floats(0.02, 3))
-def test_nemd_is_the_expected_error_of_a_draw(error, spread):
+def test_nemd_is_the_expected_error_of_a_draw(error, expected):
     """By quadrature over the Laplace distribution."""
     ones = np.ones((1, 1, 1))
     x = np.linspace(-60, 60, 400_001)
-    wanted = (abs(x - error) * np.exp(-abs(x) / spread) / (2 * spread)).sum() * (x[1] - x[0])
-    found = nemd(spread * ones, error * ones, ones)
+    wanted = (abs(x - error) * np.exp(-abs(x) / expected) / (2 * expected)).sum() * (x[1] - x[0])
+    found = nemd(expected * ones, error * ones, ones)
     assert nemd(0 * ones, error * ones, ones) == pytest.approx(error, abs=1e-9)
     assert found == pytest.approx(wanted, abs=2e-3) and found >= error - 1e-12
 
@@ -204,7 +206,7 @@ def test_the_free_atoms_and_the_copy_by_hand():
     assert nmae(sad_prediction(true).density.total, true.total) == pytest.approx(nmae(true.sad, true.total), rel=1e-5)
     wanted = true.sad[1, 2, 3] + (true.total - true.sad)[1, 2, 2]
     assert copied(true).density.total[1, 2, 3] == pytest.approx(wanted, rel=1e-5)
-    with pytest.raises(TomatError, match="free atoms"):
+    with pytest.raises(TomatError, match="SAD"):
         sad_prediction(replace(true, sad=None))
 
 
@@ -217,38 +219,38 @@ def test_the_floor_is_that_of_perfect_tokens(options):
     offsets = cover(true.shape, tokenizer.size)
     rows = tokenizer.encode(true, offsets)[0]
     unit = true.volume if tokenizer.unit == RHO else 1
-    known = true.sad if tokenizer.target == "difference" else np.zeros(true.shape)
+    sad_xyz = true.sad if tokenizer.target == "difference" else np.zeros(true.shape)
     floor = codec_floor(true, predictor).density.total
-    for row, patch, free in zip(rows, cut(floor, offsets, 3), cut(known, offsets, 3), strict=True):
+    for row, patch, free in zip(rows, cut(floor, offsets, 3), cut(sad_xyz, offsets, 3), strict=True):
         np.testing.assert_allclose(tokenizer.decode(row).values * unit + free, patch, rtol=1e-4, atol=1e-3)
     assert nmae(floor, true.total) > 0
 
 
-@pytest.mark.parametrize("options", [{}, {"choose": "argmax"}, {"choose": "mean"}, {"target": "total", "two": True}])
+@pytest.mark.parametrize("options", [{}, {"strategy": "argmax"}, {"strategy": "mean"}, {"target": "total", "two": True}])
 def test_teacher_forcing_shows_the_true_voxels_before_and_no_other(options):
     """Each voxel is what the model says when it reads the true row up to there, one row at a time."""
     true, predictor = material(4, shape=(3, 3, 6)), causal(**options)
     tokenizer, model = predictor.tokenizer, predictor.model
-    known = true.sad if tokenizer.target == "difference" else np.zeros(true.shape)
+    sad_xyz = true.sad if tokenizer.target == "difference" else np.zeros(true.shape)
     found = teacher_forced(true, predictor)
     rows = torch.from_numpy(tokenizer.encode(true, [(0, 0, 0), (0, 0, 3)])[0]).long()
     start, k = rows.shape[1] - 2 - tokenizer.n_density_tokens, tokenizer.density_codec.tokens_per_value
-    chooser = DecodingStrategy(tokenizer, predictor.choice, torch.device("cpu"))
+    choose = DecodingStrategy(tokenizer, predictor.strategy, torch.device("cpu"))
     for row, offset in zip(rows, (0, 3), strict=True):
         for voxel in (0, 1, 13, 26):
             ids, value = [], None
             for token in range(voxel * k, voxel * k + k):
                 low, high = tokenizer.legal_ids(token)
                 with torch.inference_mode():
-                    written = chooser(model(row[None, :start + token]).logits[:, -1, low:high], low)
+                    written = choose(model(row[None, :start + token]).logits[:, -1, low:high], low)
                 ids.append(written.ids_N[0] - tokenizer.vocab.blocks["density"].start)
                 value = None if written.means_N is None else written.means_N[0]
             value = tokenizer.density_codec.decode_ids(np.array([ids]))[0] if value is None else value
             x, y, z = np.unravel_index(voxel, (3, 3, 3))
             place = (x, y, z + offset)
-            assert found.density.total[place] - known[place] == pytest.approx(value, rel=1e-3, abs=2e-3)
-            if written.spread_N is not None:
-                assert found.spread_xyz[place] * true.volume == pytest.approx(written.spread_N[0], rel=1e-3)
+            assert found.density.total[place] - sad_xyz[place] == pytest.approx(value, rel=1e-3, abs=2e-3)
+            if written.expected_error_N is not None:
+                assert found.expected_error_xyz[place] * true.volume == pytest.approx(written.expected_error_N[0], rel=1e-3)
 
 
 def test_every_entry_says_what_it_reads():
@@ -258,7 +260,7 @@ def test_every_entry_says_what_it_reads():
     blind.values[:] = np.nan
     entries = entries_of({"causal": causal(), "half": Halfway()})
     assert {name: reads for name, (reads, _) in entries.items()} == {
-        "sum of free atoms": "structure", "causal, free-running": "structure", "half": "structure",
+        "SAD": "structure", "causal, free-running": "structure", "half": "structure",
         "causal, teacher-forced": "truth", "causal, codec floor": "truth", "copy the previous true voxel": "truth"}
     for name, (reads, make) in entries.items():
         if reads == "structure":
@@ -343,10 +345,10 @@ def test_what_cannot_be_scored_is_skipped_and_named(tmp_path):
 KILLED = """
 import sys, time
 import numpy as np
-from tomat.density import Density
-from tomat.evaluate import evaluate
-from tomat.predict import Prediction
-from tomat.store import RawStore
+from tomat.density.core import Density
+from tomat.prediction.evaluate import evaluate
+from tomat.prediction.core import Prediction
+from tomat.density.store import RawStore
 class Slow:
     def predict(self, structure, shape, show=False):
         print("predicting", flush=True)
@@ -382,7 +384,7 @@ def result(tmp_path_factory):
 
 
 def test_a_summary_is_means_medians_and_tails(result):
-    found = summary(result.scores)
+    found = evaluation_summary(result.scores)
     for entry, s in found.items():
         values = [line.nmae for line in result.scores if line.entry == entry]
         assert s["nmae"] == {"mean": pytest.approx(np.mean(values)), "median": pytest.approx(np.median(values)),
@@ -390,7 +392,7 @@ def test_a_summary_is_means_medians_and_tails(result):
         assert set(s["classes"]) == {"halide", "intermetallic"} and s["classes"]["halide"]["materials"] == 1
     assert found["half"]["nmae"]["mean"] == pytest.approx(0.5, rel=0.2)
     assert found["half"]["nemd"]["mean"] > found["half"]["nmae"]["mean"]
-    assert found["sum of free atoms"]["nemd"] is None and found["causal, free-running"]["seam"] > 0
+    assert found["SAD"]["nemd"] is None and found["causal, free-running"]["seam"] > 0
     assert np.array(found["half"]["reliability"])[:, 0].sum() == 2 * 6 * 7 * 8
 
 
@@ -402,18 +404,18 @@ def test_the_report_stands_alone_and_labels_everything(result, tmp_path):
     for line in result.scores:
         assert line.entry in page and line.id in page
     assert page.count('class="truth"') == 9  # three entries in three tables
-    told = json.loads(open(files[2]).read())
-    assert told["more"] == 3 and told["title"] == "a <title>" and len(told["materials"]) == len(result.scores)
-    assert told["summary"] == json.loads(json.dumps(summary(result.scores)))
+    written = json.loads(open(files[2]).read())
+    assert written["more"] == 3 and written["title"] == "a <title>" and len(written["materials"]) == len(result.scores)
+    assert written["summary"] == json.loads(json.dumps(evaluation_summary(result.scores)))
 
 
 def test_the_csv_has_a_line_for_each_material_and_entry(result):
     lines = list(csv.DictReader(scores_csv(result.scores).splitlines()))
     assert len(lines) == 12 and {(line["id"], line["entry"]) for line in lines} == {(s.id, s.entry) for s in result.scores}
     assert float(lines[0]["nmae"]) == result.scores[0].nmae and lines[0]["shape"] == "6x7x8"
-    assert [line["nemd"] for line in lines if line["entry"] == "sum of free atoms"] == ["", ""]
+    assert [line["nemd"] for line in lines if line["entry"] == "SAD"] == ["", ""]
 
 
-def test_without_any_spread_there_is_no_curve(result):
-    found = summary([s for s in result.scores if s.reliability is None])
+def test_without_any_expected_error_there_is_no_curve(result):
+    found = evaluation_summary([s for s in result.scores if s.reliability is None])
     assert reliability_png(found) is None

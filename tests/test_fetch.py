@@ -17,7 +17,8 @@ from hypothesis import example, given, settings, strategies as st
 
 from tomat.io.fetch import (BASE_URL, _partial, base_of, cache_folder, fetch, has_md5, is_whole_gzip, read_ids,
                             stored_md5)
-from tomat.io.files import TomatError, details, exists, list_folder, remote_fs
+from tomat.io.remote import TomatError, exists, list_folder
+from tomat.io.remote import details, remote_fs
 
 # gzip cannot shrink noise, so the file has about the size of its content
 CONTENT = gzip.compress(np.random.default_rng(3).bytes(3_000_000), 1, mtime=0)
@@ -69,7 +70,7 @@ def run(folder, base, piece, **env):
     "A process of its own that fetches, and ends with the sentence of what went wrong."
     code = f"""
 import sys
-from tomat.fetch import TomatError, fetch
+from tomat.io.fetch import TomatError, fetch
 try:
     fetch(["mp-1"], {str(folder)!r}, {base!r}, piece={piece})
 except TomatError as err:

@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 from crystals import noise
 
-from tomat.study.fidelity import COLUMNS, measure, measure_all, read_sweep, summary, sweep
-from tomat.io.files import TomatError
+from tomat.study.fidelity import COLUMNS, measure, measure_all, read_sweep, sweep, sweep_summary
+from tomat.io.remote import TomatError
 from tomat.density.metrics import METRICS, atom_spheres, nmae
-from tomat.study.schemes import SCHEMES, Difference, Direct, LowWaves, Scheme, TopShare, as_numbers, as_tokens
+from tomat.study.schemes import SCHEMES, Difference, LowWaves
+from tomat.study.voxels import Direct, Scheme, TopShare, as_numbers, as_tokens
 from tomat.density.source import InMemory
 from tomat.density.store import sample_store
 
@@ -78,6 +79,7 @@ def test_effective_threshold(table):
 @dataclass(frozen=True)
 class Slow(Scheme):
     "A scheme that leaves time to be killed in."
+    kind = "slow"
 
     def encode(self, values_xyz, structure):
         time.sleep(0.3)
@@ -108,10 +110,10 @@ def test_killed_and_started_again(tmp_path):
 
 
 class Watched:
-    "The sample, which tells what was read."
+    "The sample, which records the materials that are read."
 
     def __init__(self, times):
-        self.times, self.ids, self.stamp = times, STORE.ids, STORE.stamp
+        self.times, self.ids, self.version_tag = times, STORE.ids, STORE.version_tag
 
     def split(self, name):
         return self.ids
@@ -145,7 +147,7 @@ def test_other_schemes_and_other_densities_do_not_find_old_parts(tmp_path):
     assert lines_of(tmp_path / "t.csv") == lines_of(tmp_path / "fresh.csv")
 
 
-def test_what_cannot_be_measured_is_told(tmp_path):
+def test_a_line_without_numbers_holds_the_reason(tmp_path):
     "A refusing scheme, and a material that cannot be read, each leave a line with the reason."
     class Broken(InMemory):
         def stamp(self, id):
@@ -162,7 +164,7 @@ def test_what_cannot_be_measured_is_told(tmp_path):
     assert [(row["mp_id"], row["config"], bool(row["note"])) for row in rows] == [
         ("a", "direct", False), ("a", "difference", True), ("b", "", True), ("c", "direct", False), ("c", "difference", True)]
     assert "same setups" in rows[1]["note"] and np.isnan(rows[1]["nmae"]) and rows[2]["note"] == "b is damaged: copy it again."
-    table = {line["config"]: line for line in summary(rows)}
+    table = {line["config"]: line for line in sweep_summary(rows)}
     assert list(table) == ["direct"] and table["direct"]["materials"] == 2 and table["direct"]["refused"] == 0
 
 
@@ -170,7 +172,7 @@ def test_summary_by_hand():
     rows = [{"config": "x", "note": "", "mp_id": id, "tokens": t, "context": t, "nmae": e, "seconds": 1.0}
             for id, t, e in (("a", 10.0, 0.1), ("b", 20.0, 0.5), ("c", 60.0, 0.2))]
     rows += [{**rows[0], "note": "no"}]
-    assert summary(rows) == [{"config": "x", "materials": 3, "refused": 1, "tokens": 20, "context": 20, "nmae": 0.2, "seconds": 1,
+    assert sweep_summary(rows) == [{"config": "x", "materials": 3, "refused": 1, "tokens": 20, "context": 20, "nmae": 0.2, "seconds": 1,
                               "worst": 0.5, "worst_id": "b"}]
 
 
@@ -190,17 +192,17 @@ def test_every_scheme_has_numbers_for_a_material_of_the_sample():
     density = STORE.read(STORE.split("validation")[0])
     rows = list(measure_all(density, SCHEMES))
     assert [row["config"] for row in rows] == list(SCHEMES) and not any(row["note"] for row in rows if "@0.1%" not in row["config"])
-    facts = measure(density, Direct(), atom_spheres(density.structure, density.shape))
-    assert facts["nmae"] < 1e-7 and facts["sphere_error"] < 1e-6
+    found = measure(density, Direct(), atom_spheres(density.structure, density.shape))
+    assert found["nmae"] < 1e-7 and found["sphere_error"] < 1e-6
 
 
 @pytest.mark.parametrize("out, ids, words", [
     ("t.parquet", IDS, "end it with .csv"), ("t.csv", [], "nothing to measure"), ("t.csv", IDS[:1] * 2, "twice"),
     ("s3://bucket/t.csv", IDS, "local file")])
 def test_refusals(tmp_path, out, ids, words):
-    place = out if out.startswith("s3") else tmp_path / out
+    path = out if out.startswith("s3") else tmp_path / out
     with pytest.raises(TomatError, match=words) as caught:
-        sweep(STORE, place, FEW, ids)
+        sweep(STORE, path, FEW, ids)
     assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
 
 
@@ -219,7 +221,7 @@ def test_a_second_run_into_the_same_table_is_refused_and_the_first_is_not_distur
 
 
 def test_a_full_disk_leaves_the_parts_that_fit(tmp_path):
-    "Told in one sentence; with room again the run goes on."
+    "The error is one sentence; with free space again the sweep goes on."
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
     try:

@@ -12,9 +12,10 @@ import fsspec
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from tomat.io.files import (TomatError, entries, exists, head_of, is_remote, kind_of, list_folder, local_copy,
-                            open_binary, read_json, read_text, check_folder, version_tag, atomic_write, write_json,
-                            write_text)
+from tomat.io.remote import TomatError, exists, is_remote, kind_of, list_folder
+from tomat.io.files import (head_of, local_copy, open_binary, read_json, read_text, check_folder, version_tag,
+                            atomic_write, write_json, write_text)
+from tomat.io.remote import entries
 
 
 @pytest.fixture
@@ -232,8 +233,8 @@ def test_what_is_remote():
 KILLED = """
 import os, sys
 from pathlib import Path
-from tomat.files import write_aside, write_text
-with write_aside(sys.argv[1]) as aside:
+from tomat.io.files import atomic_write, write_text
+with atomic_write(sys.argv[1]) as aside:
     if sys.argv[2] == "folder":
         aside.mkdir()
         write_text(aside / "zarr.json", "half")

@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from pymatgen.core import Lattice, Structure
 
 from tomat.density.core import RHO, Density
-from tomat.io.files import TomatError
+from tomat.io.remote import TomatError
 from tomat.atoms.fit_atoms import (BASIS, ELECTRONS, KNOTS, N_BASIS, TABLE_R, FitSums, add_up, columns_of,
                                    count_electrons, fit_atoms, solve, sums_of)
 from tomat.density.formats import read_density
 from tomat.density.metrics import nmae
-from tomat.atoms.sad import FreeAtom, FreeAtoms, load_atoms, packaged_atoms, sad_density, save_atoms
+from tomat.atoms.sad import FreeAtom, FreeAtoms, load_atoms, packaged_atoms, sad_density, save_atoms, valence_electrons
 from tomat.density.source import InMemory
 
 NOBODY = FreeAtoms({}, "nobody")
@@ -129,32 +129,32 @@ def test_electrons_are_known_where_the_cells_determine_them(cells):
     found = count_electrons(add_up(parts), NOBODY)
     matrix = np.array(cells, float)[:, [names.index(s) for s in found.symbols]]
     rank = np.linalg.matrix_rank(matrix)
-    assert found.off < 1e-3
+    assert found.unexplained < 1e-3
     np.testing.assert_allclose(matrix @ found.electrons, matrix @ [COUNTS[s] for s in found.symbols], atol=1e-6)
     for i, symbol in enumerate(found.symbols):
         unit = np.eye(len(found.symbols))[i]
         assert found.known[i] == (np.linalg.matrix_rank(np.vstack([matrix, unit])) == rank)
         assert not found.known[i] or found.electrons[i] == COUNTS[symbol]
-    told = count_electrons(add_up(parts), TRUTH)
-    assert told.known.all() and list(told.electrons) == [COUNTS[s] for s in told.symbols]
+    counts = count_electrons(add_up(parts), TRUTH)
+    assert counts.known.all() and list(counts.electrons) == [COUNTS[s] for s in counts.symbols]
 
 
-def test_cells_that_contradict_each_other_are_told():
+def test_cells_that_contradict_each_other_leave_electrons_unexplained():
     densities = [made_up(seed, 1) for seed in (10, 11, 12, 13, 14, 15)]
     wrong = [replace(d, values=d.values * (1 + 0.1 * (i % 2))) for i, d in enumerate(densities)]
-    assert count_electrons(add_up(sums_of(d, 50) for d in densities), NOBODY).off < 1e-3
-    assert count_electrons(add_up(sums_of(d, 50) for d in wrong), NOBODY).off > 0.05
+    assert count_electrons(add_up(sums_of(d, 50) for d in densities), NOBODY).unexplained < 1e-3
+    assert count_electrons(add_up(sums_of(d, 50) for d in wrong), NOBODY).unexplained > 0.05
 
 
 def test_a_file_of_another_code(tmp_path):
     "Rock salt alone says that sodium and chlorine have eight together, and their groups say how many each."
     nacl = read_density(FILES / "CHGCAR.NaCl.gz")
     fitted, _ = fit_atoms([0], lambda _: nacl)
-    assert fitted.facts["electrons_known"] == ["Cl", "Na"] and fitted["Na"].n_valence == 1
-    assert fitted.electrons(nacl.structure) == pytest.approx(8, abs=1e-4)
+    assert fitted.metadata["electrons_known"] == ["Cl", "Na"] and fitted["Na"].n_valence == 1
+    assert valence_electrons(nacl.structure, fitted) == pytest.approx(8, abs=1e-4)
     save_atoms(fitted, tmp_path / "atoms.json")
     again = load_atoms(tmp_path / "atoms.json")
-    assert again.facts["materials"] == 1 and again.facts["materials_of"] == {"Cl": 1, "Na": 1}
+    assert again.metadata["materials"] == 1 and again.metadata["materials_of"] == {"Cl": 1, "Na": 1}
     total_xyz = sad_density(nacl.structure, nacl.shape, again)
     assert nmae(total_xyz, nacl.total) < 0.01 and total_xyz.mean() == pytest.approx(nacl.n_electrons, abs=1e-4)
 
@@ -172,7 +172,7 @@ def test_electrons_that_nothing_tells():
     nacl = read_density(FILES / "CHGCAR.NaCl.gz")
     odd = replace(nacl, values=nacl.values * (11 / 8))
     fitted, _ = fit_atoms([0], lambda _: odd)
-    assert fitted.facts["electrons_known"] == [] and fitted.electrons(odd.structure) == pytest.approx(11, abs=1e-4)
+    assert fitted.metadata["electrons_known"] == [] and valence_electrons(odd.structure, fitted) == pytest.approx(11, abs=1e-4)
     assert nmae(sad_density(odd.structure, odd.shape, fitted), odd.total) < 0.01
 
 
@@ -188,7 +188,7 @@ def test_few_data_stay_near_the_free_atom():
 def test_the_basis_ends_flat():
     atom = FreeAtom.of("H", 1, 0.05, BASIS @ np.arange(1, N_BASIS + 1))
     assert [atom.density_r(0, 1), *(atom.density_r(6, k) for k in range(3))] == pytest.approx([0] * 4, abs=1e-9)
-    assert float(atom.waves_g(0)) == pytest.approx(ELECTRONS @ np.arange(1, N_BASIS + 1), rel=1e-6)
+    assert float(atom.form_factor(0)) == pytest.approx(ELECTRONS @ np.arange(1, N_BASIS + 1), rel=1e-6)
 
 
 EMPTY = Density(np.zeros((3, 3, 3)), Structure(Lattice.cubic(3), ["Fe"], [[0, 0, 0]]), id="mp-9")

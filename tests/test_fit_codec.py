@@ -1,4 +1,4 @@
-"Fitting: histograms that add up exactly, levels that cover what was counted, floors that do not depend on the unit."
+"Fitting: histograms that add up exactly, levels that cover the counted values, quantisation errors that do not depend on the unit."
 from dataclasses import replace
 
 import numpy as np
@@ -8,11 +8,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from tomat.tokens.codecs import FACTS, PUBLISHED_DENSITY, fit_levels, levels_facts, load_levels, save_levels
+from tomat.tokens.levels import LEVELS_METADATA, fit_levels, levels_metadata, load_levels, save_levels
+from tomat.tokens.codecs import PUBLISHED_DENSITY
 from tomat.density.core import RHO, TOTAL, Density
-from tomat.io.files import TomatError
-from tomat.tokens.fit_codec import (MANTISSA_BITS, TARGETS, Histogram, _bins_of, _middles_of, add_up, field_of,
-                                    fit_codec, fit_histogram, floor_of, floor_summary, floors, histogram_of)
+from tomat.io.remote import TomatError
+from tomat.tokens.fit_codec import (MANTISSA_BITS, TARGETS, Histogram, _bins_of, _middles_of, field_of, fit_histogram,
+                                    histogram_of, merge_histograms, quantisation_error, quantisation_errors,
+                                    quantisation_summary)
 from tomat.density.metrics import nmae
 from tomat.atoms.sad import sad_density
 from tomat.density.store import sample_store
@@ -35,7 +37,7 @@ def cut_up(array, cuts):
 def test_any_parts_in_any_order_add_up_to_the_whole(array, cuts, at_once, random):
     whole, parts = Histogram.of(array), [Histogram.of(part) for part in cut_up(array, cuts)]
     random.shuffle(parts)
-    assert add_up(parts, at_once) == whole and sum(parts[1:], parts[0]) == whole
+    assert merge_histograms(parts, at_once) == whole and sum(parts[1:], parts[0]) == whole
     assert whole.n_values == array.size and whole.counts.dtype == np.int64 and whole.bins.dtype == np.int32
 
 
@@ -79,7 +81,7 @@ def test_what_was_counted_differently_does_not_add_up():
         with pytest.raises(TomatError, match="do not add up"):
             one + other
     with pytest.raises(TomatError, match="nothing to count"):
-        add_up(iter([]))
+        merge_histograms(iter([]))
 
 
 @quick
@@ -109,7 +111,7 @@ def test_there_must_be_something_to_fit():
     with pytest.raises(TomatError, match="no value to fit"):
         fit_histogram(Histogram.of(np.zeros(0)), 4)
     with pytest.raises(TomatError, match="nothing to count"):
-        fit_codec([], sample_store().read, 4)
+        histogram_of([], sample_store().read)
     with pytest.raises(TomatError, match="1 level or more"):
         fit_histogram(Histogram.of(np.ones(3)), 0)
     with pytest.raises(TomatError, match="l3"):
@@ -167,7 +169,7 @@ def numbered(seed, unit=TOTAL):
 
 def fails_at_2(item):
     if item == 2:
-        raise TomatError("m-2 is broken: mend it.")
+        raise TomatError("m-2 is broken: fix it.")
     return numbered(item)
 
 
@@ -175,23 +177,23 @@ def fails_at_2(item):
 @pytest.mark.parametrize("unit", [TOTAL, RHO])
 def test_any_number_of_workers_and_any_parts_fit_the_same(target, unit):
     how = {"target": target, "unit": unit, "prepare": with_free_atoms}
-    codec, histogram = fit_codec(range(20), numbered, 32, **how)
+    histogram = histogram_of(range(20), numbered, **how)
+    codec = fit_histogram(histogram, 32)
     assert histogram.n_values == 20 * 120 and (histogram.target, histogram.unit) == (target, unit)
     assert histogram == Histogram.of(
         np.concatenate([field_of(with_free_atoms(numbered(i)), target, unit).ravel() for i in range(20)]), target, unit)
-    part = histogram_of(range(7), numbered, **how)
-    assert fit_codec(range(7, 20), numbered, 32, parts=[part], **how) == (codec, histogram)
-    assert fit_codec([], numbered, 32, parts=[histogram]) == (codec, histogram)
+    parts = [histogram_of(range(7), numbered, **how), histogram_of(range(7, 20), numbered, **how)]
+    assert merge_histograms(parts) == histogram and fit_histogram(merge_histograms(parts), 32) == codec
     if (target, unit) == ("difference", RHO):
-        assert fit_codec(range(20), numbered, 32, workers=2, **how) == (codec, histogram)
-        measured = floors(range(20, 30), numbered, codec, **how)
-        assert floors(range(20, 30), numbered, codec, workers=2, **how) == measured
-        assert [floor.id for floor in measured] == [f"m-{i}" for i in range(20, 30)]
+        assert histogram_of(range(20), numbered, workers=2, **how) == histogram
+        measured = quantisation_errors(range(20, 30), numbered, codec, **how)
+        assert quantisation_errors(range(20, 30), numbered, codec, workers=2, **how) == measured
+        assert [score.id for score in measured] == [f"m-{i}" for i in range(20, 30)]
 
 
 def test_a_broken_material_is_named():
     with pytest.raises(TomatError, match="m-2 is broken"):
-        fit_codec(range(9), fails_at_2, 8)
+        histogram_of(range(9), fails_at_2)
 
 
 def test_fields_and_their_units():
@@ -203,51 +205,51 @@ def test_fields_and_their_units():
         np.testing.assert_allclose(field_of(rho, target), in_electrons, rtol=1e-5, atol=1e-4)
     assert field_of(density) is density.values
     np.testing.assert_allclose(field_of(density, "difference") + density.sad, density.values, rtol=1e-5)
-    with pytest.raises(TomatError, match="m-1 carries no sum of free atoms"):
+    with pytest.raises(TomatError, match="m-1 carries no sum of atomic densities"):
         field_of(numbered(1), "difference")
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_the_floor_is_the_nmae_of_perfect_tokens(target):
-    from tomat.prediction.evaluate import codec_floor  # imports torch, which the workers above can do without
+def test_the_quantisation_error_is_the_nmae_of_perfect_tokens(target):
+    from tomat.prediction.causal import codec_floor  # imports torch, which the workers above can do without
     from tomat.models.causal import make_model
     from tomat.models.sizes import MODELS
-    from tomat.prediction.predictors import CausalPredictor
+    from tomat.prediction.causal import CausalPredictor
     density = with_free_atoms(numbered(3))
     for unit in (TOTAL, RHO):
         codec = fit_histogram(histogram_of(range(6), numbered, target, unit, with_free_atoms), 64)
-        field, known = field_of(density, target, unit), density.as_units(unit).sad if target == "difference" else 0
+        field, sad = field_of(density, target, unit), density.as_units(unit).sad if target == "difference" else 0
         tokens, n_clipped = codec.encode(field)
-        floor = floor_of(density, codec, target, unit)
-        assert floor.nmae == pytest.approx(nmae(codec.decode(tokens) + known, density.as_units(unit).values), rel=1e-4)
-        assert floor.clipped == n_clipped and floor.voxels == 120 and floor.volume == density.volume
+        score = quantisation_error(density, codec, target, unit)
+        assert score.nmae == pytest.approx(nmae(codec.decode(tokens) + sad, density.as_units(unit).values), rel=1e-4)
+        assert score.clipped == n_clipped and score.voxels == 120 and score.volume == density.volume
         tok = Tokenizer("framed", codec, patch_size=2, pad_to=None, target=target, unit=unit)
         written = codec_floor(density, CausalPredictor(make_model(MODELS["nano"], tok.vocab), tok)).density.total
-        assert nmae(written, density.total) == pytest.approx(floor.nmae, rel=1e-4)
+        assert nmae(written, density.total) == pytest.approx(score.nmae, rel=1e-4)
 
 
-def test_scaled_levels_in_scaled_units_have_the_same_floor():
+def test_scaled_levels_in_scaled_units_have_the_same_error():
     density = numbered(3)
     one, other = (fit_histogram(Histogram.of(field_of(density, unit=unit), unit=unit), 32) for unit in (TOTAL, RHO))
-    assert floor_of(density, one).nmae == pytest.approx(floor_of(density, other, unit=RHO).nmae, rel=1e-2)
+    assert quantisation_error(density, one).nmae == pytest.approx(quantisation_error(density, other, unit=RHO).nmae, rel=1e-2)
 
 
-def test_a_floor_needs_a_density():
+def test_a_quantisation_error_needs_a_density():
     density = numbered(1)
     with pytest.raises(TomatError, match="zero everywhere"):
-        floor_of(replace(density, values=np.zeros_like(density.values)), PUBLISHED_DENSITY)
+        quantisation_error(replace(density, values=np.zeros_like(density.values)), PUBLISHED_DENSITY)
     with pytest.raises(TomatError, match="no held-out material"):
-        floor_summary([])
+        quantisation_summary([])
 
 
 def test_a_summary_names_the_worst():
     codec = fit_histogram(Histogram.of(np.arange(100.0)), 8)
-    measured = floors(range(9), numbered, codec)
-    summary = floor_summary(measured)
-    worst = max(measured, key=lambda floor: floor.nmae)
+    measured = quantisation_errors(range(9), numbered, codec)
+    summary = quantisation_summary(measured)
+    worst = max(measured, key=lambda score: score.nmae)
     assert (summary["worst"], summary["worst_id"], summary["materials"]) == (worst.nmae, worst.id, 9)
-    assert summary["clipped"] == sum(floor.clipped for floor in measured) > 0
-    assert summary["median"] == pytest.approx(np.median([floor.nmae for floor in measured]))
+    assert summary["clipped"] == sum(score.clipped for score in measured) > 0
+    assert summary["median"] == pytest.approx(np.median([score.nmae for score in measured]))
 
 
 def test_a_supercell_has_the_same_tokens_in_electrons_per_volume_only():
@@ -255,23 +257,25 @@ def test_a_supercell_has_the_same_tokens_in_electrons_per_volume_only():
     twice = Density(np.tile(density.rho, (2, 1, 1)), density.structure * (2, 1, 1), units=RHO)
     codec = fit_histogram(histogram_of(range(6), numbered, unit=RHO), 64)
     np.testing.assert_allclose(field_of(twice, unit=RHO), np.tile(field_of(density, unit=RHO), (2, 1, 1)))
-    assert floor_of(twice, codec, unit=RHO).nmae == pytest.approx(floor_of(density, codec, unit=RHO).nmae, rel=1e-6)
+    one, other = (quantisation_error(material, codec, unit=RHO).nmae for material in (density, twice))
+    assert other == pytest.approx(one, rel=1e-6)
     np.testing.assert_allclose(field_of(twice), 2 * np.tile(field_of(density), (2, 1, 1)), rtol=1e-5)
 
 
 def test_a_file_of_levels_tells_the_tokenizer_what_it_is_for(tmp_path):
-    codec, histogram = fit_codec(range(4), numbered, 16, unit=RHO)
+    histogram = histogram_of(range(4), numbered, unit=RHO)
+    codec = fit_histogram(histogram, 16)
     save_levels(codec, tmp_path / "codec.npz", {"unit": histogram.unit, "target": histogram.target, "objective": "l1"})
-    facts = levels_facts(tmp_path / "codec.npz")
-    assert facts == {"target": "total", "unit": RHO, "objective": "l1"} and tuple(facts) == FACTS
-    tok = Tokenizer("framed", load_levels(tmp_path / "codec.npz"), target=facts["target"], unit=facts["unit"])
+    metadata = levels_metadata(tmp_path / "codec.npz")
+    assert metadata == {"target": "total", "unit": RHO, "objective": "l1"} and tuple(metadata) == LEVELS_METADATA
+    tok = Tokenizer("framed", load_levels(tmp_path / "codec.npz"), target=metadata["target"], unit=metadata["unit"])
     assert tokenizer_from_dict(tok.to_dict()) == tok and tok.density_codec == codec
 
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("unit", [TOTAL, RHO])
 def test_perfect_tokens_predict_the_density_in_either_unit(monkeypatch, target, unit):
-    """Handing the true tokens to everything after the model scores the floor, whatever the tokens say."""
+    """Handing the true tokens to everything after the model scores the quantisation error, for any target and unit."""
     from tomat.prediction import decoding as decode, predictors as predict
     from tomat.models.causal import make_model
     from tomat.models.sizes import MODELS
@@ -286,8 +290,8 @@ def test_perfect_tokens_predict_the_density_in_either_unit(monkeypatch, target, 
     monkeypatch.setattr(decode, "free_run", true_ids)
     causal = predict.CausalPredictor(make_model(MODELS["nano"], tokenizer.vocab), tokenizer, rescale=False)
     written = causal.predict(density.structure, density.shape).density
-    floor = floor_of(density, codec, target, unit).nmae
-    assert written.units == TOTAL and 0 < floor < 0.05
-    assert nmae(written.total, density.total) == pytest.approx(floor, rel=1e-3, abs=1e-7)
+    error = quantisation_error(density, codec, target, unit).nmae
+    assert written.units == TOTAL and 0 < error < 0.05
+    assert nmae(written.total, density.total) == pytest.approx(error, rel=1e-3, abs=1e-7)
     first_xyz = field_of(density, target, unit)[:4, :4, :4]
     assert (np.abs(tokenizer.decode(ids[0]).values - first_xyz) <= codec.bound(first_xyz)).all()

@@ -17,9 +17,10 @@ from pymatgen.core import Element, Lattice, Structure
 from pymatgen.io.vasp.outputs import Chgcar
 
 from tomat.density.core import RHO, Density, formula_of
-from tomat.io.files import TomatError, exists, list_folder, write_text
-from tomat.density.formats import (density_info, format_of, group_version_tag, may_be_density, read_density, read_structure,
-                                   write_density)
+from tomat.io.remote import TomatError, exists, list_folder
+from tomat.io.files import write_text
+from tomat.density.formats import density_info, format_of, may_be_density, read_density, read_structure, write_density
+from tomat.density.zarr_group import group_version_tag
 
 FILES = Path(__file__).parent / "files"
 
@@ -106,7 +107,7 @@ def test_half_a_file_is_refused(tmp_path, name):
     ("CHGCAR", SPIN_FILE.replace("   Fe   O\n", "   Xx   O\n"), ["unknown elements", "Xx"]),
     ("CHGCAR", SPIN_FILE.replace("0.20000000000E+02", "NaN"), ["1 NaN"]),
     ("CHGCAR", SPIN_FILE.replace("0.20000000000E+02", "*****************"), ["CHGCAR"]),
-    ("CHGCAR", SPIN_FILE[:SPIN_FILE.index("    2    2    3\n -.1")], ["announced"]),
+    ("CHGCAR", SPIN_FILE[:SPIN_FILE.index("    2    2    3\n -.1")], ["announce"]),
     ("CHGCAR", SPIN_FILE + SPIN_FILE[SPIN_FILE.index("    2    2    3\n -.1"):], ["3 blocks"]),
     ("a.json", "[]", ["JSON"]), ("a.json", "{}", ["no density"]), ("a.json", "{", ["JSON"]),
     ("a.json", '{"data": {"poscar": {}, "data": {}}}', ["JSON"]),
@@ -294,7 +295,7 @@ HEADER = SPIN_FILE[:SPIN_FILE.index("    2    2    3")]
     ("a.cif", "data_x\n", ["structure file"]),
     ("POSCAR", HEADER.replace("   Fe   O\n", ""), ["elements are not named"]),
     ("POSCAR", HEADER.replace("   Fe   O\n", "   Xx   O\n"), ["unknown elements", "Xx"]),
-    ("POSCAR", HEADER.replace("0.500000  0.500000  0.500000", "0.500000  nan  0.500000"), ["nowhere"]),
+    ("POSCAR", HEADER.replace("0.500000  0.500000  0.500000", "0.500000  nan  0.500000"), ["not finite"]),
     ("POSCAR", HEADER.replace("4.000000    0.000000    0.000000", "0.000000    0.000000    0.000000"), [""]),
     ("POSCAR.gz", HEADER, ["unpacked"]), ("a.cif.gz", HEADER, ["a.cif.gz"]), ("a.xyz", HEADER, ["*.cif", "POSCAR"]),
     ("a.zip", "x", ["zip"]),

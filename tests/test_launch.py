@@ -10,17 +10,19 @@ import tomllib
 import urllib.request
 from importlib.resources import files
 from pathlib import Path
+from types import SimpleNamespace
 from wsgiref.simple_server import WSGIRequestHandler, make_server
 
 import numpy as np
 import pytest
 from packaging.requirements import Requirement
 
-from tomat.io.files import TomatError
+from tomat.io.remote import TomatError
 from tomat.run.jobs import TASKS, Job, Resources, carry_out, read_job
 from tomat.run.jobs import main as run_lines
-from tomat.run.launch import modal_needs, modal_options, shared_env, submit, sync_jobs, tokenize_jobs, train_jobs
-from tomat.dataset.shards import read_meta
+from tomat.run.launch import (SweepLaunch, SyncLaunch, TokenizeLaunch, TrainLaunch, modal_needs, modal_options, shared_env,
+                              submit)
+from tomat.dataset.meta import read_meta
 
 pytest.importorskip("modal")
 pytestmark = pytest.mark.filterwarnings("ignore:The .* function is executing locally:UserWarning")
@@ -73,7 +75,7 @@ def place(tmp_path_factory):
 @pytest.fixture(scope="module")
 def rows(place, scripts):
     "Rows that sixteen workers made, as containers would: through the function of the app."
-    (stage,) = tokenize_jobs("tiny", cores=1, here=str(place))
+    (stage,) = TokenizeLaunch("tiny", cores=1, here=str(place)).stages()
     for job in stage:
         scripts["tokenize_patches_modal"].run.local(job.text)
     return place / "rows" / "tiny"
@@ -82,7 +84,7 @@ def rows(place, scripts):
 @pytest.fixture(scope="module")
 def few(place):
     "The rows of two materials."
-    ((job,),) = tokenize_jobs("tiny", n_workers=1, materials=2, cores=1, here=str(place / "few"))
+    ((job,),) = TokenizeLaunch("tiny", n_workers=1, materials=2, cores=1, here=str(place / "few")).stages()
     carry_out(job.text)
     return place / "few" / "rows" / "tiny"
 
@@ -109,7 +111,7 @@ def shards(folder):
 
 
 def test_sixteen_workers_give_the_bytes_of_one(place, rows):
-    (alone,) = tokenize_jobs("tiny", n_workers=1, cores=1, here=str(place / "one"))
+    (alone,) = TokenizeLaunch("tiny", n_workers=1, cores=1, here=str(place / "one")).stages()
     assert [carry_out(job.text)["part"] for job in alone] == [[0, 1]]
     one, many = shards(place / "one" / "rows" / "tiny"), shards(rows)
     assert len(one) == 17 and one == many  # one more than workers, so that a worker has two
@@ -126,7 +128,7 @@ CALLS = {
 
 @pytest.mark.parametrize("name", CALLS)
 def test_a_dry_run_is_what_is_run(name, place, few, scripts, tmp_path, monkeypatch, capsys):
-    module, (entry, asked, n) = scripts[name], CALLS[name]
+    module, (entry, options, n) = scripts[name], CALLS[name]
     monkeypatch.setattr("tomat.run.launch.MOUNT", str(tmp_path))  # the folder that stands for the volume
     if name in ("train_modal", "verify_modal"):
         (tmp_path / "rows").symlink_to(few.parent)
@@ -134,23 +136,23 @@ def test_a_dry_run_is_what_is_run(name, place, few, scripts, tmp_path, monkeypat
     monkeypatch.setattr(module, "run", cloud)
     monkeypatch.setattr(module, "app", cloud)
     function = getattr(module, entry)
-    function(**asked, dry_run=True)
+    function(**options, dry_run=True)
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == n and not cloud.texts
     assert [json.loads(line)["task"] in TASKS for line in printed] == [True] * n
-    function(**asked)
+    function(**options)
     assert cloud.texts == printed  # to the last byte
     stages = [modal_needs(read_job(line).resources) for line in printed]
     assert all(options in stages for options in cloud.options) and stages[0] == cloud.options[0]
     assert len(capsys.readouterr().out.splitlines()) == n  # a line for what each job returned
-    function(**asked, here=str(tmp_path), dry_run=True)
+    function(**options, here=str(tmp_path), dry_run=True)
     assert capsys.readouterr().out.splitlines() == printed  # and on this machine the same, with its folder
 
 
 def test_a_run_is_trained_and_goes_on(place, few, monkeypatch):
     monkeypatch.setenv("TOMAT_STEPS", "2")
     monkeypatch.setenv("TOMAT_BATCH_SIZE", "5")
-    ((job,),) = train_jobs("tiny", options="batch_size=2", name="mine", here=str(place / "few"))
+    ((job,),) = TrainLaunch("tiny", options="batch_size=2", name="mine", here=str(place / "few")).stages()
     assert (job.settings["config"]["steps"], job.settings["config"]["batch_size"]) == (2, 2)
     assert job.env["WANDB_RUN_GROUP"] == "nano-tiny" and "A100:1" in job.env["WANDB_TAGS"].split(",")
     first = carry_out(job.text)
@@ -167,35 +169,34 @@ def test_several_gpus_are_processes_of_torchrun(few):
 
 def test_a_sweep_by_workers_is_the_sweep_of_one(place):
     from tomat.study.fidelity import read_sweep
-    from tomat.run.launch import sweep_jobs
-    asked = {"split": "validation", "materials": 4, "only": "coarse", "cores": 1}
+    options = {"split": "validation", "materials": 4, "only": "coarse", "cores": 1}
     for n in (1, 6):  # six workers for four materials
-        results = submit(sweep_jobs(f"by-{n}", n_workers=n, here=str(place), **asked), here=str(place))
+        results = submit(SweepLaunch(f"by-{n}", n_workers=n, here=str(place), **options).stages(), here=str(place))
         assert results[-1]["lines"] == 16 == sum(result.get("lines", 0) for result in results[:-1])
     one, many = ([{k: v for k, v in line.items() if k != "seconds"} for line in read_sweep(place / f"tables/by-{n}.csv")]
                  for n in (1, 6))
     assert str(one) == str(many)
 
 
-def test_verify_tells_what_is_wrong(place, rows, scripts):
+def test_verify_reports_what_is_wrong(place, rows, scripts):
     text = Job("verify", {"data": f"{place}/damaged", "workers": 1}).text
     (place / "damaged" / "worker-00").mkdir(parents=True)
     for path in (rows / "worker-00").iterdir():
         (place / "damaged" / "worker-00" / path.name).write_bytes(path.read_bytes())
-    assert "lacks worker-01" in scripts["verify_modal"].run.local(text)["error"]  # told, so that nobody begins it again
+    assert "lacks worker-01" in scripts["verify_modal"].run.local(text)["error"]  # reported, so that no engine starts it again
     with pytest.raises(TomatError, match=r"1 of 1 jobs failed, one with: .*lacks worker-01"):
         submit([[read_job(text)]], here=str(place))
 
 
 def test_rows_go_to_the_bucket(place, rows, scripts, s3, monkeypatch, capsys):
     with pytest.raises(TomatError, match="TOMAT_TOKEN_STORE"):
-        sync_jobs("tiny", here=str(place))
+        SyncLaunch("tiny", here=str(place)).stages()
     monkeypatch.setenv("TOMAT_TOKEN_STORE", f"{s3}/rows/")
     scripts["sync_modal"].copy(name="tiny", here=str(place), dry_run=True)
     (line,) = capsys.readouterr().out.splitlines()
     assert json.loads(line)["settings"]["target"] == f"{s3}/rows/tiny"
-    told = scripts["sync_modal"].run.local(line)
-    assert told["copied"] == 17 + 16 and read_meta(f"{s3}/rows/tiny") == read_meta(rows)
+    result = scripts["sync_modal"].run.local(line)
+    assert result["copied"] == 17 + 16 and read_meta(f"{s3}/rows/tiny") == read_meta(rows)
 
 
 def test_the_service_predicts_over_http(place, scripts, tmp_path, capsys):
@@ -215,9 +216,9 @@ def test_the_service_predicts_over_http(place, scripts, tmp_path, capsys):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}/"
         with urllib.request.urlopen(url) as reply:
-            assert json.load(reply)["decoder"] == "parallel"
+            assert json.load(reply)["decoder"] == "probe"
         with urllib.request.urlopen(f"{url}?grid=12,12,12&format=zarr", structure.to(fmt="poscar").encode()) as reply:
-            facts, body = json.loads(reply.headers["X-Tomat"]), reply.read()
+            metadata, body = json.loads(reply.headers["X-Tomat"]), reply.read()
         huge = structure.copy()
         huge.scale_lattice(1e27)
         crowd = "x\n1\n9 0 0\n0 9 0\n0 0 9\nHe\n2001\ndirect\n" + "0 0 0\n" * 2001
@@ -232,7 +233,7 @@ def test_the_service_predicts_over_http(place, scripts, tmp_path, capsys):
     (tmp_path / "x.zarr.zip").write_bytes(body)
     served, direct = read_density(tmp_path / "x.zarr.zip"), load_predictor().predict(structure, (12, 12, 12)).density
     np.testing.assert_allclose(served.total, direct.total, rtol=1e-4, atol=1e-4)
-    assert facts["grid"] == [12, 12, 12] and facts["out"] == "density.zarr.zip"
+    assert metadata["grid"] == [12, 12, 12] and metadata["out"] == "density.zarr.zip"
 
 
 def test_printed_lines_can_be_run_elsewhere(place, tmp_path, capsys, monkeypatch):
@@ -240,7 +241,7 @@ def test_printed_lines_can_be_run_elsewhere(place, tmp_path, capsys, monkeypatch
     options = f"--label tiny --n-workers 2 --materials 4 --cores 1 --here {tmp_path} --dry-run".split()
     done = subprocess.run([sys.executable, ROOT / "scripts/tokenize_patches_modal.py", *options], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    (stage,) = tokenize_jobs("tiny", n_workers=2, materials=4, cores=1, here=str(tmp_path))
+    (stage,) = TokenizeLaunch("tiny", n_workers=2, materials=4, cores=1, here=str(tmp_path)).stages()
     assert done.stdout.splitlines() == [job.text for job in stage]
     (tmp_path / "jobs.jsonl").write_text(done.stdout)
     run_lines([str(tmp_path / "jobs.jsonl")])
@@ -260,7 +261,7 @@ def test_in_a_container_the_volume_is_read_first_and_committed_last(place, rows,
 
     monkeypatch.setattr(modal, "is_local", lambda: False)
     monkeypatch.setattr(modal.Volume, "from_name", lambda name: seen.append(name) or Volume())
-    monkeypatch.setitem(TASKS, "verify", lambda data, workers: seen.append("work"))
+    monkeypatch.setitem(TASKS, "verify", lambda data, workers: SimpleNamespace(run=lambda: seen.append("work")))
     monkeypatch.delenv("TOMAT_SETTINGS")
     carry_out(Job("verify", {"data": str(rows), "workers": 1}, env={"TOMAT_VOLUME": "other"}).text)
     assert seen == ["other", "reload", "work", "commit"]
@@ -270,7 +271,7 @@ def test_a_job_sees_its_variables_and_leaves_none(monkeypatch):
     import os
     seen = {}
     monkeypatch.setenv("TOMAT_SEEN", "before")
-    monkeypatch.setitem(TASKS, "verify", lambda **_: seen.update(os.environ))
+    monkeypatch.setitem(TASKS, "verify", lambda: SimpleNamespace(run=lambda: seen.update(os.environ)))
     carry_out(Job("verify", {}, env={"TOMAT_SEEN": "x", "TOMAT_NEW": "y"}).text)
     assert (seen["TOMAT_SEEN"], seen["TOMAT_NEW"]) == ("x", "y")
     assert os.environ["TOMAT_SEEN"] == "before" and "TOMAT_NEW" not in os.environ
@@ -295,7 +296,7 @@ def test_files_of_jobs_are_checked(tmp_path):
         carry_out(Job("join", {"table": str(tmp_path / "x.csv"), "parts": 1}).text)
 
 
-def test_what_is_asked_for_is_what_modal_gets(place, monkeypatch):
+def test_resources_in_the_words_of_modal(place, monkeypatch):
     import modal
     assert modal_needs(Resources(2, 8, "A100:4", 0.5, 3)) == {
         "cpu": 2.0, "memory": 8192, "gpu": "A100:4", "timeout": 1800, "retries": 3}
@@ -313,26 +314,26 @@ def test_what_is_asked_for_is_what_modal_gets(place, monkeypatch):
 @pytest.mark.parametrize("wrong", [
     {"n_workers": 0}, {"n_workers": -1}, {"cores": 0}, {"materials": -3}])
 def test_counts_are_checked(place, wrong):
-    from tomat.run.launch import sweep_jobs
-    for jobs in (lambda: tokenize_jobs("tiny", **wrong), lambda: sweep_jobs(**wrong)):
-        with pytest.raises(TomatError, match=r"workers of .* cores cannot share"):
-            jobs()
+    ((name, value),) = wrong.items()
+    for launch in (TokenizeLaunch, SweepLaunch):
+        with pytest.raises(TomatError, match=rf"{name} must be at least [01], got {value}\."):
+            launch(**wrong)
 
 
 @pytest.mark.parametrize("wrong, sentence", [
-    ({"options": "steps"}, "no option 'steps', or not without a value"), ({"options": "clip=-1"}, "clip is above 0"),
-    ({"options": "warmup=-4"}, "Warmup"), ({"options": "emd=2"}, "earth mover"), ({"options": "emd=nan"}, "earth mover"),
-    ({"options": "val_seqs=-3"}, "val_seqs"), ({"gpu": "A100:8", "options": "batch_size=3"}, "without work"),
+    ({"options": "steps"}, "no option 'steps', or not without a value"), ({"options": "clip=-1"}, "clip must be above 0"),
+    ({"options": "warmup=-4"}, "warmup must be at least 0"), ({"options": "emd=2"}, "emd must be at most 1"),
+    ({"options": "emd=nan"}, "emd must be a finite number"), ({"options": "val_seqs=-3"}, "val_seqs must be at least 0"), ({"gpu": "A100:8", "options": "batch_size=3"}, "without work"),
     ({"name": "../../away"}, "no name"), ({"label": "a/b"}, "no name"), ({"val_label": ".."}, "no name")])
 def test_a_slip_is_refused_before_a_gpu_is_paid_for(place, wrong, sentence):
     with pytest.raises(TomatError, match=sentence):
-        train_jobs(**{"label": "tiny", **wrong})
+        TrainLaunch(**{"label": "tiny", **wrong}).stages()
 
 
 def test_sync_copies_one_thing(place, monkeypatch):
     monkeypatch.setenv("TOMAT_TOKEN_STORE", "s3://bucket/rows")
     with pytest.raises(TomatError, match="no name"):
-        sync_jobs("")
+        SyncLaunch("").stages()
 
 
 def by_hand(name, *options, **env):
@@ -344,7 +345,7 @@ def by_hand(name, *options, **env):
 
 @pytest.mark.parametrize("name, options, env, sentence", [
     ("verify_modal", ["--dry-run"], {"TOMAT_SETTINGS": "nowhere.ini"}, "nowhere.ini does not exist"),
-    ("tokenize_patches_modal", ["--label", "tiny", "--dry-run", "--n-workers", 0], {}, "cannot share"),
+    ("tokenize_patches_modal", ["--label", "tiny", "--dry-run", "--n-workers", 0], {}, "n_workers must be at least 1"),
     ("predict_modal", ["--port", 99999], {}, "port must be"),
     ("verify_modal", ["--label", "tiny"], {}, "")])  # no account
 def test_a_launcher_ends_with_a_sentence(place, name, options, env, sentence):
@@ -356,7 +357,7 @@ def test_a_launcher_ends_with_a_sentence(place, name, options, env, sentence):
 @pytest.mark.parametrize("name", LAUNCHERS)
 def test_help_has_examples(place, name):
     done = by_hand(name, "--help")
-    assert done.returncode == 0 and f"scripts/{name}.py" in done.stdout and "print the jobs, and stop" in done.stdout
+    assert done.returncode == 0 and f"scripts/{name}.py" in done.stdout and "Print the jobs, and stop." in done.stdout
 
 
 @pytest.mark.parametrize("name", LAUNCHERS)

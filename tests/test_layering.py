@@ -1,4 +1,7 @@
-"""The house rules that no single notebook can check: imports, notebooks as pages, lengths of functions."""
+"""The house rules that no single notebook can check: one order, imports that go down it, short modules, notebooks as pages.
+
+Each test collects every violation and reports them together, one a line.
+"""
 
 import ast
 import builtins
@@ -8,40 +11,58 @@ import re
 import subprocess
 import sys
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import fastcore.test
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-ORDER = """files progress settings density chgcar formats store fetch source classify codecs fit patches tokenizer parquet shards
-           rows sync stream promolecule analytic fit_atoms metrics schemes fidelity sizes model loss optim feed cost devices states
-           runs plan train decode geometry parallel fit_parallel predict batch scores evaluate report serve demo scaling
-           pull jobs launch site cli""".split()
-LATE = "modal levanter jax wandb s3fs gcsfs".split()  # heavy or remote: imported by what uses them, when it runs
-MODULES = sorted(path for path in (ROOT / "tomat").glob("*.py") if not path.name.startswith("_"))
-NOTEBOOKS = sorted(path for path in (ROOT / "nbs").rglob("*.ipynb") if not path.name.startswith(("_", ".")))
+sys.path.insert(0, str(ROOT / "scripts"))
+from api_pages import index_page, modules_of, reading_order
+
+from tomat.cli import app
+
+LATE = "modal levanter jax wandb s3fs gcsfs transformers".split()  # heavy or remote: imported where they are used
+PLAIN = [*LATE, "torch", "numpy"]  # what `import tomat` alone does not import
+MODULES = modules_of(ROOT / "tomat")
+NOTEBOOKS = sorted(path for path in (ROOT / "nbs").rglob("*.ipynb")
+                   if not any(part.startswith(("_", ".")) for part in path.relative_to(ROOT).parts))
+SOURCES = sorted(path for folder in ("tomat", "scripts", "marin/tomat_marin", "results") for path in (ROOT / folder).rglob("*.py")
+                 if path.name != "_modidx.py") + sorted((ROOT / "marin").glob("*.py"))
 MACHINE_PATH = re.compile(r"(?<![\w.])/(?:work|tmp|home|root|Users)(?:/|\b)")
+OLD_WORDS = re.compile(r"\b(?:promolecule|hear|judge|widen|told|claim)\b")
+FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef
 
-modules = pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
-notebooks = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+def report(found: Iterable[str]) -> None:
+    "Fail with every violation, one a line."
+    if lines := list(found):
+        pytest.fail(f"{len(lines)} found:\n" + "\n".join(lines), pytrace=False)
 
 
-def imported(tree: ast.AST) -> Iterator[str]:
-    "Names of tomat's own modules that a module imports, anywhere in it."
+def name_of(path: Path) -> str:
+    "A file below the project's folder, as messages name it."
+    return path.relative_to(ROOT).as_posix()
+
+
+def imported(tree: ast.AST, package: str = "") -> set[str]:
+    """Modules of tomat that code imports, anywhere in it, without the leading `tomat.`.
+
+    `package` is the sub-package of the code, which relative imports start from. `from a import b` gives a and a.b.
+    """
+    names = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
+            names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            base = ("tomat." if node.level else "") + (node.module or "")
-            names = [base.rstrip(".")] + [f"{base.rstrip('.')}.{alias.name}" for alias in node.names]
-        else:
-            continue
-        yield from (name.split(".")[1] for name in names if name.startswith("tomat."))
+            start = ["tomat", *package.split(".")][:1 - node.level or None] if node.level else []
+            base = ".".join(part for part in [*start, *(node.module or "").split(".")] if part)
+            names += [base, *(f"{base}.{alias.name}" for alias in node.names)]
+    return {name.removeprefix("tomat.") for name in names if name.startswith("tomat.")}
 
 
-def code_lines(function: ast.AST, source: str) -> int:
+def code_lines(function: FUNCTION, source: str) -> int:
     "Lines that hold code: docstring, comments and blank lines left out."
     docstring = function.body[0] if ast.get_docstring(function) is not None else None
     doc = range(docstring.lineno, docstring.end_lineno + 1) if docstring else range(0)
@@ -51,13 +72,32 @@ def code_lines(function: ast.AST, source: str) -> int:
     return sum(line in lines and line not in doc for line in range(function.lineno, function.end_lineno + 1))
 
 
+def n_parameters(function: FUNCTION) -> int:
+    "Parameters without self and cls."
+    a = function.args
+    every = [*a.posonlyargs, *a.args, a.vararg, *a.kwonlyargs, a.kwarg]
+    return sum(arg is not None and arg.arg not in ("self", "cls") for arg in every)
+
+
+def is_command(function: FUNCTION, module: str) -> bool:
+    """Whether the parameters are options of a command line, which may be more than seven.
+
+    That is a command registered in tomat.cli, or a function of a script decorated with `….local_entrypoint(…)` (Modal).
+    Configurations are dataclasses, whose fields are no parameters of a function here.
+    """
+    if (module, function.name) in {(command.callback.__module__, command.callback.__name__) for command in app.registered_commands}:
+        return True
+    calls = [decorator.func if isinstance(decorator, ast.Call) else decorator for decorator in function.decorator_list]
+    return any(isinstance(call, ast.Attribute) and call.attr == "local_entrypoint" for call in calls)
+
+
 def bound(tree: ast.AST) -> set[str]:
-    "Every name that code binds, whatever the scope; of `import *`, what fastcore.test holds."
+    "Every name that code binds, whatever the scope; of `import *`, the names of fastcore.test."
     names: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
             names.add(node.id)
-        elif isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef | ast.ExceptHandler):
+        elif isinstance(node, FUNCTION | ast.ClassDef | ast.ExceptHandler):
             names.add(node.name or "")
         elif isinstance(node, ast.arg):
             names.add(node.arg)
@@ -66,101 +106,13 @@ def bound(tree: ast.AST) -> set[str]:
     return names
 
 
-def top_level(statement: ast.stmt) -> set[str]:
-    "What a statement binds for those after it: of a definition, its name alone."
-    if isinstance(statement, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef):
-        return {statement.name}
-    return bound(statement)
+def needs_of_import_cells(cells: list[dict]) -> Iterator[tuple[int, list[str]]]:
+    """Cells that import and use names of shown cells: number of the cell, names.
 
-
-def cells_of(path: Path) -> list[dict]:
-    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    return [cell | {"source": "".join(cell["source"])} for cell in cells]
-
-
-def texts_of(cell: dict) -> Iterator[str]:
-    "What a reader of the notebook reads: the source and the outputs that are text."
-    yield cell["source"]
-    for output in cell.get("outputs", []):
-        yield "".join(output.get("text", ""))
-        yield from ("".join(text) for kind, text in output.get("data", {}).items() if kind.startswith("text/"))
-
-
-@modules
-def test_imports_go_downward(path):
-    assert path.stem in ORDER, f"{path.name} has no place in the order of modules: add it to ORDER in this file"
-    below = ORDER[:ORDER.index(path.stem)]
-    upward = {name for name in imported(ast.parse(path.read_text())) if name in ORDER and name not in below}
-    assert not upward, f"tomat.{path.stem} imports {sorted(upward)}, which come after it in the reading order"
-
-
-@pytest.mark.parametrize("source, names", [
-    ("import tomat.io.files", {"files"}), ("from .files import exists", {"files"}), ("from . import files", {"files"}),
-    ("from tomat import files as f", {"files"}), ("def f():\n    from tomat.io.files import exists", {"files"}),
-    ("import numpy", set())])
-def test_every_form_of_import_is_seen(source, names):
-    assert set(imported(ast.parse(source))) == names
-
-
-@modules
-def test_a_module_is_what_a_notebook_exports(path):
-    source = re.search(r"^# AUTOGENERATED! DO NOT EDIT! File to edit: \.\./(\S+)\.$", path.read_text(), re.MULTILINE)
-    assert source and (ROOT / source[1]).exists(), f"{path.name} has no notebook: delete it, or write its notebook"
-
-
-def test_nothing_heavy_is_imported_early():
-    lines = ["import sys", *(f"import tomat.{path.stem}; print('{path.stem}', *sorted(set({LATE}) & set(sys.modules)))"
-                             for path in MODULES)]
-    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    early = [line for line in done.stdout.splitlines() if " " in line]
-    assert not early, f"importing tomat.{early[0].replace(' ', ' also imports ', 1)}"
-
-
-@modules
-def test_functions_are_short(path):
-    source = path.read_text()
-    long = {node.name: lines for node in ast.walk(ast.parse(source))
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and (lines := code_lines(node, source)) > 40}
-    assert not long, f"over 40 lines of code: {long}"
-
-
-def test_lines_of_code_are_counted_without_docstring_comments_and_blanks():
-    head = 'def f(\n    x: int,  # a number\n) -> int:\n    """One.\n\n    Two."""\n'
-    source = head + '    # why\n\n    return (x +\n            1)\n'
-    assert code_lines(ast.parse(source).body[0], source) == 5
-
-
-@notebooks
-def test_a_notebook_is_small(path):
-    assert path.stat().st_size < 200_000
-
-
-@notebooks
-def test_a_notebook_has_its_place_on_the_site(path):
-    name = str(path.relative_to(ROOT / "nbs"))
-    assert f"- {name}\n" in (ROOT / "_quarto.yml").read_text(), f"list {name} in the sidebar of _quarto.yml"
-
-
-@notebooks
-def test_a_notebook_starts_with_its_claim(path):
-    first = cells_of(path)[0]
-    assert first["cell_type"] == "markdown"
-    assert re.match(r"# \S.*\n+> \S", first["source"]), "the first cell is `# Title`, then `> open_run_dir`"
-
-
-@notebooks
-def test_few_cells_are_hidden(path):
-    cells = cells_of(path)
-    hidden = [cell for cell in cells if re.search(r"^#\|\s*hide\s*$", cell["source"], re.MULTILINE)]
-    assert len(hidden) < len(cells) / 5
-
-
-@notebooks
-def test_cells_that_import_can_run_without_the_shown_cells(path):
-    "To make the site, nbdev runs the exported cells and every cell with an import in it, and no other."
+    To make the site, nbdev runs the exported cells and every cell with an import in it, and no other.
+    """
     known = set(dir(builtins))
-    for cell in cells_of(path):
+    for number, cell in enumerate(cells, 1):
         exported = re.search(r"^#\|\s*export", cell["source"], re.MULTILINE)
         if cell["cell_type"] != "code" or not (exported or "import " in cell["source"]):
             continue
@@ -168,36 +120,170 @@ def test_cells_that_import_can_run_without_the_shown_cells(path):
         if not exported and not any(isinstance(node, ast.Import | ast.ImportFrom) for node in ast.walk(tree)):
             continue
         loaded = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
-        missing = sorted(loaded - bound(tree) - known)
-        known |= {name for statement in tree.body for name in top_level(statement)}
-        assert exported or not missing, f"a cell imports and needs {missing}: give its imports a cell of their own"
+        if (missing := sorted(loaded - bound(tree) - known)) and not exported:
+            yield number, missing
+        for statement in tree.body:  # a definition binds its name alone for the cells after it
+            known |= {statement.name} if isinstance(statement, FUNCTION | ast.ClassDef) else bound(statement)
 
 
-@notebooks
-def test_a_notebook_holds_no_path_of_a_machine(path):
-    lines = [line for cell in cells_of(path) for text in texts_of(cell) for line in text.splitlines()]
-    found = [line for line in lines if MACHINE_PATH.search(line)]
-    assert not found
+def cells_of(path: Path) -> list[dict]:
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    return [cell | {"source": "".join(cell["source"])} for cell in cells]
 
 
-@notebooks
-def test_no_traceback_is_saved(path):
-    kinds = [output["output_type"] for cell in cells_of(path) for output in cell.get("outputs", [])]
-    assert "error" not in kinds
-    streams = "".join(text for cell in cells_of(path) for text in list(texts_of(cell))[1:])
-    assert "Traceback (most recent call last)" not in streams
+def outputs_of(cell: dict) -> Iterator[str]:
+    "The outputs that are text."
+    for output in cell.get("outputs", []):
+        yield "".join(output.get("text", ""))
+        yield from ("".join(text) for kind, text in output.get("data", {}).items() if kind.startswith("text/"))
 
 
-@pytest.mark.parametrize("text, hit", [
-    ("/home/a/b", True), ("file:///tmp/x", True), ("in /work.", True),
-    ("gs://b/tmp/x", False), ("work/main", False), ("/worked", False), ("../tmp/x", False)])
-def test_paths_of_machines_are_recognised(text, hit):
-    assert bool(MACHINE_PATH.search(text)) == hit
+def import_order() -> list[str]:
+    "Modules from the lowest to the highest: tomat.io, then the sidebar from top to bottom."
+    return [module.name for module in sorted(MODULES, key=lambda module: not module.name.startswith("io."))]
+
+
+# The order
+
+
+def test_the_sidebar_is_the_order_of_folders_and_files():
+    listed, there = reading_order(), [path.relative_to(ROOT / "nbs").as_posix() for path in NOTEBOOKS]
+    numbered = [page for page in listed if re.match(r"\d\d_", page)]
+    report([*(f"{page}: list it in the sidebar of _quarto.yml" for page in there if page not in listed),
+            *(f"{page}: in the sidebar of _quarto.yml, and no such notebook" for page in listed if page not in there),
+            *(f"{page}: listed twice in the sidebar" for page in sorted(set(listed)) if listed.count(page) > 1),
+            *(f"{b} follows {a} in the sidebar, and comes before it by name" for a, b in zip(numbered, numbered[1:], strict=False)
+              if b < a)])
+
+
+def test_every_module_comes_from_a_notebook_of_its_name():
+    made = {module.name: module.notebook for module in MODULES}
+    found = []
+    for path in sorted((ROOT / "tomat").rglob("*.py")):
+        name = ".".join(path.relative_to(ROOT / "tomat").with_suffix("").parts)
+        if path.name.startswith("_"):
+            continue
+        if name not in made or not (ROOT / "nbs" / made[name]).exists():
+            found.append(f"{name_of(path)}: no notebook exports it; delete it, or write its notebook")
+        elif not re.fullmatch(rf"\d\d_\w+/\d\d_{path.stem}\.ipynb", made[name]):
+            found.append(f"{name_of(path)} comes from nbs/{made[name]}: name the notebook NN_{path.stem}.ipynb")
+        elif "." in name and made[name].split("/")[0][3:] != name.split(".")[0]:
+            found.append(f"{name_of(path)} comes from nbs/{made[name]}: its folder has another name than the package")
+    report(found)
+
+
+def test_api_pages_follow_the_sidebar():
+    listed = reading_order()
+    pages = re.findall(r"^\| \[`tomat\.([\w.]+)`\]\(\1\.md\)", index_page(MODULES), re.MULTILINE)
+    notebooks = {module.name: module.notebook for module in MODULES}
+    assert [notebooks[page] for page in pages] == [notebook for notebook in listed if notebook in notebooks.values()]
+
+
+def test_imports_go_down_one_order():
+    order = {name: place for place, name in enumerate(import_order())}
+    found = []
+    for module in MODULES:
+        names = imported(ast.parse(module.source), module.name.rpartition(".")[0]) & set(order)
+        found += [f"tomat.{module.name} imports tomat.{name}, which comes after it" for name in sorted(names)
+                  if order[name] >= order[module.name]]
+    report(found)
+
+
+def test_nothing_heavy_is_imported_early():
+    lines = ["import sys", "seen = set()", f"late, plain = {LATE}, {PLAIN}",
+             "def new(names): found = sorted(set(names) & set(sys.modules) - seen); seen.update(found); return found",
+             "import tomat; print('tomat', *new(plain))",
+             *(f"import tomat.{name}; print('tomat.{name}', *new(late))" for name in import_order())]
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    report(f"import {line.replace(' ', ' also imports ', 1)}" for line in done.stdout.splitlines() if " " in line)
+
+
+# Sources
+
+
+def test_modules_and_functions_are_short():
+    found = []
+    for path in SOURCES:
+        module = name_of(path).removesuffix(".py").replace("/", ".")
+        source = path.read_text(encoding="utf-8")
+        if (n := len(source.splitlines())) > 350 and path.is_relative_to(ROOT / "tomat"):
+            found.append(f"{name_of(path)}: {n} lines, 350 at most")
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, FUNCTION) and (n := code_lines(node, source)) > 40:
+                found.append(f"{name_of(path)}:{node.lineno}: {node.name} has {n} lines of code, 40 at most")
+            if isinstance(node, FUNCTION) and (n := n_parameters(node)) > 7 and not is_command(node, module):
+                found.append(f"{name_of(path)}:{node.lineno}: {node.name} has {n} parameters, 7 at most")
+    report(found)
+
+
+def test_words_of_old_stay_where_old_files_are_read():
+    report(f"{name_of(path)}:{number}: {line.strip()}" for path in sorted((ROOT / "tomat").rglob("*.py"))
+           for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+           if OLD_WORDS.search(line) and "reads old files" not in line)
 
 
 def test_sources_hold_no_path_of_a_machine():
-    scripts = [path for path in (ROOT / "scripts").glob("*") if path.is_file()]
-    paths = [*MODULES, *scripts, *ROOT.glob("*.md"), ROOT / "Makefile", ROOT / "settings.ini", ROOT / "pyproject.toml"]
-    found = [f"{path.name}: {line}" for path in sorted(paths)
-             for line in path.read_text(encoding="utf-8").splitlines() if MACHINE_PATH.search(line)]
-    assert not found
+    scripts = [path for path in (ROOT / "scripts").rglob("*") if path.suffix in (".py", ".sh", ".js", ".css")]
+    paths = {*SOURCES, *scripts, *ROOT.glob("*.md"), *(ROOT / name for name in ("Makefile", "settings.ini", "pyproject.toml"))}
+    report(f"{name_of(path)}:{number}: {line.strip()}" for path in sorted(paths)
+           for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1) if MACHINE_PATH.search(line))
+
+
+# Notebooks
+
+
+def test_a_notebook_is_a_page():
+    found = []
+    for path in NOTEBOOKS:
+        cells, size = cells_of(path), path.stat().st_size
+        hidden = sum(bool(re.search(r"^#\|\s*hide\s*$", cell["source"], re.MULTILINE)) for cell in cells)
+        if size >= 200_000 or len(cells) > 70:
+            found.append(f"{name_of(path)}: {len(cells)} cells and {size:,} bytes; 70 and 199,999 at most")
+        if cells[0]["cell_type"] != "markdown" or not re.match(r"# \S.*\n+> \S", cells[0]["source"]):
+            found.append(f"{name_of(path)}: the first cell is not `# Title` and `> one plain sentence`")
+        if hidden * 5 >= len(cells):
+            found.append(f"{name_of(path)}: {hidden} of {len(cells)} cells are hidden, under a fifth may be")
+        found += [f"{name_of(path)}: cell {number} imports and needs {missing}: give its imports a cell of their own"
+                  for number, missing in needs_of_import_cells(cells)]
+    report(found)
+
+
+def test_a_notebook_holds_no_path_of_a_machine_and_no_traceback():
+    found = []
+    for path in NOTEBOOKS:
+        for number, cell in enumerate(cells_of(path), 1):
+            outputs = list(outputs_of(cell))
+            found += [f"{name_of(path)}: cell {number}: {line.strip()}" for text in [cell["source"], *outputs]
+                      for line in text.splitlines() if MACHINE_PATH.search(line)]
+            failed = any(output["output_type"] == "error" for output in cell.get("outputs", []))
+            if failed or any("Traceback (most recent call last)" in text for text in outputs):
+                found.append(f"{name_of(path)}: cell {number}: a traceback is saved")
+    report(found)
+
+
+# The helpers above
+
+
+def test_violations_are_seen():
+    both = {"io", "io.files"}
+    for source, names in {"import tomat.io.files": {"io.files"}, "from tomat.io import files as f": both,
+                          "from ..io import files": both, "from .files import x": {"density.files", "density.files.x"},
+                          "def f():\n    from tomat.io.files import x": {"io.files", "io.files.x"}, "import numpy": set()}.items():
+        assert imported(ast.parse(source), "density") == names, source
+
+    head = '@app.local_entrypoint()\ndef f(\n    self, x: int,  # a number\n    *y, **z) -> int:\n    """One.\n\n    Two."""\n'
+    source = head + '    # why\n\n    return (x +\n            1)\n'
+    function = ast.parse(source).body[0]
+    assert code_lines(function, source) == 5 and n_parameters(function) == 3
+    tokenize = ast.parse("def tokenize(): pass").body[0]
+    assert is_command(function, "scripts.x") and is_command(tokenize, "tomat.commands.data")
+    assert not is_command(tokenize, "tomat.dataset.shards")
+
+    cells = [{"cell_type": "code", "source": text} for text in ("#| export\nx = 1", "y = 2", "import a; a.b(x)", "import a; a.b(y)")]
+    assert list(needs_of_import_cells(cells)) == [(4, ["y"])]
+
+    for text in ("/home/a/b", "file:///tmp/x", "in /work."):
+        assert MACHINE_PATH.search(text), text
+    for text in ("gs://b/tmp/x", "work/main", "/worked", "../tmp/x"):
+        assert not MACHINE_PATH.search(text), text

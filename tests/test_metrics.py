@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from pymatgen.core import Lattice, Structure
 
-from tomat.io.files import TomatError
+from tomat.io.remote import TomatError
 from tomat.density.metrics import (METRICS, atom_spheres, chi_sq, electron_error, hellinger, jensen_shannon, nmae,
                                    rmse, sphere_error, touching_radii, weighted_mae)
 

@@ -16,20 +16,25 @@ from hypothesis import strategies as st
 from pymatgen.core import Lattice, Structure
 from pymatgen.io.vasp.outputs import Chgcar
 
+import tomat.prediction.causal
+import tomat.prediction.core
 import tomat.prediction.decoding
 import tomat.prediction.evaluate
 import tomat.prediction.predictors
-from tomat.prediction.batch import (SUFFIXES, as_structure, default_grid, find_structures, plan_jobs, run_jobs,
-                                    write_prediction)
-from tomat.tokens.codecs import PUBLISHED_DENSITY, fit_levels, log_codec
+from tomat.prediction.batch import (SUFFIXES, as_structure, default_grid, find_crystals, plan_tasks, predict,
+                                    run_tasks, write_prediction)
+from tomat.tokens.codecs import PUBLISHED_DENSITY, log_codec
+from tomat.tokens.levels import fit_levels
 from tomat.prediction.decoding import DecodingStrategy, best_strategy, free_run
 from tomat.density.core import RHO, Density
-from tomat.io.files import TomatError
+from tomat.io.remote import TomatError
 from tomat.density.formats import read_density, write_density
 from tomat.models.causal import load_checkpoint, make_model, save_checkpoint
 from tomat.models.sizes import ModelSize
 from tomat.models.probe import ProbeConfig, ProbeNet
-from tomat.prediction.predictors import CausalPredictor, ProbePredictor, check_crystal, load_predictor, predict
+from tomat.prediction.causal import CausalPredictor
+from tomat.prediction.predictors import ProbePredictor, load_predictor
+from tomat.prediction.core import check_crystal
 from tomat.atoms.sad import sad_density, valence_electrons
 from tomat.tokens.tokenizer import Tokenizer
 
@@ -65,6 +70,11 @@ def small(codec="levels", layout="framed", size=3, target="total"):
                 part.weight *= 10
             layer.self_attn.q_norm.weight *= 3
     return model, tokenizer
+
+
+def predicted(structure, shape, model, tokenizer, strategy="", **options):
+    "The density that a language model predicts."
+    return CausalPredictor(model, tokenizer, strategy, **options).predict(structure, shape).density
 
 
 def crystal(seed, n_atoms=2, elements=("Li", "O", "Na", "Fe")):
@@ -111,12 +121,12 @@ def test_a_checkpoint_comes_back_bit_for_bit(tmp_path):
 def test_the_models_of_these_tests_are_worth_testing_with(codec):
     """Their predictions vary from voxel to voxel, and depend on every atom and on the place of the patch."""
     (model, tokenizer), structure = small(codec), crystal(5, 3)
-    values = predict(structure, (6, 6, 6), model, tokenizer, choose="argmax", rescale=False).values
+    values = predicted(structure, (6, 6, 6), model, tokenizer, strategy="argmax", rescale=False).values
     assert len(np.unique(values)) > 20
     assert len({patch.tobytes() for patch in values.reshape(2, 3, 2, 3, 2, 3).transpose(0, 2, 4, 1, 3, 5).reshape(8, -1)}) == 8
     moved = structure.copy()
     moved.translate_sites([0], [0.01, 0, 0])
-    assert not np.array_equal(predict(moved, (6, 6, 6), model, tokenizer, choose="argmax", rescale=False).values, values)
+    assert not np.array_equal(predicted(moved, (6, 6, 6), model, tokenizer, strategy="argmax", rescale=False).values, values)
 
 
 def test_causality():
@@ -143,8 +153,8 @@ def test_every_predicted_row_decodes(codec, layout, size):
     free = model(torch.from_numpy(prompts).long()).logits[:, -1].argmax(-1)
     low, high = tokenizer.legal_ids(0)
     assert not any(low <= i < high for i in free), "an unmasked model would do: the test shows nothing"
-    for choose in {"argmax", best_strategy(tokenizer)}:
-        blocks = np.stack([written.ids_N for written in free_run(model, tokenizer, prompts, choose)], axis=1)
+    for strategy in {"argmax", best_strategy(tokenizer)}:
+        blocks = np.stack([written.ids_N for written in free_run(model, tokenizer, prompts, strategy)], axis=1)
         end = np.tile([tokenizer.vocab.id("DENS_END"), 2], (3, 1))
         for ids in np.concatenate([prompts, blocks, end], axis=1):
             assert np.isfinite(tokenizer.decode(ids).values).all()
@@ -175,32 +185,33 @@ def test_the_median_is_the_middle_of_the_distribution():
     written = first.ids_N[0] - low
     below = shares[values < values[written]].sum()
     assert below < 0.5 + 1e-6 and below + shares[written] > 0.5 - 1e-6
-    assert first.spread_N[0] == pytest.approx((shares * abs(values - values[written])).sum(), rel=1e-4)
+    assert first.expected_error_N[0] == pytest.approx((shares * abs(values - values[written])).sum(), rel=1e-4)
 
 
 @settings(derandomize=True, deadline=None, max_examples=50)
 @given(st.lists(st.floats(-30, 5), min_size=65, max_size=65))
-def test_what_each_choice_promises(logits):
+def test_what_each_strategy_promises(logits):
     """The likeliest level; the least expected absolute error among all levels; the mean, and the level nearest to it."""
     tokenizer = Tokenizer("framed", CODECS["signed levels"], patch_size=1, pad_to=None)
     values = tokenizer.density_codec.values_of_ids()
     logits = torch.tensor([logits])
     shares = logits.double().softmax(-1)[0].numpy()
     expected = (shares * abs(values[:, None] - values)).sum(1)  # of each level as the guess
-    got = {choose: DecodingStrategy(tokenizer, choose, torch.device("cpu"))(logits, 0) for choose in ("argmax", "median", "mean")}
-    ids = {choose: written.ids_N[0] for choose, written in got.items()}
+    got = {strategy: DecodingStrategy(tokenizer, strategy, torch.device("cpu"))(logits, 0)
+           for strategy in ("argmax", "median", "mean")}
+    ids = {strategy: written.ids_N[0] for strategy, written in got.items()}
     assert ids["argmax"] == int(logits.argmax())
     assert expected[ids["median"]] == pytest.approx(expected.min(), rel=1e-4, abs=1e-4)
     assert got["mean"].means_N[0] == pytest.approx(shares @ values, rel=1e-4, abs=1e-3)
     assert abs(values[ids["mean"]] - shares @ values) == pytest.approx(abs(values - shares @ values).min(), rel=1e-3, abs=1e-3)
-    for choose in ("argmax", "median"):
-        assert got[choose].spread_N[0] == pytest.approx(expected[ids[choose]], rel=1e-3, abs=1e-3)
+    for strategy in ("argmax", "median"):
+        assert got[strategy].expected_error_N[0] == pytest.approx(expected[ids[strategy]], rel=1e-3, abs=1e-3)
 
 
 def test_the_mean_is_what_the_grid_gets():
     """The values lie between the levels, and differ from those of the median's."""
     (model, tokenizer), structure = small("signed levels"), crystal(4)
-    mean, median = (predict(structure, (6, 6, 6), model, tokenizer, choose, rescale=False) for choose in ("mean", "median"))
+    mean, median = (predicted(structure, (6, 6, 6), model, tokenizer, strategy, rescale=False) for strategy in ("mean", "median"))
     levels = np.float32(tokenizer.density_codec.values_of_ids())
     assert np.isin(median.values, levels).all() and not np.isin(mean.values, levels).any()
 
@@ -221,36 +232,40 @@ def test_no_prediction_sees_the_truth(codec, target):
     nothing = [spoiled(density) for density in densities]
     assert all(np.isnan(d.values).all() and np.isnan(d.sad).all() for d in nothing)
     model, tokenizer = small(codec, target=target)
-    reads, make = tomat.prediction.evaluate.entries_of({"causal": CausalPredictor(model, tokenizer, rescale=False)})["causal, free-running"]
+    entries = tomat.prediction.evaluate.entries_of({"causal": CausalPredictor(model, tokenizer, rescale=False)})
+    reads, make = entries["causal, free-running"]
     assert reads == "structure"
     for density, blind in zip(densities, nothing, strict=True):
         one, other = make(density).density, make(blind).density
         assert np.isfinite(one.values).all() and one.values.tobytes() == other.values.tobytes()
-        again = predict(density.structure, density.shape, model, tokenizer, rescale=False)
+        again = predicted(density.structure, density.shape, model, tokenizer, rescale=False)
         assert again.values.tobytes() == one.values.tobytes()
 
 
 def test_no_function_of_predict_takes_a_density():
-    """But for `Prediction`, which holds the result."""
-    seen = set()
-    for module in (tomat.prediction.predictors, tomat.prediction.decoding):
+    """But for `Prediction`, which holds the result, and the references, which are no predictions."""
+    seen, references = set(), {"sad_of", "reference", "codec_floor", "teacher_forced"}
+    for module in (tomat.prediction.core, tomat.prediction.decoding, tomat.prediction.causal, tomat.prediction.predictors):
         members = [m for _, m in inspect.getmembers(module) if inspect.isroutine(m) or inspect.isclass(m)]
-        own = [member for member in members if member.__module__ == module.__name__ and member.__name__ != "Prediction"]
+        own = [member for member in members
+               if member.__module__ == module.__name__ and member.__name__ not in {"Prediction", *references}]
         seen |= {member.__name__ for member in own}
         methods = [f for member in own if inspect.isclass(member) for _, f in inspect.getmembers(member, inspect.isfunction)
                    if f.__module__ == module.__name__]
         for function in [*own, *methods]:
             for parameter in inspect.signature(function).parameters.values():
                 assert "Density" not in str(parameter.annotation) and "density" not in parameter.name, (function, parameter)
-        source = inspect.getsource(module)
-        assert not any(word in source for word in (".sad", "read_density", "RawStore", ".encode(", "target_of"))
-    assert {"predict", "free_run", "_written", "_scale", "Causal", "Parallel", "load_predictor"} <= seen
+        for member in own:
+            source = inspect.getsource(member)
+            assert not any(word in source for word in (".sad", "read_density", "RawStore", ".encode(", "target_of")), member
+    assert {"finish", "free_run", "patch_values", "_field", "CausalPredictor", "ProbePredictor", "load_predictor"} <= seen
 
 
-@pytest.mark.parametrize("codec, choose", [("two_token_9_12", "argmax"), ("signed levels", "median")])
-def test_the_batch_does_not_matter(codec, choose):
+@pytest.mark.parametrize("codec, strategy", [("two_token_9_12", "argmax"), ("signed levels", "median")])
+def test_the_batch_does_not_matter(codec, strategy):
     (model, tokenizer), structure = small(codec), crystal(4, 3)
-    one, three, all_ = (predict(structure, (4, 5, 6), model, tokenizer, choose, batch_size=n, rescale=False) for n in (1, 5, 256))
+    one, three, all_ = (predicted(structure, (4, 5, 6), model, tokenizer, strategy, batch_size=n, rescale=False)
+                        for n in (1, 5, 256))
     assert one.values.tobytes() == three.values.tobytes() == all_.values.tobytes()
 
 
@@ -260,10 +275,10 @@ def test_the_batch_does_not_matter(codec, choose):
 def test_any_cell_is_predicted_and_its_electrons_are_exact(n_atoms, shape, size, target):
     """One atom and 200, skewed cells, grids smaller than the patch."""
     (model, tokenizer), structure = small("levels", "framed", size, target), crowd(n_atoms, n_atoms)
-    density = predict(structure, shape, model, tokenizer)
+    density = predicted(structure, shape, model, tokenizer)
     assert density.shape == shape and density.values.dtype == np.float32 and np.isfinite(density.values).all()
     assert density.structure == structure and density.n_electrons == pytest.approx(valence_electrons(structure), rel=1e-6)
-    raw = predict(structure, shape, model, tokenizer, rescale=False)
+    raw = predicted(structure, shape, model, tokenizer, rescale=False)
     factor = valence_electrons(structure) / raw.metadata["electrons_before_rescaling"]
     assert raw.n_electrons == pytest.approx(raw.metadata["electrons_before_rescaling"], rel=1e-5)
     np.testing.assert_allclose(density.values, raw.values * factor, rtol=1e-5)
@@ -271,25 +286,25 @@ def test_any_cell_is_predicted_and_its_electrons_are_exact(n_atoms, shape, size,
 
 def test_overlapping_patches_are_averaged():
     (model, tokenizer), structure = small("levels"), crystal(4)
-    apart, shared = (predict(structure, (6, 6, 6), model, tokenizer, overlap=n, rescale=False) for n in (0, 1))
+    apart, shared = (predicted(structure, (6, 6, 6), model, tokenizer, overlap=n, rescale=False) for n in (0, 1))
     assert apart.shape == shared.shape and not np.array_equal(apart.values, shared.values)
     with pytest.raises(TomatError, match="overlap"):
-        predict(structure, (6, 6, 6), model, tokenizer, overlap=3)
+        predicted(structure, (6, 6, 6), model, tokenizer, overlap=3)
 
 
 def test_a_prediction_without_electrons_is_refused():
     tokenizer = Tokenizer("framed", fit_levels(-POSITIVE, 64), patch_size=3, pad_to=None)
     model = make_model(SMALL, tokenizer.vocab)
     with pytest.raises(TomatError, match="electrons"):
-        predict(crystal(1), (4, 4, 4), model, tokenizer)
-    assert predict(crystal(1), (4, 4, 4), model, tokenizer, rescale=False).n_electrons < 0
+        predicted(crystal(1), (4, 4, 4), model, tokenizer)
+    assert predicted(crystal(1), (4, 4, 4), model, tokenizer, rescale=False).n_electrons < 0
 
 
 def test_an_element_without_a_free_atom_is_refused_before_the_work(monkeypatch):
     (model, tokenizer), structure = small(), Structure(Lattice.cubic(4), ["Tc"], [[0, 0, 0]])
-    monkeypatch.setattr("tomat.prediction.decoding.free_run", lambda *args: pytest.fail("the work was done first"))
+    monkeypatch.setattr("tomat.prediction.causal.free_run", lambda *args: pytest.fail("the work was done first"))
     with pytest.raises(TomatError, match="Tc"):
-        predict(structure, (4, 4, 4), model, tokenizer)
+        predicted(structure, (4, 4, 4), model, tokenizer)
 
 
 # What a prediction says of itself
@@ -307,7 +322,7 @@ def test_borders_are_where_patches_meet():
             assert all(0 <= planes.min() and planes.max() < 6 for planes in found)
 
 
-def test_the_spread_is_in_the_unit_of_the_density():
+def test_the_expected_error_is_in_the_unit_of_the_density():
     """Tokens that say electrons and tokens that say e/Å³ give the same field."""
     (model, tokenizer), structure = small("levels"), crystal(4)
     volume = structure.volume
@@ -316,7 +331,7 @@ def test_the_spread_is_in_the_unit_of_the_density():
                      clip_max=levels.clip_max / volume)
     other = Tokenizer("framed", scaled, patch_size=3, pad_to=None, unit=RHO)
     a, b = (CausalPredictor(model, tok, rescale=False).predict(structure, (6, 6, 6)) for tok in (tokenizer, other))
-    np.testing.assert_allclose(a.spread_xyz, b.spread_xyz, rtol=1e-3)
+    np.testing.assert_allclose(a.expected_error_xyz, b.expected_error_xyz, rtol=1e-3)
     np.testing.assert_allclose(a.density.values, b.density.values, rtol=1e-4)
 
 
@@ -326,7 +341,7 @@ def test_the_spread_is_in_the_unit_of_the_density():
 def test_a_crystal_that_cannot_be_predicted_is_one_sentence(elements, places, words):
     structure = Structure(Lattice.cubic(4), elements, places)
     (model, tokenizer) = small()
-    for ask in (check_crystal, lambda s: predict(s, (4, 4, 4), model, tokenizer)):
+    for ask in (check_crystal, lambda s: predicted(s, (4, 4, 4), model, tokenizer)):
         with pytest.raises(TomatError) as caught:
             ask(structure)
         text = str(caught.value)
@@ -339,7 +354,7 @@ def test_atoms_of_different_cells_are_not_too_close_when_they_are_not():
         check_crystal(Structure(Lattice.from_parameters(0.3, 4, 4, 90, 90, 90), ["H"], [[0, 0, 0]]))
 
 
-# The parallel decoder: first a stand-in with its interface, then the packaged network
+# The probe network: first a stand-in with its interface, then the packaged network
 
 
 class StandIn(torch.nn.Module):
@@ -347,7 +362,7 @@ class StandIn(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.share, self.training_facts = torch.nn.Parameter(torch.tensor(0.1)), {"elements": ["Li", "O", "Na"]}
+        self.share, self.training_metadata = torch.nn.Parameter(torch.tensor(0.1)), {"elements": ["Li", "O", "Na"]}
 
 
 def field_of_stand_in(model, structure, shape, sad_xyz, show=False):
@@ -359,34 +374,34 @@ def field_of_stand_in(model, structure, shape, sad_xyz, show=False):
 
 @pytest.fixture
 def stand_in(monkeypatch):
-    monkeypatch.setattr(tomat.prediction.predictors, "load_parallel", lambda path: StandIn())
+    monkeypatch.setattr(tomat.prediction.predictors, "load_probe", lambda path: StandIn())
     monkeypatch.setattr(tomat.prediction.predictors, "predict_field", field_of_stand_in)
     return ProbePredictor(StandIn())
 
 
-def test_the_parallel_decoder_adds_and_counts(stand_in):
+def test_the_probe_predictor_adds_and_counts(stand_in):
     structure = crystal(3, elements=("Li", "O", "Fe"), n_atoms=4)
     raw = replace(stand_in, rescale=False).predict(structure, (8, 9, 10))
     known = sad_density(structure, (8, 9, 10))
     np.testing.assert_allclose(raw.density.values, 1.1 * known, rtol=1e-5, atol=1e-4)
-    np.testing.assert_allclose(raw.spread_xyz, 0.05 * known / structure.volume, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(raw.expected_error_xyz, 0.05 * known / structure.volume, rtol=1e-5, atol=1e-6)
     assert raw.electrons_before == pytest.approx(1.1 * valence_electrons(structure), rel=1e-5) and raw.borders is None
     exact = stand_in.predict(structure, (8, 9, 10))
     assert exact.density.n_electrons == pytest.approx(valence_electrons(structure), rel=1e-6)
-    assert exact.density.values.dtype == exact.spread_xyz.dtype == np.float32
+    assert exact.density.values.dtype == exact.expected_error_xyz.dtype == np.float32
     assert exact.density.metadata["elements_never_seen"] == sorted({str(e) for e in structure.species} - {"Li", "O", "Na"})
 
 
 def test_a_checkpoint_says_which_decoder_it_is_for(stand_in, tmp_path, monkeypatch):
     (tmp_path / "p").mkdir()
     (tmp_path / "p" / "tomat.json").write_text('{"decoder": "parallel"}')
-    assert isinstance(load_predictor(tmp_path / "p", choose=None, overlap=0), ProbePredictor)
+    assert isinstance(load_predictor(tmp_path / "p", strategy=None, overlap=0), ProbePredictor)
     with pytest.raises(TomatError, match="overlap"):
         load_predictor(tmp_path / "p", overlap=2)
     model, tokenizer = small()
     save_checkpoint(model, tokenizer, tmp_path / "c", {"elements": ["Li"]})
-    causal = load_predictor(tmp_path / "c", choose="mean")
-    assert causal.choice == "mean" and causal.elements == {"Li"}
+    causal = load_predictor(tmp_path / "c", strategy="mean")
+    assert causal.strategy == "mean" and causal.elements == {"Li"}
     save_checkpoint(model, tokenizer, tmp_path / "d")
     assert load_predictor(tmp_path / "d").elements is None
     for name in ("nowhere", "."):
@@ -399,8 +414,9 @@ def test_identity_tells_weights_and_settings_apart(stand_in):
     other = copy.deepcopy(model)
     with torch.no_grad():
         next(other.parameters())[0, 0] += 1
-    ids = [p.identity() for p in (CausalPredictor(model, tokenizer), CausalPredictor(other, tokenizer), CausalPredictor(model, tokenizer, "argmax"),
-                                  CausalPredictor(model, tokenizer, overlap=1), stand_in, replace(stand_in, rescale=False))]
+    ids = [p.identity() for p in (CausalPredictor(model, tokenizer), CausalPredictor(other, tokenizer),
+                                  CausalPredictor(model, tokenizer, "argmax"), CausalPredictor(model, tokenizer, overlap=1),
+                                  stand_in, replace(stand_in, rescale=False))]
     assert all(a != b for i, a in enumerate(ids) for b in ids[:i])
     assert CausalPredictor(copy.deepcopy(model), tokenizer, batch_size=3).identity() == ids[0]
 
@@ -422,7 +438,7 @@ def network(name):
         for layer in (model.head, model.sphere, model.bond):
             for parameter in layer.parameters():
                 torch.nn.init.normal_(parameter, std=0.05)
-    model.training_facts = {"elements": ["Na", "Cl"]}
+    model.training_metadata = {"elements": ["Na", "Cl"]}
     return ProbePredictor(model.eval())
 
 
@@ -434,7 +450,7 @@ SALT = Structure(Lattice.from_parameters(4.2, 4.6, 5.1, 80, 95, 105), ["Na", "Cl
 def fields(predictor, structure, shape):
     "Density in e/Å³ and its expected error."
     prediction = predictor.predict(structure, shape)
-    return prediction.density.rho, prediction.spread_xyz
+    return prediction.density.rho, prediction.expected_error_xyz
 
 
 def assert_alike(found, wanted, tolerance=1e-4):
@@ -446,8 +462,8 @@ def assert_alike(found, wanted, tolerance=1e-4):
 
 @networks
 def test_a_prediction_is_more_than_the_free_atoms(name):
-    rho, spread = fields(network(name), SALT, (12, 14, 16))
-    assert abs(rho - sad_density(SALT, (12, 14, 16)) / SALT.volume).max() > 0.01 and (spread > 0).all()
+    rho, expected = fields(network(name), SALT, (12, 14, 16))
+    assert abs(rho - sad_density(SALT, (12, 14, 16)) / SALT.volume).max() > 0.01 and (expected > 0).all()
 
 
 @networks
@@ -480,7 +496,7 @@ def test_other_lattice_vectors_change_nothing(name):
                                   ((2, 1, 0), (False, True, False))])
 def test_a_turned_crystal_is_a_turned_prediction(name, turn):
     density = network(name).predict(SALT, (10, 12, 14)).density
-    turned = density.turned(*turn)
+    turned = density.permute_axes(*turn)
     assert_alike([network(name).predict(turned.structure, turned.shape).density.rho], [turned.rho])
 
 
@@ -522,11 +538,11 @@ def test_a_default_grid_is_fine_enough_and_friendly(lengths):
 @pytest.mark.parametrize("format", SUFFIXES)
 def test_a_prediction_is_read_back_from_every_format(stand_in, tmp_path, format):
     prediction = stand_in.predict(crystal(3), (6, 7, 8))
-    out, spread = (f"{tmp_path}/{name}{SUFFIXES[format]}" for name in ("a", "b"))
-    write_prediction(prediction, out, spread)
-    density, unsure = read_density(out), read_density(spread)
+    out, errors = (f"{tmp_path}/{name}{SUFFIXES[format]}" for name in ("a", "b"))
+    write_prediction(prediction, out, errors)
+    density, unsure = read_density(out), read_density(errors)
     np.testing.assert_allclose(density.total, prediction.density.total, rtol=1e-4, atol=1e-3)
-    np.testing.assert_allclose(unsure.rho, prediction.spread_xyz, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(unsure.rho, prediction.expected_error_xyz, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["a.zarr", "a.zarr.zip"])
@@ -537,7 +553,7 @@ def test_zarr_holds_density_and_uncertainty(stand_in, tmp_path, name):
     assert read_density(tmp_path / name).values.tobytes() == prediction.density.values.tobytes()
     store = zarr.storage.ZipStore(tmp_path / name, read_only=True) if name.endswith("zip") else tmp_path / name
     stored = zarr.open_group(store, mode="r")["charge_density_spread"][:]
-    np.testing.assert_allclose(stored / prediction.density.volume, prediction.spread_xyz, rtol=1e-6)
+    np.testing.assert_allclose(stored / prediction.density.volume, prediction.expected_error_xyz, rtol=1e-6)
     assert [p.name for p in tmp_path.iterdir()] == [name]
 
 
@@ -561,23 +577,37 @@ def test_a_folder_of_structures_becomes_a_folder_of_densities(stand_in, tmp_path
     write_density(stand_in.predict(crystal(3), (5, 6, 7)).density, inside / "three.zarr")
     Structure(Lattice.cubic(4), ["Tc"], [[0, 0, 0]]).to(str(inside / "four.cif"), fmt="cif")
     (inside / "README").write_text("Dear reader")
-    jobs, over = plan_jobs([inside], f"{tmp_path}/out", None, f"{tmp_path}/spread")
-    assert {job.name for job in jobs} == {"one", "two", "three"}
-    assert set(over) == {"four.cif", "README"} and "Tc" in over["four.cif"]
-    assert {job.name: job.shape for job in jobs}["three"] == (5, 6, 7) and sorted(p.name for p in tmp_path.iterdir()) == ["in"]
-    facts = list(run_jobs([replace(job, shape=(6, 6, 6)) for job in jobs], stand_in))
-    assert [f["name"] for f in facts] == [job.name for job in jobs]
+    tasks, skipped = plan_tasks([inside], f"{tmp_path}/out", None, f"{tmp_path}/errors")
+    assert {task.name for task in tasks} == {"one", "two", "three"}
+    assert set(skipped) == {"four.cif", "README"} and "Tc" in skipped["four.cif"]
+    assert {task.name: task.shape for task in tasks}["three"] == (5, 6, 7) and sorted(p.name for p in tmp_path.iterdir()) == ["in"]
+    facts = list(run_tasks([replace(task, shape=(6, 6, 6)) for task in tasks], stand_in))
+    assert [f["name"] for f in facts] == [task.name for task in tasks]
     assert [f["expected_nmae"] for f in facts] == [pytest.approx(0.05, rel=0.2)] * 3
-    for folder in ("out", "spread"):
+    for folder in ("out", "errors"):
         assert {p.name for p in (tmp_path / folder).iterdir()} == {"one.CHGCAR", "two.CHGCAR", "three.CHGCAR"}
     assert all(read_density(f["out"]).shape == (6, 6, 6) for f in facts)
 
 
+def test_one_density_in_a_script(stand_in, tmp_path, monkeypatch):
+    """A crystal of any kind; the grid is the one given, that of a density file, or the default."""
+    write_density(stand_in.predict(crystal(3), (5, 6, 7)).density, tmp_path / "three.zarr")
+    for source, shape, grid, name in ((bulk("Li", a=3.4), None, None, "Li"), (bulk("Li", a=3.4), (4, 4, 4), (4, 4, 4), "Li"),
+                                      (tmp_path / "three.zarr", None, (5, 6, 7), "three")):
+        density = predict(source, shape, stand_in)
+        assert density.id == name and density.shape == (grid or default_grid(density.structure))
+        assert density.n_electrons == pytest.approx(valence_electrons(density.structure), rel=1e-6)
+    monkeypatch.setattr("tomat.prediction.batch.load_predictor", lambda: stand_in)
+    assert predict(crystal(3), (4, 4, 4)).metadata["made_by"] == "tomat, probe"
+    with pytest.raises(TomatError, match="does not exist"):
+        predict("letter.txt")
+
+
 def test_a_picture_of_one(stand_in, tmp_path):
-    jobs, _ = plan_jobs([bulk("Li", a=3.4)], f"{tmp_path}/Li.cube", picture=f"{tmp_path}/Li.png")
-    (facts,) = run_jobs(jobs, stand_in)
+    tasks, _ = plan_tasks([bulk("Li", a=3.4)], f"{tmp_path}/Li.cube", picture=f"{tmp_path}/Li.png")
+    (facts,) = run_tasks(tasks, stand_in)
     assert (tmp_path / "Li.png").read_bytes().startswith(b"\x89PNG")
-    assert facts["grid"] == list(default_grid(jobs[0].structure)) and facts["elements_never_seen"] == []
+    assert facts["grid"] == list(default_grid(tasks[0].structure)) and facts["elements_never_seen"] == []
     assert {p.name for p in tmp_path.iterdir()} == {"Li.cube", "Li.png"}
 
 
@@ -588,12 +618,13 @@ def test_places_that_cannot_be_written_are_found_before_the_work(stand_in, tmp_p
     crystal(1).to(str(tmp_path / "a.cif"), fmt="cif")
     write_density(stand_in.predict(crystal(3), (4, 4, 4)).density, tmp_path / "b.CHGCAR")
     with pytest.raises(TomatError, match="no name"):
-        plan_jobs([crystal(1)], "")
+        plan_tasks([crystal(1)], "")
     before = sorted(p.name for p in tmp_path.rglob("*"))
     one, both = [tmp_path / "a.cif"], [crystal(1), crystal(2, elements=("Na",))]
     for sources, out, options, words in (
             (one, "letter.txt/x.cube", {}, "letter.txt"), (one, "full.zarr", {}, "full.zarr"), (one, "x.xyz", {}, "x.xyz"),
-            (one, "x.cube", {"spread": f"{tmp_path}/x.cube"}, "x.cube"), (one, "x.cube", {"spread": f"{tmp_path}/x.xyz"}, "x.xyz"),
+            (one, "x.cube", {"expected_error": f"{tmp_path}/x.cube"}, "x.cube"),
+            (one, "x.cube", {"expected_error": f"{tmp_path}/x.xyz"}, "x.xyz"),
             (one, "x.cube", {"picture": f"{tmp_path}/letter.txt/x.png"}, "letter.txt"),
             (one, "x.cube", {"format": "zarr"}, "format"), (one, "x.cube", {"picture": f"{tmp_path}/x.pdf"}, ".png"),
             ([tmp_path / "b.CHGCAR"], "b.CHGCAR", {}, "replace"), ([tmp_path], "", {}, "replace"),
@@ -601,20 +632,20 @@ def test_places_that_cannot_be_written_are_found_before_the_work(stand_in, tmp_p
             ([crystal(1), crystal(1)], "new", {}, "Two structures"), ([], "new", {}, "no structure"),
             ([tmp_path / "full.zarr"], "new", {}, "no structure"), ([tmp_path / "none.cif"], "x.cube", {}, "none.cif")):
         with pytest.raises((TomatError, OSError)) as caught:
-            plan_jobs(sources, f"{tmp_path}/{out}", **options)
+            plan_tasks(sources, f"{tmp_path}/{out}", **options)
         assert words in str(caught.value) and str(caught.value).count("\n") == 0, caught.value
     assert sorted(p.name for p in tmp_path.rglob("*")) == before
 
 
 def test_a_model_that_does_not_say_how_sure_it_is(tmp_path):
     model, tokenizer = small("two_token_9_12")
-    jobs, _ = plan_jobs([crystal(1)], f"{tmp_path}/x.cube", (3, 3, 3), f"{tmp_path}/y.cube")
-    with pytest.raises(TomatError, match="how sure"):
-        next(run_jobs(jobs, CausalPredictor(model, tokenizer)))
+    tasks, _ = plan_tasks([crystal(1)], f"{tmp_path}/x.cube", (3, 3, 3), f"{tmp_path}/y.cube")
+    with pytest.raises(TomatError, match="expected error cannot be written"):
+        next(run_tasks(tasks, CausalPredictor(model, tokenizer)))
     assert not list(tmp_path.iterdir())
 
 
 def test_what_is_named_one_by_one_is_not_passed_over(tmp_path):
     Structure(Lattice.cubic(4), ["Tc"], [[0, 0, 0]]).to(str(tmp_path / "a.cif"), fmt="cif")
     with pytest.raises(TomatError, match=r"a\.cif.*Tc"):
-        find_structures([tmp_path / "a.cif"])
+        find_crystals([tmp_path / "a.cif"])

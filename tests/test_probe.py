@@ -1,4 +1,4 @@
-"""The parallel decoder: what must not change a density does not, and a fit repeats, resumes and learns."""
+"""The probe network: symmetries of a crystal leave its density alone, and a training repeats, resumes and learns."""
 
 import csv
 import json
@@ -17,19 +17,21 @@ from pymatgen.core import Lattice, Structure
 from safetensors.torch import load_file
 
 import tomat
-from tomat.tokens.codecs import fit_levels
-from tomat.io.files import TomatError
-from tomat.train.probe import ProbeTrainConfig, train_probe
-from tomat.models.geometry import GAUSSIANS, LEVELS, STEP, harmonics, images_of, neighbours, radial_basis
+from tomat.tokens.levels import fit_levels
+from tomat.io.remote import TomatError
+from tomat.train.config import RunConfig
+from tomat.train.probe import ProbeTask, ProbeTrainConfig, train_probe
+from tomat.models.geometry import N_GAUSSIANS, N_HARMONICS, STEP, harmonics, radial_basis
+from tomat.atoms.neighbours import find_neighbours, periodic_images
 from tomat.density.metrics import nmae
-from tomat.models.probe import (ProbeConfig, ProbeNet, balanced, level_probabilities, load_probe,
+from tomat.models.probe import (ProbeConfig, ProbeNet, shift_to_mean, level_probabilities, load_probe,
                                 predict_field, save_probe)
 from tomat.prediction.predictors import ProbePredictor, load_predictor
 from tomat.atoms.sad import sad_density, valence_electrons
 from tomat.train.log import read_log
 from tomat.density.store import sample_store
 
-TINY = ProbeConfig(width=8, rounds=1, atom_channels=(4, 2, 2), voxel_channels=(4, 2, 2), trunk=16, blocks=1)
+TINY = ProbeConfig(width=8, n_layers=1, atom_channels=(4, 2, 2), voxel_channels=(4, 2, 2), readout_width=16, readout_blocks=1)
 FIT = ProbeTrainConfig(model=TINY, steps=6, materials=3, voxels=20, kept=300, warmup=2, average=0.5, levels=16)
 SHAPE = (12, 12, 12)
 
@@ -66,39 +68,40 @@ cells = st.builds(Lattice.from_parameters, edges, edges, edges, angles, angles, 
 
 @settings(derandomize=True, deadline=None, max_examples=25)
 @given(cells, st.integers(0, 2**16), st.floats(2.0, 6.0))
-def test_a_point_sees_every_atom_within_reach_once(cell, seed, reach):
+def test_a_point_has_every_atom_within_the_cutoff_once(cell, seed, cutoff):
     rng = np.random.default_rng(seed)
     structure = Structure(cell, ["Na", "Cl"], rng.uniform(-1, 2, (2, 3)))
     points = rng.random((3, 3)) @ cell.matrix
-    near = neighbours(points, images_of(structure, reach))
-    for point, found in zip(points, near.vector_3xP.T.split(near.count_N.tolist()), strict=True):
-        sites = structure.get_sites_in_sphere(point, reach)
-        if any(abs(site.nn_distance - reach) < 1e-4 for site in sites):
+    near = find_neighbours(points, periodic_images(structure, cutoff))
+    for point, found in zip(points, np.split(near.vector_3xP, near.count_N.cumsum()[:-1], 1), strict=True):
+        sites = structure.get_sites_in_sphere(point, cutoff)
+        if any(abs(site.nn_distance - cutoff) < 1e-4 for site in sites):
             continue
-        assert np.allclose(np.sort(found.norm(dim=1)), np.sort([site.nn_distance for site in sites]), atol=1e-4)
+        assert np.allclose(np.sort(np.linalg.norm(found, axis=0)), np.sort([site.nn_distance for site in sites]), atol=1e-4)
 
 
-def test_an_atom_does_not_see_itself_but_its_images():
+def test_an_atom_is_not_its_own_neighbour_but_its_images_are():
     alone = Structure(Lattice.cubic(3.0), ["Na"], [[0.2, 0.9, 1.7]])
-    near = neighbours(alone.frac_coords % 1 @ alone.lattice.matrix, images_of(alone, 3.5), skip_self=True)
+    near = find_neighbours(alone.frac_coords % 1 @ alone.lattice.matrix, periodic_images(alone, 3.5), skip_self=True)
     assert near.count_N.tolist() == [6]
-    assert np.allclose(near.vector_3xP.norm(dim=0), 3.0)
+    assert np.allclose(np.linalg.norm(near.vector_3xP, axis=0), 3.0)
 
 
 def test_radial_functions_have_no_step_anywhere():
-    for reach in (4.0, 6.0, 4.013):
-        basis = radial_basis("Fe", reach)
-        assert len(basis) * STEP > reach + STEP / 2 and not basis[-1].any()
-        assert basis.diff(dim=0)[:, :GAUSSIANS].abs().max() < 0.25
+    for cutoff in (4.0, 6.0, 4.013):
+        basis = radial_basis("Fe", cutoff)
+        assert len(basis) * STEP > cutoff + STEP / 2 and not basis[-1].any()
+        assert basis.diff(dim=0)[:, :N_GAUSSIANS].abs().max() < 0.25
         assert torch.isfinite(basis).all()
 
 
 @settings(derandomize=True, deadline=None, max_examples=20)
 @given(st.integers(0, 2**16))
-def test_squares_of_harmonics_do_not_turn(seed):
+def test_squares_of_harmonics_do_not_depend_on_rotations(seed):
     vectors = torch.tensor(np.random.default_rng(seed).normal(size=(10, 3))).float()
-    turn = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(seed)))[0]
-    for here, there in zip(harmonics(vectors.T).split(LEVELS), harmonics((vectors @ turn).T).split(LEVELS), strict=True):
+    rotation = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(seed)))[0]
+    pairs = (harmonics(x.T).split(N_HARMONICS) for x in (vectors, vectors @ rotation))
+    for here, there in zip(*pairs, strict=True):
         assert torch.allclose((here**2).sum(0), (there**2).sum(0), atol=1e-5)
 
 
@@ -117,22 +120,22 @@ def test_a_supercell(model, crystal, axis):
     assert np.abs(there - np.concatenate([here, here], axis + 1)).max() < 1e-4 * np.abs(here).max()
 
 
-@pytest.mark.parametrize("turn", [
+@pytest.mark.parametrize("basis", [
     [[1, 0, 0], [1, 1, 0], [0, -1, 1]], [[0, 1, 0], [0, 0, 1], [1, 0, 0]], [[-1, 0, 0], [0, 1, 2], [0, 0, 1]]])
-def test_other_lattice_vectors(model, crystal, turn):
-    turn = np.array(turn)
-    other = Structure(Lattice(turn @ crystal.lattice.matrix), crystal.species, crystal.frac_coords @ np.linalg.inv(turn))
-    i, j, k = np.moveaxis(np.stack(np.meshgrid(*map(np.arange, SHAPE), indexing="ij"), -1) @ turn % SHAPE[0], -1, 0)
+def test_other_lattice_vectors(model, crystal, basis):
+    basis = np.array(basis)
+    other = Structure(Lattice(basis @ crystal.lattice.matrix), crystal.species, crystal.frac_coords @ np.linalg.inv(basis))
+    i, j, k = np.moveaxis(np.stack(np.meshgrid(*map(np.arange, SHAPE), indexing="ij"), -1) @ basis % SHAPE[0], -1, 0)
     here = field(model, crystal)
     assert np.abs(field(model, other) - here[:, i, j, k]).max() < 1e-4 * np.abs(here).max()
 
 
-def test_a_turn_and_a_mirror_in_space(model, crystal):
-    spin = np.linalg.qr(np.random.default_rng(0).normal(size=(3, 3)))[0]
+def test_rotations_and_mirrors(model, crystal):
+    rotation = np.linalg.qr(np.random.default_rng(0).normal(size=(3, 3)))[0]
     here = field(model, crystal)
-    for turn in (spin, -spin):
-        turned = Structure(Lattice(crystal.lattice.matrix @ turn), crystal.species, crystal.frac_coords)
-        assert np.abs(field(model, turned) - here).max() < 1e-4 * np.abs(here).max()
+    for operation in (rotation, -rotation):
+        rotated = Structure(Lattice(crystal.lattice.matrix @ operation), crystal.species, crystal.frac_coords)
+        assert np.abs(field(model, rotated) - here).max() < 1e-4 * np.abs(here).max()
 
 
 def test_the_order_of_the_atoms(model, crystal):
@@ -169,14 +172,14 @@ def test_any_number_of_threads_gives_the_same_bits(model, crystal):
 @given(st.integers(0, 2**16), st.floats(0.01, 3))
 def test_electrons_are_made_exact_and_none_is_borrowed(seed, mean):
     total = np.random.default_rng(seed).normal(1, 1, (4, 5, 6))
-    made = balanced(total, mean)
+    made = shift_to_mean(total, mean)
     assert made.mean() == pytest.approx(mean, rel=1e-9)
     assert (made >= np.minimum(total, 0) - 1e-12).all()
     order = np.argsort(total, axis=None)
     assert (np.diff(made.ravel()[order]) >= -1e-12).all()
 
 
-def test_before_training_it_is_the_sum_of_free_atoms(crystal):
+def test_before_training_it_is_the_sum_of_atomic_densities(crystal):
     assert not predict_field(ProbeNet(TINY), crystal, SHAPE, sad_prediction(crystal))[0].any()
 
 
@@ -210,7 +213,7 @@ def test_a_checkpoint_comes_back(model, crystal, tmp_path):
     save_probe(model, tmp_path / "c", {"elements": ["O"]})
     again = load_probe(tmp_path / "c")
     assert (field(again, crystal) == field(model, crystal)).all()
-    assert again.codec == model.codec and again.config == model.config and again.training_facts == {"elements": ["O"]}
+    assert again.codec == model.codec and again.config == model.config and again.training_metadata == {"elements": ["O"]}
 
 
 def test_damaged_checkpoints_get_one_sentence(model, tmp_path):
@@ -224,7 +227,7 @@ def test_damaged_checkpoints_get_one_sentence(model, tmp_path):
             load_probe(copy)
     facts = json.loads((tmp_path / "c" / "tomat.json").read_text())
     (tmp_path / "c" / "tomat.json").write_text(json.dumps(facts | {"decoder": "causal"}))
-    with pytest.raises(TomatError, match="no checkpoint of a parallel decoder"):
+    with pytest.raises(TomatError, match="names the decoder 'causal'"):
         load_probe(tmp_path / "c")
 
 
@@ -247,67 +250,66 @@ def same(a: Path, b: Path) -> bool:
     return all((weights(a)[name] == x).all() for name, x in weights(b).items())
 
 
-def fit(out: Path, config: ProbeTrainConfig = FIT, **options) -> Path:
+def trained(out: Path, config: ProbeTrainConfig = FIT) -> Path:
     ids = sample_store().split("train")
-    return train_probe(sample_store(), ids[:4], out, config, ids[4:6], save_every=2, **options)
+    return train_probe(sample_store(), ids[:4], out, config, ids[4:6], RunConfig(save_every=2))
 
 
-def test_a_fit_repeats_and_a_seed_matters(tmp_path):
-    first = fit(tmp_path / "a")
-    assert same(first, fit(tmp_path / "b"))
-    assert not same(first, fit(tmp_path / "c", replace(FIT, seed=1)))
+def test_a_training_repeats_and_a_seed_matters(tmp_path):
+    first = trained(tmp_path / "a")
+    assert same(first, trained(tmp_path / "b"))
+    assert not same(first, trained(tmp_path / "c", replace(FIT, seed=1)))
     assert [line["step"] for line in read_log(tmp_path / "a")] == list(range(1, 7))
 
 
-def test_a_fit_that_was_stopped_goes_on(tmp_path, monkeypatch):
-    whole = fit(tmp_path / "whole")
-    import tomat.train.probe as module
-    update = module._update
+def test_a_training_that_was_stopped_resumes(tmp_path, monkeypatch):
+    whole = trained(tmp_path / "whole")
+    gradient = ProbeTask.gradient
 
-    def stopping(under_way):
-        line = update(under_way)
-        if under_way.step == 3:
+    def stopping(task, step):
+        if step == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        return line
-    monkeypatch.setattr(module, "_update", stopping)
-    with pytest.raises(SystemExit) as stopped:
-        fit(tmp_path / "parts")
+        return gradient(task, step)
+    with monkeypatch.context() as patch:
+        patch.setattr(ProbeTask, "gradient", stopping)
+        with pytest.raises(SystemExit) as stopped:
+            trained(tmp_path / "parts")
     assert stopped.value.code == 128 + signal.SIGTERM and len(read_log(tmp_path / "parts")) == 3
-    assert same(whole, fit(tmp_path / "parts"))
+    assert same(whole, trained(tmp_path / "parts"))
 
 
-def test_a_fit_says_what_it_saw(tmp_path):
-    made = load_probe(fit(tmp_path / "run"))
+def test_a_checkpoint_holds_the_metadata_of_its_training(tmp_path):
+    made = load_probe(trained(tmp_path / "run"))
     store = sample_store()
-    seen = {site.specie.symbol for id in store.split("train")[:4] for site in store.read(id).structure}
-    assert set(made.training_facts["elements"]) == seen
+    elements = {site.specie.symbol for id in store.split("train")[:4] for site in store.read(id).structure}
+    assert set(made.training_metadata["elements"]) == elements
     assert made.codec is not None and len(made.codec.recon_points) <= 16
-    assert made.training_facts["widen"] == made.training_facts["held_out"]["widen"] > 0
-    never = [z for z in range(119) if not made.element.weight[z].any()]
-    assert len(never) == 119 - len(seen)  # what was never seen has its descriptor alone
+    assert made.training_metadata["calibration_scale"] == made.training_metadata["held_out"]["calibration_scale"] > 0
+    empty = [z for z in range(119) if not made.element.weight[z].any()]
+    assert len(empty) == 119 - len(elements)  # the others have nothing but their descriptor
 
 
-def test_expected_errors_are_widened_by_hand_where_nothing_is_held_out(tmp_path, crystal):
+def test_a_given_calibration_scale_multiplies_expected_errors_where_nothing_is_held_out(tmp_path, crystal):
     ids, store = sample_store().split("train")[:3], sample_store()
     errors = []
-    for calibration_scale in (1.0, 3.0):  # the second time the finished run is only saved anew
-        made = load_probe(train_probe(store, ids, tmp_path / "run", FIT, calibration_scale=calibration_scale))
+    for scale in (1.0, 3.0):
+        made = load_probe(train_probe(store, ids, tmp_path / str(scale), replace(FIT, calibration_scale=scale)))
         errors.append(predict_field(made, crystal, SHAPE, sad_prediction(crystal)))
     assert (errors[0][0] == errors[1][0]).all()
     assert np.allclose(3 * errors[0][1], errors[1][1], rtol=1e-4)
 
 
-def test_a_fit_refuses_what_makes_no_sense(tmp_path):
+def test_impossible_trainings_are_refused(tmp_path):
     store = sample_store()
     for ids, held_out in ((["a"], ["a"]), ([], []), (["a", "a"], [])):
-        with pytest.raises(TomatError, match="A fit needs materials"):
+        with pytest.raises(TomatError, match="Training needs materials"):
             train_probe(store, ids, tmp_path / "run", FIT, held_out)
-    with pytest.raises(TomatError, match="at least one step"):
+    with pytest.raises(TomatError, match="steps"):
         ProbeTrainConfig(steps=0)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").write_text("mine")
     with pytest.raises(TomatError, match="such as notes"):
-        fit(tmp_path / "other")
+        trained(tmp_path / "other")
 
 
 # The packaged checkpoint
@@ -330,34 +332,34 @@ def measured() -> dict[str, dict[str, str]]:
 
 def test_the_card_says_what_was_measured(packaged):
     summary, text = json.loads((RESULTS / "validation.json").read_text()), (PACKAGED / "README.md").read_text()
-    rows, facts = measured(), packaged.model.training_facts
+    rows, facts = measured(), packaged.model.training_metadata
     assert summary["training"] == {name: facts[name] for name in summary["training"]}  # the checkpoint that was measured
     assert summary["materials"] == len(rows) and not {*rows} & {*facts["materials"]}
     for name, how in (("mean", np.mean), ("median", np.median), ("worst", max)):
         score = how([float(row["nmae"]) for row in rows.values()])
         assert score == pytest.approx(summary[f"nmae_{name}"], rel=1e-4)
         assert f"{100 * summary[f'nmae_{name}']:.2f} %" in text
-    for said in (f"{100 * summary['free_atoms_mean']:.2f} %", f"{summary['ratio_of_means']:.3f}", summary["command"],
+    for said in (f"{100 * summary['sad_mean']:.2f} %", f"{summary['ratio_of_means']:.3f}", summary["command"],
                  f"{summary['training']['steps']:,} steps", "e/Å³", " ".join(facts["elements"]), *summary["rare_elements"],
                  *(f"| {kind} | {x['materials']} | {100 * x['nmae_mean']:.2f} % |" for kind, x in summary["classes"].items())):
         assert said in text
 
 
-def test_the_packaged_checkpoint_halves_the_error_of_materials_it_never_saw(packaged):
+def test_the_packaged_checkpoint_halves_the_error_of_materials_outside_its_training_data(packaged):
     store, rows, scores = sample_store(), measured(), []
     for id in store.split("validation"):
         true = store.read(id)
         made = packaged.predict(true.structure, true.shape).density
         scores.append((nmae(made.total, true.total), nmae(sad_density(true.structure, true.shape), true.total)))
-        assert id not in packaged.model.training_facts["materials"]
+        assert id not in packaged.model.training_metadata["materials"]
         assert scores[-1][0] == pytest.approx(float(rows[id]["nmae"]), rel=0.01)
         assert made.n_electrons == pytest.approx(valence_electrons(true.structure), rel=1e-6)
         assert made.values.min() > -0.01 * made.values.max()
-    ours, free = np.mean(scores, 0)
-    assert len(scores) == 8 and ours < free / 2
+    ours, sad = np.mean(scores, 0)
+    assert len(scores) == 8 and ours < sad / 2
 
 
-def test_the_packaged_checkpoint_knows_no_origin_and_no_cell(packaged):
+def test_origin_and_cell_do_not_change_the_packaged_checkpoints_predictions(packaged):
     true = sample_store().read("gp-00559")
     shape, steps = (16, 16, 16), (3, 15, 8)
     here = packaged.predict(true.structure, shape)
@@ -366,5 +368,5 @@ def test_the_packaged_checkpoint_knows_no_origin_and_no_cell(packaged):
     for structure, grid, change in ((moved, shape, lambda x: np.roll(x, steps, (0, 1, 2))),
                                     (twice, (16, 16, 32), lambda x: np.concatenate([x, x], 2))):
         there = packaged.predict(structure, grid)
-        for one, other in ((there.density.rho, here.density.rho), (there.spread_xyz, here.spread_xyz)):
+        for one, other in ((there.density.rho, here.density.rho), (there.expected_error_xyz, here.expected_error_xyz)):
             assert np.abs(one - change(other)).max() < 1e-4 * np.abs(other).max()

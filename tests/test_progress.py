@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tomat.io.files import TomatError
+from tomat.io.remote import TomatError
 from tomat.io.progress import in_order, silent, track
 
 
@@ -57,7 +57,7 @@ def test_the_sentence_of_a_worker_arrives(workers):
 
 SCRIPT = """
 import os, sys, time
-from tomat.progress import in_order, _context
+from tomat.io.progress import in_order, _context
 def work(x):
     print(os.getpid(), flush=True)
     time.sleep(60)

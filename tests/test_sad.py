@@ -1,17 +1,18 @@
-"The sum of free atoms: against a sum point by point, against Gaussians, and under what physics does not see."
+"The sum of atomic densities: against a sum point by point, against Gaussians, and under changes that leave the physics alone."
 import json
 import re
 
 import numpy as np
 import pytest
 from crystals import crystal, quick
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from pymatgen.core import Lattice, Structure
 
 from tomat.density.core import Density
-from tomat.io.files import TomatError
+from tomat.io.remote import TomatError
 from tomat.density.metrics import nmae
+from tomat.atoms.neighbours import periodic_images
 from tomat.atoms.sad import (FreeAtom, FreeAtoms, free_atom, load_atoms, packaged_atoms, sad_density, save_atoms,
                              valence_electrons, with_sad)
 from tomat.density.store import sample_store
@@ -23,27 +24,28 @@ GAUSSIANS = FreeAtoms({s: FreeAtom.of(s, n, 0.05, n * np.exp(-R**2 / (2 * WIDTH*
                        for s, n in (("Fe", 8.0), ("O", 6.0), ("Na", 1.0))}, "Gaussians")
 
 
-def images_of(structure, reach):
-    "Every translation of the cell whose atoms may be seen from within it."
-    most = np.ceil(reach * np.linalg.norm(np.linalg.inv(structure.lattice.matrix), axis=0)).astype(int) + 1
-    return np.stack(np.meshgrid(*[np.arange(-m, m + 1) for m in most], indexing="ij"), -1).reshape(-1, 3) @ structure.lattice.matrix
+def sum_at(points, structure, atoms):
+    "The sum as it is defined, e/Å³: the spline at the distance of each image of each atom."
+    total = np.zeros(len(points))
+    for i, site in enumerate(structure):
+        atom, images = atoms[site.specie.symbol], periodic_images(structure, atoms[site.specie.symbol].cutoff)
+        for position in images.position_Jx3[images.atom_J == i]:
+            r = np.linalg.norm(points - position, axis=1)
+            total += np.where(r < atom.cutoff, atom.density_r(np.minimum(r, atom.cutoff)), 0)
+    return total
 
 
 def point_by_point(structure, shape, atoms):
-    "The sum as it is defined, e/Å³: the spline at the distance of each image of each atom."
+    "The same on a grid."
     grid = np.stack(np.meshgrid(*[np.arange(n) / n for n in shape], indexing="ij"), -1) @ structure.lattice.matrix
-    rho_xyz = np.zeros(shape)
-    for site in structure:
-        atom = atoms[site.specie.symbol]
-        home = structure.lattice.get_cartesian_coords(site.frac_coords % 1)
-        for shift in images_of(structure, atom.cutoff):
-            r = np.linalg.norm(grid - home - shift, axis=-1)
-            rho_xyz += np.where(r < atom.cutoff, atom.density_r(np.minimum(r, atom.cutoff)), 0)
-    return rho_xyz
+    return sum_at(grid.reshape(-1, 3), structure, atoms).reshape(shape)
 
 
 @quick
 @given(seeds, st.integers(1, 3), st.tuples(*[st.integers(1, 7)] * 3))
+@example(1, 1, (1, 1, 2)).via("both points lie 700,000 times below the mean, so errors are multiplied by as much")
+@example(8466, 1, (1, 3, 1))
+@example(5037, 1, (1, 3, 1))
 def test_gaussians_on_any_grid_of_any_cell(seed, n_atoms, shape):
     "Coarse grids too: a grid of one point holds the density at that point, up to the scale."
     structure = crystal(np.random.default_rng(seed), n_atoms)
@@ -90,14 +92,14 @@ def test_a_supercell_repeats_the_density(seed, times):
 
 @quick
 @given(seeds, st.floats(0, 6.28), st.floats(0, 3.14))
-def test_a_turned_crystal_has_the_same_density(seed, phi, theta):
+def test_a_rotated_crystal_has_the_same_density(seed, phi, theta):
     structure = crystal(np.random.default_rng(seed))
     z = np.array([[np.cos(phi), np.sin(phi), 0], [-np.sin(phi), np.cos(phi), 0], [0, 0, 1]])
     x = np.array([[1, 0, 0], [0, np.cos(theta), np.sin(theta)], [0, -np.sin(theta), np.cos(theta)]])
-    turned = Structure(Lattice(structure.lattice.matrix @ z @ x), structure.species, structure.frac_coords)
+    rotated = Structure(Lattice(structure.lattice.matrix @ z @ x), structure.species, structure.frac_coords)
     total_xyz = sad_density(structure, (4, 5, 6))
     # a wave at the very limit may fall on either side of it
-    np.testing.assert_allclose(sad_density(turned, (4, 5, 6)), total_xyz, atol=1e-6 * total_xyz.max())
+    np.testing.assert_allclose(sad_density(rotated, (4, 5, 6)), total_xyz, atol=1e-6 * total_xyz.max())
 
 
 @quick
@@ -122,18 +124,13 @@ def test_tiny_huge_long_and_full_cells(edges, n_atoms, shape):
     assert total_xyz.mean() == pytest.approx(valence_electrons(structure, GAUSSIANS), rel=1e-9)
     some = rng.choice(total_xyz.size, 20, replace=False)  # those and their neighbours, against the definition
     points = np.stack(np.unravel_index(some, shape), 1) / shape @ structure.lattice.matrix
-    truth = np.zeros(len(some))
-    for site in structure:
-        atom = GAUSSIANS[site.specie.symbol]
-        for shift in images_of(structure, atom.cutoff):
-            r = np.linalg.norm(points - site.coords - shift, axis=-1)
-            truth += np.where(r < atom.cutoff, atom.density_r(np.minimum(r, atom.cutoff)), 0)
+    truth = sum_at(points, structure, GAUSSIANS)
     np.testing.assert_allclose(total_xyz.ravel()[some] / structure.volume, truth, rtol=0.02, atol=1e-5)
 
 
 def test_form_factors_of_gaussians():
     g = np.linspace(0, 30, 50)
-    np.testing.assert_allclose(GAUSSIANS["Na"].waves_g(g), np.exp(-g**2 * WIDTH**2 / 2), atol=1e-5)
+    np.testing.assert_allclose(GAUSSIANS["Na"].form_factor(g), np.exp(-g**2 * WIDTH**2 / 2), atol=1e-5)
 
 
 def test_atoms_from_a_file(tmp_path):
@@ -175,15 +172,15 @@ def test_a_file_without_atoms_is_refused(tmp_path, held):
     (Structure(Lattice.cubic(3), [], []), "no atoms"),
     (Structure(Lattice.cubic(3), ["Tc"], [[0, 0, 0]]), "no free atom for Tc"),
     (Structure(Lattice.cubic(3), ["X"], [[0, 0, 0]]), "unknown elements"),
-    (Structure(Lattice.cubic(3), ["Cu"], [[0, np.nan, 0]]), "nowhere")])
-def test_what_has_no_sum_of_free_atoms_is_refused(structure, words):
+    (Structure(Lattice.cubic(3), ["Cu"], [[0, np.nan, 0]]), "not finite")])
+def test_a_structure_without_a_sum_is_refused(structure, words):
     for refused in (lambda: sad_density(structure, (4, 4, 4)), lambda: valence_electrons(structure)):
         with pytest.raises(TomatError, match=words):
             refused()
 
 
 @pytest.mark.parametrize("shape", [(0, 4, 4), (4, 4), (-1, 4, 4)])
-def test_what_is_no_grid_is_refused(shape):
+def test_a_shape_that_is_no_grid_is_refused(shape):
     with pytest.raises(TomatError, match="no grid"):
         sad_density(crystal(np.random.default_rng(0)), shape)
 

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tomat.tokens.codecs import PUBLISHED_DENSITY
-from tomat.io.files import TomatError
+from tomat.io.remote import TomatError
 from tomat.models.sizes import MODELS, n_parameters
 from tomat.study.pull import logged_run, offline_runs, online_runs, run_of
 from tomat.train.log import Log

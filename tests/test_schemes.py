@@ -1,5 +1,6 @@
 "Schemes: what is read comes from the counted tokens and the structure, and keeping everything loses nothing."
 import ast
+import json
 import pickle
 import subprocess
 import sys
@@ -14,14 +15,15 @@ from pymatgen.core import Lattice, Structure
 from test_layering import code_lines
 
 from tomat.atoms.analytic import ANALYTIC
-from tomat.tokens.codecs import PUBLISHED_DENSITY, fit_levels, save_levels
+from tomat.tokens.codecs import PUBLISHED_DENSITY
+from tomat.tokens.levels import fit_levels, save_levels
 from tomat.density.core import RHO, TOTAL
-from tomat.io.files import TomatError
+from tomat.io.remote import TomatError
 from tomat.density.metrics import nmae
 from tomat.atoms.sad import sad_density, valence_electrons
-from tomat.study.schemes import (ONE, SCHEMES, Coarse, Difference, Direct, LargeWaves, LowWaves, MassCap, Patches,
-                                 PerVolume, Threshold, TopK, TopShare, fitted_schemes, from_waves, read_places,
-                                 to_waves, wave_slots, write_places)
+from tomat.study.schemes import (ONE, SCHEMES, Coarse, Difference, LargeWaves, LowWaves, PerVolume, fitted_schemes,
+                                 from_waves, to_waves, wave_order)
+from tomat.study.voxels import Direct, MassCap, Patches, Threshold, TopK, TopShare, read_indices, write_indices
 from tomat.density.store import sample_store
 
 quick = settings(derandomize=True, deadline=None, max_examples=25)
@@ -92,18 +94,18 @@ def test_keeping_all_is_lossless(scheme, material):
 @given(materials())
 def test_there_are_as_many_independent_waves_as_voxels(material):
     values, structure = material
-    slots = wave_slots(structure, values.shape)
-    assert len(slots.where) == values.size
-    assert len(set(zip(slots.where, slots.imag, strict=True))) == values.size
-    back = from_waves(to_waves(values, slots), slice(None), slots, values.shape)
+    order = wave_order(structure, values.shape)
+    assert len(order.where) == values.size
+    assert len(set(zip(order.where, order.imag, strict=True))) == values.size
+    back = from_waves(to_waves(values, order), slice(None), order, values.shape)
     np.testing.assert_allclose(back, values, atol=1e-9 * np.abs(values).max())
 
 
 def test_every_single_wave_is_real_and_new():
-    "The inverse transform of the unit vectors is a basis: no slot repeats another."
+    "The inverse transform of the unit vectors is a basis: no number repeats another."
     structure, shape = crystal(np.random.default_rng(3)), (4, 3, 6)
-    slots = wave_slots(structure, shape)
-    basis = np.array([from_waves(np.ones(1), np.array([i]), slots, shape).ravel() for i in range(72)])
+    order = wave_order(structure, shape)
+    basis = np.array([from_waves(np.ones(1), np.array([i]), order, shape).ravel() for i in range(72)])
     assert np.linalg.matrix_rank(basis) == 72
     np.testing.assert_allclose(basis @ basis.T, np.diag(np.diag(basis @ basis.T)), atol=1e-9)
 
@@ -111,8 +113,8 @@ def test_every_single_wave_is_real_and_new():
 def test_waves_come_in_the_order_of_their_length():
     "Checked against the vectors themselves, in a skewed cell."
     structure, shape = crystal(np.random.default_rng(5)), (6, 5, 8)
-    slots = wave_slots(structure, shape)
-    index = np.array(np.unravel_index(slots.where, (6, 5, 5))).T
+    order = wave_order(structure, shape)
+    index = np.array(np.unravel_index(order.where, (6, 5, 5))).T
     index = np.where(index > np.array(shape) // 2, index - shape, index)
     lengths = np.linalg.norm(index @ structure.lattice.reciprocal_lattice.matrix, axis=1)
     assert (np.diff(lengths) > -1e-6).all() and lengths[0] == 0
@@ -122,9 +124,9 @@ def test_low_waves_are_the_best_ball():
     "By Parseval: the squared error is that of the waves left out."
     rng = np.random.default_rng(0)
     values, structure = rng.normal(size=(6, 7, 8)), crystal(rng)
-    slots = wave_slots(structure, values.shape)
-    waves = to_waves(values, slots)
-    counts = np.where(np.bincount(slots.where)[slots.where] == 1, 1, 2)
+    order = wave_order(structure, values.shape)
+    waves = to_waves(values, order)
+    counts = np.where(np.bincount(order.where)[order.where] == 1, 1, 2)
     for scheme, left_out in ((LowWaves(0.3), slice(round(0.3 * values.size), None)), (LargeWaves(0.3), None)):
         back = scheme.read(scheme.write(values, structure), structure)
         strength = counts * waves**2
@@ -134,12 +136,12 @@ def test_low_waves_are_the_best_ball():
 
 @quick
 @given(st.integers(1, 300), seeds, st.floats(0, 1))
-def test_places(n, seed, share):
-    places = np.sort(np.random.default_rng(seed).permutation(n)[:round(share * n)])
-    tokens = write_places(places, n)
-    assert len(tokens) == 1 + min(len(places), -(-n // 32))
-    found, rest = read_places(np.concatenate([tokens, tokens]), n)
-    np.testing.assert_array_equal(found, places)
+def test_indices(n, seed, share):
+    indices = np.sort(np.random.default_rng(seed).permutation(n)[:round(share * n)])
+    tokens = write_indices(indices, n)
+    assert len(tokens) == 1 + min(len(indices), -(-n // 32))
+    found, rest = read_indices(np.concatenate([tokens, tokens]), n)
+    np.testing.assert_array_equal(found, indices)
     np.testing.assert_array_equal(rest, tokens)
 
 
@@ -215,7 +217,7 @@ def test_another_process_reads_the_same(tmp_path):
     code = f"""
 import numpy as np
 from pymatgen.core import Structure
-from tomat.schemes import SCHEMES
+from tomat.study.schemes import SCHEMES
 structure = Structure.from_file("s.json")
 for i, name in enumerate({names!r}):
     np.save(f"{{i}}.npy", SCHEMES[name].read(np.fromfile(f"{{i}}.tokens", np.uint32), structure))
@@ -227,8 +229,18 @@ for i, name in enumerate({names!r}):
 
 
 def test_each_scheme_is_short():
-    source = (Path(__file__).parents[1] / "tomat" / "schemes.py").read_text()
+    source = "".join((Path(__file__).parents[1] / "tomat" / "study" / f"{name}.py").read_text() for name in ("voxels", "schemes"))
     classes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ClassDef)]
     lengths = {node.name: node.end_lineno - node.lineno + 1 for node in classes}
     assert len(lengths) >= 12 and max(lengths.values()) < 40, lengths
     assert all(code_lines(node, source) <= 40 for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef))
+
+
+def test_schemes_are_described_by_registered_names():
+    "Descriptions are JSON, differ from scheme to scheme, hold fitted levels in full, and do not depend on the class's name."
+    class Renamed(LowWaves):
+        "The same scheme under another name."
+    assert Renamed(0.5).to_dict() == LowWaves(0.5).to_dict() == {"scheme": "fourier", "share": 0.5, "codec": None}
+    assert len({json.dumps(scheme.to_dict()) for scheme in SCHEMES.values()}) == len(SCHEMES)
+    one, other = (Difference(Direct(fit_levels(np.arange(9.0) + step, 4))).to_dict() for step in (0, 1e-9))
+    assert one["inner"]["codec"]["name"] == other["inner"]["codec"]["name"] and one != other

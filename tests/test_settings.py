@@ -2,7 +2,7 @@
 
 import pytest
 
-from tomat.io.files import TomatError
+from tomat.io.remote import TomatError
 from tomat.io.settings import data_set, labels, setting, settings_file
 
 PUBLISHED = {"val-smoke": ("validation", 128, 32), "val-full": ("validation", 4305, 32),

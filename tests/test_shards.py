@@ -17,20 +17,21 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from crystals import CODECS, real_looking
+from crystals import CODECS, read_rows, real_looking
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pymatgen.core import Lattice, Structure
 
 from tomat.tokens.codecs import POSITIONS, PUBLISHED_DENSITY
 from tomat.density.core import Density, preparation
-from tomat.io.files import TomatError
+from tomat.io.remote import TomatError
 from tomat.tokens.patches import as_size, cut
 from tomat.atoms.sad import sad_density
-from tomat.dataset.verify import read_rows, row_of, verify
-from tomat.dataset.parquet import SCHEMA, material_rng
-from tomat.dataset.shards import read_meta, tokenize
-from tomat.density.source import InMemory
+from tomat.dataset.verify import verify
+from tomat.dataset.meta import read_meta, row_of
+from tomat.dataset.parquet import SCHEMA, TokenizeConfig
+from tomat.dataset.shards import tokenize
+from tomat.density.source import InMemory, material_rng
 from tomat.io.settings import data_set
 from tomat.density.store import RawStore, sample_store, write_store
 from tomat.dataset.stream import ParquetRows
@@ -64,6 +65,10 @@ def tokenizer(layout="framed", codec="two_token_9_12", size=3, pad_to=None, targ
     return Tokenizer(layout, CODECS[codec], patch_size=size, pad_to=pad_to, target=target)
 
 
+def tokenized(materials, tok, out, ids=None, part=None, **more):
+    return tokenize(materials, tok, out, TokenizeConfig(**more), ids, part)
+
+
 def contents(folder):
     "Every file of a data set."
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
@@ -72,10 +77,10 @@ def contents(folder):
 def test_the_same_data_set_is_the_same_bytes(tmp_path):
     densities = [a_density(seed) for seed in range(5)]
     for name in ("one", "two"):
-        tokenize(iter(densities), tokenizer(), tmp_path / name, 6, seed=3, label="x", rows_per_shard=12)
+        tokenize(iter(densities), tokenizer(), tmp_path / name, TokenizeConfig(6, seed=3, label="x", rows_per_shard=12))
     one, two = contents(tmp_path / "one"), contents(tmp_path / "two")
     assert one == two and len(one) == 4
-    tokenize(densities, tokenizer(), tmp_path / "other", 6, seed=4, label="x", rows_per_shard=12)
+    tokenize(densities, tokenizer(), tmp_path / "other", TokenizeConfig(6, seed=4, label="x", rows_per_shard=12))
     assert all(contents(tmp_path / "other")[name] != content for name, content in one.items())
 
 
@@ -89,7 +94,7 @@ def test_a_material_does_not_feel_the_others(tmp_path):
     densities = [a_density(seed) for seed in range(4)]
     sets = {"all": densities, "reversed": densities[::-1], "alone": [densities[2]], "without": densities[2:]}
     for name, some in sets.items():
-        tokenize(some, tokenizer(), tmp_path / name, 7, rows_per_shard=10)
+        tokenize(some, tokenizer(), tmp_path / name, TokenizeConfig(7, rows_per_shard=10))
     want = rows_of(tmp_path / "all", "m-2")
     assert len(want) == 7 and all(rows_of(tmp_path / name, "m-2") == want for name in sets)
     offsets = {id: str([offset for _, offset in rows_of(tmp_path / "all", id)]) for id in ("m-0", "m-1", "m-2", "m-3")}
@@ -99,7 +104,7 @@ def test_a_material_does_not_feel_the_others(tmp_path):
 def test_more_patches_begin_with_the_fewer(tmp_path):
     """Drawing more of them extends a data set, and leaves what was drawn."""
     for n in (4, 9):
-        tokenize([a_density(1)], tokenizer(), tmp_path / str(n), n)
+        tokenize([a_density(1)], tokenizer(), tmp_path / str(n), TokenizeConfig(n))
     assert rows_of(tmp_path / "9", "m-1")[:4] == rows_of(tmp_path / "4", "m-1")
 
 
@@ -110,7 +115,7 @@ def test_seeds_are_what_they_were():
 
 
 def test_the_columns_are_the_published_ones(tmp_path):
-    meta = tokenize([a_density(seed) for seed in range(3)], tokenizer(), tmp_path / "rows", 4, rows_per_shard=8)
+    meta = tokenize([a_density(seed) for seed in range(3)], tokenizer(), tmp_path / "rows", TokenizeConfig(4, rows_per_shard=8))
     assert list(meta["shards"]) == ["rows-00000.parquet", "rows-00001.parquet"]
     assert [shard["rows"] for shard in meta["shards"].values()] == [8, 4]
     published = pa.schema([("task_id", pa.string()), ("offset_x", pa.int32()), ("offset_y", pa.int32()), ("offset_z", pa.int32()),
@@ -126,7 +131,7 @@ def test_the_columns_are_the_published_ones(tmp_path):
 
 def test_published_rows_have_8192_tokens(tmp_path):
     for layout in ("anchored", "framed"):
-        meta = tokenize([a_density(0, n_atoms=9)], Tokenizer(layout, PUBLISHED_DENSITY), tmp_path / layout, 3)
+        meta = tokenize([a_density(0, n_atoms=9)], Tokenizer(layout, PUBLISHED_DENSITY), tmp_path / layout, TokenizeConfig(3))
         lists = pq.read_table(tmp_path / layout / "rows-00000.parquet")["input_ids"].to_pylist()
         assert [len(ids) for ids in lists] == [8192] * 3 and meta["tokens_padded"] == 3 * 8192
         assert meta["tokens"] == 3 * {"anchored": 5606, "framed": 5599}[layout] == sum(np.count_nonzero(ids) for ids in lists)
@@ -138,7 +143,7 @@ def test_meta_counts_what_is_there(tmp_path):
     many = a_density(9, "many", n_atoms=60)
     densities = [a_density(0), long, huge, many, a_density(1)]
     tok = tokenizer(pad_to=300)
-    meta = tokenize(densities, tok, tmp_path / "rows", 5, seed=9, label="counted", rows_per_shard=20)
+    meta = tokenize(densities, tok, tmp_path / "rows", TokenizeConfig(5, seed=9, label="counted", rows_per_shard=20))
     assert meta == json.loads((tmp_path / "rows" / "meta.json").read_text())
     tables = [pq.read_table(tmp_path / "rows" / name) for name in meta["shards"]]
     ids = [row for table in tables for row in table["input_ids"].to_pylist()]
@@ -167,7 +172,7 @@ def test_rows_decode_to_the_patches_they_were_cut_from(tmp_path_factory, layout,
     if target == "difference":
         density = with_free_atoms(density)
     tok = tokenizer(layout, codec, size, target=target)
-    tokenize([density], tok, folder / "rows", 3)
+    tokenize([density], tok, folder / "rows", TokenizeConfig(3))
     table = pq.read_table(folder / "rows" / "rows-00000.parquet")
     reader = tokenizer_from_dict(json.loads((folder / "rows" / "meta.json").read_text())["tokenizer"])
     offsets = np.stack([table[f"offset_{axis}"].to_numpy() for axis in "xyz"], axis=1)
@@ -186,9 +191,9 @@ def test_the_sample_through_the_shards(tmp_path):
     store = sample_store()
     densities = [store.read(id) for id in store.split("validation")[:3]]
     tok = tokenizer(codec="levels", size=4, target="difference")
-    tokenize(densities, tok, tmp_path / "rows", 5, rows_per_shard=6)
+    tokenize(densities, tok, tmp_path / "rows", TokenizeConfig(5, rows_per_shard=6))
     rows = read_rows(tmp_path / "rows")
-    assert len(rows) == 15 and rows.tokenizer == tok and list(dict.fromkeys(rows.materials)) == [d.id for d in densities]
+    assert len(rows.ids) == 15 and rows.tokenizer == tok and list(dict.fromkeys(rows.materials)) == [d.id for d in densities]
     for number in (0, 7, 14):
         reader, ids = row_of(tmp_path / "rows", number)
         assert ids.tolist() == rows.ids[number].tolist()
@@ -206,7 +211,7 @@ def test_materials_are_read_one_at_a_time(tmp_path):
         def read(self, id):
             asked.append([p.stat().st_size > 100 for p in sorted(tmp_path.rglob("rows-*.parquet"))])
             return super().read(id)
-    tokenize(Watched(a_density(seed) for seed in range(4)), tokenizer(), tmp_path / "rows", 2, rows_per_shard=2)
+    tokenize(Watched(a_density(seed) for seed in range(4)), tokenizer(), tmp_path / "rows", TokenizeConfig(2, rows_per_shard=2))
     assert [len(sizes) for sizes in asked] == [0, 1, 2, 3] and all(map(all, asked))
 
 
@@ -222,33 +227,34 @@ class Failing(InMemory):
 def test_a_source_that_fails_leaves_whole_shards_or_nothing(tmp_path):
     densities = [a_density(seed) for seed in range(4)]
     with pytest.raises(TomatError, match="the disk is gone"):
-        tokenize(Failing(densities), tokenizer(), tmp_path / "deep" / "rows", 2)
+        tokenize(Failing(densities), tokenizer(), tmp_path / "deep" / "rows", TokenizeConfig(2))
     for bad in ({"patches_per_material": 0}, {"rows_per_shard": 0}, {"seed": -1}, {"part": (3, 3)}):
         with pytest.raises(TomatError):
-            tokenize([a_density(0)], tokenizer(), tmp_path / "rows", **bad)
+            tokenized([a_density(0)], tokenizer(), tmp_path / "rows", **bad)
     with pytest.raises(TomatError, match="no material"):
-        tokenize([], tokenizer(), tmp_path / "rows", 2)
+        tokenize([], tokenizer(), tmp_path / "rows", TokenizeConfig(2))
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(TomatError, match="the disk is gone"):
-        tokenize(Failing(densities), tokenizer(), tmp_path / "rows", 2, rows_per_shard=2)
+        tokenize(Failing(densities), tokenizer(), tmp_path / "rows", TokenizeConfig(2, rows_per_shard=2))
     assert [name for name in sorted(contents(tmp_path / "rows")) if name.endswith(".parquet")] == \
         ["rows-00000.parquet", "rows-00001.parquet"]
     with pytest.raises(TomatError, match="not finished"):
-        read_rows(tmp_path / "rows")
+        read_meta(tmp_path / "rows")
     for name in ("rows", "whole"):
-        tokenize(densities, tokenizer(), tmp_path / name, 2, rows_per_shard=2)
+        tokenize(densities, tokenizer(), tmp_path / name, TokenizeConfig(2, rows_per_shard=2))
     assert contents(tmp_path / "rows") == contents(tmp_path / "whole")
 
 
 def test_an_existing_folder_stays_unless_asked(tmp_path):
-    tokenize([a_density(0)], tokenizer(), tmp_path / "rows", 2)
+    tokenize([a_density(0)], tokenizer(), tmp_path / "rows", TokenizeConfig(2))
     before = contents(tmp_path / "rows")
     with pytest.raises(TomatError, match="other materials or settings"):
-        tokenize([a_density(1)], tokenizer(), tmp_path / "rows", 2)
+        tokenize([a_density(1)], tokenizer(), tmp_path / "rows", TokenizeConfig(2))
     with pytest.raises(TomatError, match="at most 1,023"):
-        tokenize([Density(np.ones((1, 1, 1200)), a_density(0).structure)], tokenizer(), tmp_path / "rows", 2, overwrite=True)
+        tokenize([Density(np.ones((1, 1, 1200)), a_density(0).structure)], tokenizer(), tmp_path / "rows",
+                 TokenizeConfig(2, overwrite=True))
     assert contents(tmp_path / "rows") == before and [p.name for p in tmp_path.iterdir()] == ["rows"]
-    tokenize([a_density(1)], tokenizer(), tmp_path / "rows", 2, overwrite=True)
+    tokenize([a_density(1)], tokenizer(), tmp_path / "rows", TokenizeConfig(2, overwrite=True))
     assert read_rows(tmp_path / "rows").materials == ["m-1", "m-1"] and [p.name for p in tmp_path.iterdir()] == ["rows"]
 
 
@@ -268,12 +274,12 @@ def harmed(content, harm):
 def test_a_damaged_shard_is_made_again(tmp_path, harm, when):
     """A footer that can be read is no proof: the bytes are compared with what was noted when they were written."""
     densities, out = [a_density(seed) for seed in range(4)], tmp_path / "rows"
-    tokenize(densities, tokenizer(), tmp_path / "whole", 2, rows_per_shard=2)
+    tokenize(densities, tokenizer(), tmp_path / "whole", TokenizeConfig(2, rows_per_shard=2))
     if when != "finished":
         with pytest.raises(TomatError, match="the disk is gone"):
-            tokenize(Failing(densities), tokenizer(), out, 2, rows_per_shard=2)
+            tokenize(Failing(densities), tokenizer(), out, TokenizeConfig(2, rows_per_shard=2))
     else:
-        tokenize(densities, tokenizer(), out, 2, rows_per_shard=2)
+        tokenize(densities, tokenizer(), out, TokenizeConfig(2, rows_per_shard=2))
     shard, note = out / "rows-00001.parquet", out / "rows-00001.json"
     shard.write_bytes(harmed(shard.read_bytes(), harm))
     if when == "without its note":
@@ -282,10 +288,9 @@ def test_a_damaged_shard_is_made_again(tmp_path, harm, when):
         note.write_text(note.read_text()[:20])
     if when == "finished":
         assert verify(out)
-        for read in (read_rows, ParquetRows):
-            with pytest.raises(TomatError, match=r"rows-00001\.parquet is missing or damaged"):
-                read(out)
-    tokenize(densities, tokenizer(), out, 2, rows_per_shard=2)
+        with pytest.raises(TomatError, match=r"rows-00001\.parquet is missing or damaged"):
+            ParquetRows(out)
+    tokenize(densities, tokenizer(), out, TokenizeConfig(2, rows_per_shard=2))
     assert contents(out) == contents(tmp_path / "whole") and verify(out) == []
 
 
@@ -298,15 +303,15 @@ def test_a_folder_belongs_to_one_job(tmp_path, other, finished):
     densities, out = [a_density(seed) for seed in range(6)], tmp_path / "rows"
     first = {"patches_per_material": 2, "rows_per_shard": 2, "ids": [f"m-{i}" for i in range(4)]}
     if finished:
-        tokenize(densities, tokenizer(), out, **first)
+        tokenized(densities, tokenizer(), out, **first)
     else:
         with pytest.raises(TomatError, match="the disk is gone"):
-            tokenize(Failing(densities), tokenizer(), out, **first)
+            tokenized(Failing(densities), tokenizer(), out, **first)
     before = contents(out)
     with pytest.raises(TomatError, match=r"other materials or settings|not made in parts"):
-        tokenize(densities, tokenizer(), out, **first | other)
+        tokenized(densities, tokenizer(), out, **first | other)
     assert contents(out) == before
-    tokenize(densities, tokenizer(), out, **first)
+    tokenized(densities, tokenizer(), out, **first)
     assert verify(out) == [] and list(read_meta(out)["materials"]) == first["ids"]
 
 
@@ -314,14 +319,14 @@ def test_a_part_belongs_to_one_run(tmp_path):
     """Of three parts, none takes the place of a part of two; nor does one of another list of materials."""
     densities, out = [a_density(seed) for seed in range(6)], tmp_path / "rows"
     for i in (0, 1):
-        tokenize(densities, tokenizer(), out, 2, part=(i, 2), rows_per_shard=2)
+        tokenize(densities, tokenizer(), out, TokenizeConfig(2, rows_per_shard=2), part=(i, 2))
     before = contents(out)
     for bad in [{"part": (0, 3)}, {"part": (2, 3)}, {"part": (0, 2), "ids": ["m-0"]}, {"part": (1, 2), "seed": 1}]:
         with pytest.raises(TomatError, match=r"another run|other materials or settings"):
-            tokenize(densities, tokenizer(), out, 2, rows_per_shard=2, **bad)
+            tokenized(densities, tokenizer(), out, patches_per_material=2, rows_per_shard=2, **bad)
     assert contents(out) == before and verify(out) == []
     with pytest.raises(TomatError, match="m-1 is listed twice"):
-        tokenize(densities, tokenizer(), tmp_path / "twice", 2, ids=["m-1", "m-0", "m-1"])
+        tokenize(densities, tokenizer(), tmp_path / "twice", TokenizeConfig(2), ids=["m-1", "m-0", "m-1"])
 
 
 def test_two_runs_at_once_do_not_both_succeed(tmp_path):
@@ -331,17 +336,17 @@ def test_two_runs_at_once_do_not_both_succeed(tmp_path):
         def read(self, id):
             if id == "m-2":
                 with pytest.raises(TomatError, match="other materials or settings"):
-                    tokenize(densities, tokenizer(), out, 2, rows_per_shard=2, ids=["m-0", "m-1"])
-                tokenize(densities, tokenizer(), out, 2, rows_per_shard=2)  # the same job is welcome
+                    tokenize(densities, tokenizer(), out, TokenizeConfig(2, rows_per_shard=2), ids=["m-0", "m-1"])
+                tokenize(densities, tokenizer(), out, TokenizeConfig(2, rows_per_shard=2))  # the same job is welcome
             return super().read(id)
-    tokenize(Meanwhile(densities), tokenizer(), out, 2, rows_per_shard=2)
+    tokenize(Meanwhile(densities), tokenizer(), out, TokenizeConfig(2, rows_per_shard=2))
     assert verify(out) == [] and read_meta(out)["rows"] == 8
     class Taken(InMemory):
         def read(self, id):
             (tmp_path / "other" / "unfinished.json").write_text('{"plan": "of somebody else"}')
             return super().read(id)
     with pytest.raises(TomatError, match="changed by another run"):
-        tokenize(Taken(densities), tokenizer(), tmp_path / "other", 2)
+        tokenize(Taken(densities), tokenizer(), tmp_path / "other", TokenizeConfig(2))
 
 
 CHANGES = {  # where in meta.json, and what then stands there
@@ -355,7 +360,7 @@ CHANGES = {  # where in meta.json, and what then stands there
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_changed_manifest_is_found(tmp_path, change):
     long = Density(np.ones((1, 1, 1200)), a_density(0).structure, id="long")
-    tokenize([a_density(0), long, a_density(1), a_density(2)], tokenizer(), tmp_path / "rows", 2, rows_per_shard=4)
+    tokenize([a_density(0), long, a_density(1), a_density(2)], tokenizer(), tmp_path / "rows", TokenizeConfig(2, rows_per_shard=4))
     assert verify(tmp_path / "rows") == []
     path = tmp_path / "rows" / "meta.json"
     meta = place = json.loads(path.read_text())
@@ -373,7 +378,7 @@ def test_a_changed_manifest_is_found(tmp_path, change):
 @pytest.mark.parametrize("content", ["", "[]", "{}", "3", '{"format": "tomat-rows-1"}', "half", "shards", "materials", "bytes",
                                      "no shards"])
 def test_a_damaged_manifest_gets_a_sentence(tmp_path, content):
-    tokenize([a_density(0)], tokenizer(), tmp_path / "rows", 2)
+    tokenize([a_density(0)], tokenizer(), tmp_path / "rows", TokenizeConfig(2))
     path = tmp_path / "rows" / "meta.json"
     sound = path.read_text()
     meta = json.loads(sound)
@@ -381,7 +386,7 @@ def test_a_damaged_manifest_gets_a_sentence(tmp_path, content):
              "materials": json.dumps(meta | {"materials": {"m-0": {}}}), "no shards": json.dumps(meta | {"shards": {}, "rows": 0}),
              "bytes": sound.replace('"bytes": ', '"bytes": "many", "old": ')}
     path.write_text(worse.get(content, content))
-    for read in (verify, read_rows, ParquetRows, lambda path: row_of(path, 0)):
+    for read in (verify, ParquetRows, lambda path: row_of(path, 0)):
         if read is not verify or content != "no shards":
             with pytest.raises(TomatError, match="rows"):
                 read(tmp_path / "rows")
@@ -395,15 +400,15 @@ def test_other_densities_of_the_same_names_are_refused(tmp_path):
     moved = [replace(density, structure=Structure(density.structure.lattice, density.structure.species, [[0.1, 0, 0], [0, 0.5, 0]]))
              for density in densities]
     with pytest.raises(TomatError, match="the disk is gone"):
-        tokenize(Failing(densities), tokenizer(), out, 2, rows_per_shard=2)
+        tokenize(Failing(densities), tokenizer(), out, TokenizeConfig(2, rows_per_shard=2))
     for _ in ("unfinished", "finished"):
         before = contents(out)
         for others in (changed, moved):
-            with pytest.raises(TomatError, match="m-0 is not the density any more"):
-                tokenize(others, tokenizer(), out, 2, rows_per_shard=2)
+            with pytest.raises(TomatError, match="m-0 has another density"):
+                tokenize(others, tokenizer(), out, TokenizeConfig(2, rows_per_shard=2))
         assert contents(out) == before
-        tokenize(densities, tokenizer(), out, 2, rows_per_shard=2)
-    tokenize(changed, tokenizer(), out, 2, rows_per_shard=2, overwrite=True)
+        tokenize(densities, tokenizer(), out, TokenizeConfig(2, rows_per_shard=2))
+    tokenize(changed, tokenizer(), out, TokenizeConfig(2, rows_per_shard=2, overwrite=True))
     assert verify(out) == [] and contents(out) != before
 
 
@@ -411,61 +416,61 @@ def test_other_densities_of_the_same_names_are_refused(tmp_path):
 def test_any_flipped_byte_of_a_shard_heals(tmp_path, finished):
     """In the footer too, which every reader of Parquet believes."""
     densities, out = [a_density(seed) for seed in range(4)], tmp_path / "rows"
-    tokenize(densities, tokenizer(), tmp_path / "whole", 2, rows_per_shard=4)
+    tokenize(densities, tokenizer(), tmp_path / "whole", TokenizeConfig(2, rows_per_shard=4))
     if finished:
         shutil.copytree(tmp_path / "whole", out)
     else:
         with pytest.raises(TomatError, match="the disk is gone"):
-            tokenize(Failing(densities), tokenizer(), out, 2, rows_per_shard=4)
+            tokenize(Failing(densities), tokenizer(), out, TokenizeConfig(2, rows_per_shard=4))
     shard = out / "rows-00000.parquet"
     content = shard.read_bytes()
     for place in np.random.default_rng(5).choice(len(content), 40, replace=False):
         shard.write_bytes(content[:place] + bytes([content[place] ^ 0x80]) + content[place + 1:])
         if finished:
             assert verify(out)
-            tokenize(densities, tokenizer(), out, 2, rows_per_shard=4)
+            tokenize(densities, tokenizer(), out, TokenizeConfig(2, rows_per_shard=4))
         else:
             with pytest.raises(TomatError, match="the disk is gone"):
-                tokenize(Failing(densities), tokenizer(), out, 2, rows_per_shard=4)
+                tokenize(Failing(densities), tokenizer(), out, TokenizeConfig(2, rows_per_shard=4))
         assert shard.read_bytes() == content
 
 
 @pytest.mark.parametrize("place", ["a file", "a folder"])
 def test_overwriting_takes_nothing_from_others(tmp_path, place):
     densities, out = [a_density(seed) for seed in range(2)], tmp_path / "rows"
-    tokenize(densities, tokenizer(), out, 2)
+    tokenize(densities, tokenizer(), out, TokenizeConfig(2))
     (out / "run").mkdir() if place == "a folder" else (out / "thesis.tex").write_text("x")
     before = contents(out)
     with pytest.raises(TomatError, match="holds other things"):
-        tokenize(densities[:1], tokenizer(), out, 2, overwrite=True)
+        tokenize(densities[:1], tokenizer(), out, TokenizeConfig(2, overwrite=True))
     assert contents(out) == before and (place == "a file" or (out / "run").is_dir())
 
 
 def test_more_than_a_hundred_parts(tmp_path):
     for i in range(101):
-        tokenize([a_density(0), a_density(1)], tokenizer(), tmp_path / "rows", 2, part=(i, 101), rows_per_shard=2)
+        tokenize([a_density(0), a_density(1)], tokenizer(), tmp_path / "rows", TokenizeConfig(2, rows_per_shard=2), part=(i, 101))
     assert verify(tmp_path / "rows") == [] and read_meta(tmp_path / "rows")["rows"] == 4
 
 
-def test_two_claims_at_the_same_moment(tmp_path):
-    """Both find an empty folder; one of them has it. Two processes, which wait for each other before they claim."""
+def test_two_owners_at_the_same_moment(tmp_path):
+    """Both find an empty folder; one of them gets it. Two processes wait for each other before they take it."""
     code = """import sys, time
 from pathlib import Path
-from tomat import shards
-found = shards._claimed
+from tomat.dataset import shards
+found = shards._owner_of
 def waiting(folder):
-    there = found(folder)
-    if there is None:
+    owner = found(folder)
+    if owner is None:
         (Path(sys.argv[1]) / sys.argv[2]).touch()
         while len(list(Path(sys.argv[1]).glob("ready-*"))) < 2: time.sleep(0.001)
-    return there
-shards._claimed = waiting
-from tomat.codecs import PUBLISHED_DENSITY
-from tomat.store import sample_store
-from tomat.tokenizer import Tokenizer
+    return owner
+shards._owner_of = waiting
+from tomat.tokens.codecs import PUBLISHED_DENSITY
+from tomat.density.store import sample_store
+from tomat.tokens.tokenizer import Tokenizer
 store = sample_store()
-shards.tokenize(store, Tokenizer("framed", PUBLISHED_DENSITY, patch_size=int(sys.argv[3]), pad_to=None), sys.argv[1] + "/rows", 2,
-                ids=store.ids[:1])
+shards.tokenize(store, Tokenizer("framed", PUBLISHED_DENSITY, patch_size=int(sys.argv[3]), pad_to=None), sys.argv[1] + "/rows",
+                shards.TokenizeConfig(2), store.ids[:1])
 """
     runs = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path), f"ready-{i}", str(3 + i)], stderr=subprocess.PIPE,
                              text=True) for i in range(2)]
@@ -477,7 +482,7 @@ shards.tokenize(store, Tokenizer("framed", PUBLISHED_DENSITY, patch_size=int(sys
 
 def test_a_damaged_part_gets_a_sentence(tmp_path):
     for i in range(2):
-        tokenize([a_density(0), a_density(1)], tokenizer(), tmp_path / "rows", 2, part=(i, 2), rows_per_shard=2)
+        tokenize([a_density(0), a_density(1)], tokenizer(), tmp_path / "rows", TokenizeConfig(2, rows_per_shard=2), part=(i, 2))
     path = tmp_path / "rows" / "worker-01" / "meta.json"
     sound = json.loads(path.read_text())
     changes = [{"worker": w} for w in (None, 5, "x", [], {}, ["a", "b"], [0, None], [0, 2], [1, 3])] + \
@@ -487,12 +492,12 @@ def test_a_damaged_part_gets_a_sentence(tmp_path):
         with pytest.raises(TomatError, match=r"worker-0[12]"):
             read_meta(tmp_path / "rows")
     whole = tmp_path / "whole"
-    tokenize([a_density(0)], tokenizer(), whole, 2)
+    tokenize([a_density(0)], tokenizer(), whole, TokenizeConfig(2))
     sound = json.loads((whole / "meta.json").read_text())
     for change in [{"layout": []}, {"patch_size": None}, {"patch_size": 1.5}, {"patch_size": ["x", 1, 1]}, {"density_codec": 3},
                    {"density_codec": sound["tokenizer"]["density_codec"] | {"bits": [1.5]}}]:
         (whole / "meta.json").write_text(json.dumps(sound | {"tokenizer": sound["tokenizer"] | change}))
-        for read in (verify, read_rows, ParquetRows, lambda path: row_of(path, 0)):
+        for read in (verify, ParquetRows, lambda path: row_of(path, 0)):
             with pytest.raises(TomatError, match=r"meta\.json"):
                 read(whole)
     (whole / "meta.json").write_text("[" * 100_000)
@@ -501,11 +506,11 @@ def test_a_damaged_part_gets_a_sentence(tmp_path):
 
 
 def test_a_stray_shard_is_named(tmp_path):
-    tokenize([a_density(0)], tokenizer(), tmp_path / "rows", 2)
+    tokenize([a_density(0)], tokenizer(), tmp_path / "rows", TokenizeConfig(2))
     shutil.copy(tmp_path / "rows" / "rows-00000.parquet", tmp_path / "rows" / "rows-00001.parquet")
     assert verify(tmp_path / "rows") == ["rows-00001.parquet: meta.json does not name it, remove it"]
     with pytest.raises(TomatError, match="other materials or settings"):
-        tokenize([a_density(0)], tokenizer(), tmp_path / "rows", 2)
+        tokenize([a_density(0)], tokenizer(), tmp_path / "rows", TokenizeConfig(2))
 
 
 @pytest.fixture(scope="module")
@@ -524,13 +529,13 @@ SETTINGS = {"patches_per_material": 6, "seed": 5, "label": "x", "rows_per_shard"
 @pytest.fixture(scope="module")
 def whole(store, tmp_path_factory):
     out = tmp_path_factory.mktemp("whole") / "rows"
-    tokenize(store, tokenizer(pad_to=200), out, **SETTINGS)
+    tokenized(store, tokenizer(pad_to=200), out, **SETTINGS)
     return out
 
 
 @pytest.mark.parametrize("workers", [2, 5])
 def test_any_number_of_processes_gives_the_same_bytes(store, whole, tmp_path, workers):
-    tokenize(store, tokenizer(pad_to=200), tmp_path / "rows", workers=workers, **SETTINGS)
+    tokenized(store, tokenizer(pad_to=200), tmp_path / "rows", workers=workers, **SETTINGS)
     assert contents(tmp_path / "rows") == contents(whole) and "long" in read_meta(whole)["skipped"]
 
 
@@ -538,7 +543,7 @@ def test_any_number_of_processes_gives_the_same_bytes(store, whole, tmp_path, wo
 def test_parts_make_the_whole(store, whole, tmp_path, n):
     """Any scheduler may fan the work out; parts may come in any order, and there may be more of them than shards."""
     for i in reversed(range(n)):
-        tokenize(store, tokenizer(pad_to=200), tmp_path / "rows", part=(i, n), **SETTINGS)
+        tokenized(store, tokenizer(pad_to=200), tmp_path / "rows", part=(i, n), **SETTINGS)
     shards = {p.name: p.read_bytes() for p in tmp_path.rglob("*.parquet")}
     assert shards == {name: content for name, content in contents(whole).items() if name != "meta.json"}
     got, want = read_meta(tmp_path / "rows"), read_meta(whole)
@@ -553,10 +558,10 @@ def test_parts_make_the_whole(store, whole, tmp_path, n):
 
 @pytest.mark.parametrize("other", [{"seed": 6}, {"ids": ["m-0", "m-1", "m-2"]}])
 def test_parts_of_two_runs_do_not_mix(store, tmp_path, other):
-    tokenize(store, tokenizer(pad_to=200), tmp_path / "rows", part=(0, 2), **SETTINGS)
+    tokenized(store, tokenizer(pad_to=200), tmp_path / "rows", part=(0, 2), **SETTINGS)
     with pytest.raises(TomatError, match="part of another run"):
-        tokenize(store, tokenizer(pad_to=200), tmp_path / "rows", part=(1, 2), **SETTINGS | other)
-    tokenize(store, tokenizer(pad_to=200), tmp_path / "rows", part=(1, 2), overwrite=True, **SETTINGS | other)
+        tokenized(store, tokenizer(pad_to=200), tmp_path / "rows", part=(1, 2), **SETTINGS | other)
+    tokenized(store, tokenizer(pad_to=200), tmp_path / "rows", part=(1, 2), overwrite=True, **SETTINGS | other)
     with pytest.raises(TomatError, match="another run"):
         read_meta(tmp_path / "rows")
 
@@ -582,7 +587,7 @@ def test_killed_at_random_moments_the_result_is_the_same(tmp_path):
     assert -signal.SIGKILL in ends
     times = {p.name: p.stat().st_mtime_ns for p in out.glob("rows-*.parquet")}
     for folder in (out, tmp_path / "whole"):
-        tokenize(densities, Tokenizer("framed", PUBLISHED_DENSITY, patch_size=10), folder, 600)
+        tokenize(densities, Tokenizer("framed", PUBLISHED_DENSITY, patch_size=10), folder, TokenizeConfig(600))
     assert {name: (out / name).stat().st_mtime_ns for name in times} == times, "a shard that was there was made again"
     made = {name: content for name, content in contents(out).items() if not name.startswith(".partial-")}
     assert made == contents(tmp_path / "whole")
@@ -594,7 +599,7 @@ def test_val_smoke_has_its_published_shape(tmp_path):
     named = data_set("val-smoke")
     densities = [a_density(seed, n_atoms=1 + seed % 9) for seed in range(named.materials)]
     tok = Tokenizer(named.layout, CODECS[named.density_codec], patch_size=named.patch_size, pad_to=named.pad_to)
-    meta = tokenize(densities, tok, tmp_path / "rows", named.patches, named.seed, named.label)
+    meta = tokenize(densities, tok, tmp_path / "rows", TokenizeConfig(named.patches, seed=named.seed, label=named.label))
     assert (meta["rows"], meta["tokens_padded"], tok.vocab.size) == (4096, 4096 * 8192, 6792)
     table = pq.read_table(sorted((tmp_path / "rows").glob("*.parquet")))
     lengths = table["input_ids"].combine_chunks().value_lengths().to_numpy()
@@ -615,7 +620,7 @@ def test_a_disk_without_hard_links(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "link", refuse)
     source = InMemory([a_density(1, "a")])
     tokenizer = Tokenizer("framed", PUBLISHED_DENSITY, patch_size=3, pad_to=None)
-    tokenize(source, tokenizer, tmp_path / "rows", 4)
+    tokenize(source, tokenizer, tmp_path / "rows", TokenizeConfig(4))
     assert verify(tmp_path / "rows") == [] and not list((tmp_path / "rows").glob(".partial*"))
     with pytest.raises(TomatError):
-        tokenize(source, tokenizer, tmp_path / "rows", 5)
+        tokenize(source, tokenizer, tmp_path / "rows", TokenizeConfig(5))

@@ -14,9 +14,11 @@ import numpy as np
 import pytest
 from crystals import assert_same
 
-from tomat.io.files import TomatError, list_folder, read_json, write_json, write_text
+from tomat.io.remote import TomatError, list_folder
+from tomat.io.files import read_json, write_json, write_text
 from tomat.density.formats import read_density, write_density
-from tomat.density.source import Fetched, Folder, InMemory, Source, open_source, store_all
+from tomat.density.source import Fetched, Folder, InMemory, Source, open_source
+from tomat.density.convert import store_all
 from tomat.density.store import RawStore, write_store
 
 
@@ -51,7 +53,7 @@ def test_sub_folders_with_dots_and_odd_names_are_read(runs, three):
         write_density(three[0], runs / name / file)
     source = Folder(runs)
     assert source.ids == ["CHGCAR", "first", "m-1", "m-2", "m-3", "mp-1.2", "relaxed", "v1.0.gz", "x.cube"]
-    assert source.passed_over == {} and all(source.read(id).id == id for id in source.ids)
+    assert source.skipped == {} and all(source.read(id).id == id for id in source.ids)
 
 
 def test_what_is_not_read_is_told_with_its_reason(runs, three):
@@ -67,7 +69,7 @@ def test_what_is_not_read_is_told_with_its_reason(runs, three):
     (runs / "INCAR").write_text("NSW = 0")
     source = Folder(runs)
     assert source.ids == ["good", "m-1", "m-2", "m-3"]
-    assert source.passed_over == {
+    assert source.skipped == {
         "AECCAR0.good": "a part of the density beside it", "INCAR": "a name of no known format",
         "POSCAR.vasp": "no density by its first lines", "custodian.json": "no density by its first lines",
         "custodian.json.gz": "no density by its first lines", "m-1/CHGCAR.old": "beside a CHGCAR",
@@ -85,7 +87,7 @@ def test_pipes_and_broken_links_are_passed_over(runs, three):
     os.mkfifo(runs / "g.zarr" / "pipe")
     source, no = Folder(runs), "a pipe, a device or a broken link"
     assert source.ids == ["linked", "g", "m-1", "m-2", "m-3", "m-4"]
-    assert source.passed_over == {
+    assert source.skipped == {
         "CHGCAR.p": no, "lost.cube": no, "m-1/CHGCAR.p": no, "p.cube": no, "p.json": no, "p.txt": "a name of no known format",
         "p.zarr": no, "pipes": "no CHGCAR of its own", "pipes/CHGCAR": no}
     assert store_all(source, runs.parent / "store") == 6 and store_all(source, runs.parent / "store") == 0
@@ -102,7 +104,7 @@ def test_names_that_are_no_text_are_passed_over(runs, three):
     (runs / odd(b".txt")).write_text("")
     source, no = Folder(runs), "a name that is not UTF-8"
     assert source.ids == ["m-1", "m-2", "m-3"]
-    assert source.passed_over == {r"'\udcff.cube'": no, r"'\udcff'": no, r"'\udcff.zarr'": no, r"'\udcff.txt'": no,
+    assert source.skipped == {r"'\udcff.cube'": no, r"'\udcff'": no, r"'\udcff.zarr'": no, r"'\udcff.txt'": no,
                                   r"'m-1/CHGCAR.\udcff'": no}
     assert store_all(source, runs.parent / "store") == 3
     with pytest.raises(TomatError, match=r"udcff\.cube' gives a name that is not UTF-8: rename it\.$") as raised:
@@ -118,8 +120,8 @@ def test_the_folder_of_one_calculation(tmp_path, three):
         write_density(three[0], run / name)
     (run / "custodian.json").write_text("[]")
     source = Folder(run)
-    assert source.ids == ["Fe O.2"] and source.places["Fe O.2"].endswith("/CHGCAR")
-    assert sorted(source.passed_over) == ["AECCAR0", "AECCAR2", "PARCHG.0001", "custodian.json"]
+    assert source.ids == ["Fe O.2"] and source.paths["Fe O.2"].endswith("/CHGCAR")
+    assert sorted(source.skipped) == ["AECCAR0", "AECCAR2", "PARCHG.0001", "custodian.json"]
     (run / "CHGCAR").unlink()
     with pytest.raises(TomatError, match=r"AECCAR2 and \S.*AECCAR0 are both called 'Fe O.2': .*\.$"):
         Folder(run).ids  # noqa: B018
@@ -152,7 +154,7 @@ def test_calculations_in_a_bucket_with_strays(s3, three):
     write_text(f"{s3}/runs/custodian.json", "[]")
     source = open_source(f"{s3}/runs/")
     assert source.ids == ["task", "v0.0", "v1.0", "v2.0", "x"]
-    assert source.passed_over == {"custodian.json": "no density by its first lines", "deep": "no CHGCAR of its own"}
+    assert source.skipped == {"custodian.json": "no density by its first lines", "deep": "no CHGCAR of its own"}
     for id in ("task", "x", "v0.0"):
         assert_same(replace(three[0], id=id), replace(source.read(id), sad=None))
 
@@ -162,7 +164,7 @@ def test_a_bucket_whose_name_begins_as_a_density(s3, three):
     for density in three:
         write_density(density, f"{s3}/chgcars/{density.id}.json.gz")
     source = open_source(f"{s3}/chgcars")
-    assert source.ids == ["m-1", "m-2", "m-3"] and not source.alone
+    assert source.ids == ["m-1", "m-2", "m-3"] and not source.single
 
 
 # Whatever the user names
@@ -174,12 +176,12 @@ def test_every_name_opens(tmp_path, runs, three, monkeypatch):
         for path in (name, f"{tmp_path}/{name}") + ((f"{name}/",) if name == "one.zarr" else ()):
             monkeypatch.chdir(tmp_path)
             source = open_source(path)
-            assert isinstance(source, Folder) and source.alone and source.ids == ["one"] and source.passed_over == {}
+            assert isinstance(source, Folder) and source.single and source.ids == ["one"] and source.skipped == {}
             assert source.read("one").formula == three[0].formula
     write_store(three, {"train": ["m-1"]}, tmp_path / "store.zarr")  # a store, whatever its name
     write_store(three, {}, tmp_path / "store.zip")
     assert all(isinstance(open_source(tmp_path / name), RawStore) for name in ("store.zarr", "store.zip"))
-    assert not open_source(runs).alone and isinstance(open_source(runs), Source)
+    assert not open_source(runs).single and isinstance(open_source(runs), Source)
     shutil.move(runs, tmp_path / "runs.txt")  # a folder, whatever its name
     assert open_source(tmp_path / "runs.txt").ids == ["m-1", "m-2", "m-3"]
 
@@ -286,7 +288,7 @@ def test_a_run_that_is_killed_goes_on(tmp_path, three):
     """Two processes, and no time to tidy up."""
     for i in range(40):
         write_density(three[i % 3], tmp_path / "runs" / f"a{i:02}.json")
-    code = f"from tomat.density.source import *; store_all(Folder({str(tmp_path / 'runs')!r}), {str(tmp_path / 'store')!r}, 2)"
+    code = f"from tomat.density.convert import store_all; from tomat.density.source import Folder; store_all(Folder({str(tmp_path / 'runs')!r}), {str(tmp_path / 'store')!r}, 2)"
     running = subprocess.Popen([sys.executable, "-c", code])
     label = tmp_path / "store" / "label"
     while not label.is_dir() or len(list_folder(label)) < 5:
@@ -431,7 +433,7 @@ def test_other_things_in_a_group_stay(runs, tmp_path):
 
 
 def test_a_group_in_a_bucket_is_followed_and_healed(s3, three):
-    from tomat.io.files import remote_fs
+    from tomat.io.remote import remote_fs
     fs, root = remote_fs(s3)
     chunk = "charge_density_total/c/0/0/0"
     for density in three:

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from crystals import assert_same, refused
 
-from tomat.io.files import TomatError, list_folder, write_text
-from tomat.density.formats import pack_folder, write_density
+from tomat.io.remote import TomatError, list_folder
+from tomat.io.files import write_text
+from tomat.density.zarr_group import pack_folder
+from tomat.density.formats import write_density
 from tomat.density.store import RawStore, is_store, sample_store, write_store
 
 
@@ -85,13 +87,13 @@ def test_a_store_is_called_by_its_place(tmp_path):
 def test_a_stamp_is_another_once_a_material_is_written_anew(tmp_path, three):
     write_store(three, {}, tmp_path / "s")
     store = RawStore(tmp_path / "s")
-    before = {id: store.stamp(id) for id in store.ids}
+    before = {id: store.version_tag(id) for id in store.ids}
     write_density(three[1], tmp_path / "s/label/m-2.zarr")
-    assert [id for id in store.ids if store.stamp(id) != before[id]] == ["m-2"]
+    assert [id for id in store.ids if store.version_tag(id) != before[id]] == ["m-2"]
     (tmp_path / "s/label/m-3.zarr/charge_density_total/c/0/0/0").write_bytes(b"a chunk alone")
-    assert [id for id in store.ids if store.stamp(id) != before[id]] == ["m-2", "m-3"]
+    assert [id for id in store.ids if store.version_tag(id) != before[id]] == ["m-2", "m-3"]
     with pytest.raises(TomatError, match=r"m-9.*does not exist"):
-        store.stamp("m-9")
+        store.version_tag("m-9")
 
 
 def test_a_store_that_fails_on_the_way_leaves_nothing(tmp_path, three):

@@ -25,12 +25,17 @@ from pymatgen.core import Lattice, Structure
 from torch.utils.data import DataLoader
 
 from tomat.density.core import AXIS_PERMUTATIONS, Density
-from tomat.io.files import TomatError, md5_of, write_json
+from tomat.io.remote import TomatError
+from tomat.io.files import md5_of, write_json
 from tomat.tokens.patches import cut
 from tomat.atoms.sad import sad_density, with_sad
-from tomat.dataset.shards import read_meta, tokenize
+from tomat.dataset.meta import read_meta
+from tomat.dataset.parquet import TokenizeConfig
+from tomat.dataset.shards import tokenize
 from tomat.density.store import RawStore, write_store
-from tomat.dataset.stream import Batches, FreshPatches, ParquetRows, fitting, permuted
+from tomat.dataset.stream import Batches, ParquetRows
+from tomat.dataset.order import permuted
+from tomat.dataset.fresh import FreshPatches, PatchConfig, streamable
 from tomat.tokens.tokenizer import Tokenizer
 
 turns = st.sampled_from(AXIS_PERMUTATIONS)
@@ -70,14 +75,18 @@ def seven():
     return InMemory(a_density(seed, (4, 3, 5 + seed), 1 + seed % 3) for seed in range(7))
 
 
+def fresh_patches(store, ids, tok, seed=42, window=1024, epochs=None, kind=FreshPatches, **config):
+    return kind(store, ids, tok, PatchConfig(**config), seed, window, epochs)
+
+
 def fresh(**more):
     options = {"patches": 5, "window": 11, "epochs": 3, "seed": 1} | more
-    return FreshPatches(seven(), list(seven().densities), tokenizer(), **options)
+    return fresh_patches(seven(), list(seven().densities), tokenizer(), **options)
 
 
 def rows_of(blocks):
     "Everything of each row, to compare."
-    return [(block.ids[i, :block.lengths[i]].tolist(), int(block.materials[i]), block.offsets[i].tolist(), int(block.turns[i]))
+    return [(block.ids[i, :block.lengths[i]].tolist(), *(values[i].tolist() for values in block[2:5]))
             for block in blocks for i in range(len(block.ids))]
 
 
@@ -87,7 +96,7 @@ def rows_of(blocks):
 @given(seed=st.integers(0, 10**6), turn=turns, then=turns)
 def test_a_turn_moves_everything_together(seed, turn, then):
     first = noise(np.random.default_rng(seed), spin=("diff",), augmented=True, sad=True)
-    turned = first.turned(*turn)
+    turned = first.permute_axes(*turn)
     axes, flips = turn
     assert turned.n_electrons == pytest.approx(first.n_electrons, rel=1e-6)
     assert turned.volume == pytest.approx(first.volume) and turned.augmentation is first.augmentation
@@ -100,19 +109,19 @@ def test_a_turn_moves_everything_together(seed, turn, then):
         for of in (lambda d: d.values, lambda d: d.spin["diff"], lambda d: d.sad):
             assert of(turned)[index] == of(first)[tuple(old)]
     back = np.argsort(axes)
-    again = turned.turned(back, np.array(flips)[back])
+    again = turned.permute_axes(back, np.array(flips)[back])
     assert again.structure == first.structure
     for of in (lambda d: d.values, lambda d: d.spin["diff"], lambda d: d.sad):
         np.testing.assert_array_equal(of(again), of(first))
-    both = turned.turned(*then)
-    assert sum(np.array_equal(both.values, first.turned(*other).values) for other in AXIS_PERMUTATIONS) == 1  # a group
+    both = turned.permute_axes(*then)
+    assert sum(np.array_equal(both.values, first.permute_axes(*other).values) for other in AXIS_PERMUTATIONS) == 1  # a group
 
 
 @settings(quick, max_examples=12)
 @given(seed=st.integers(0, 10**6), turn=turns)
 def test_free_atoms_of_a_turned_crystal_are_turned_free_atoms(seed, turn):
     first = a_density(seed, (6, 7, 8), 3)
-    turned = with_free_atoms(first).turned(*turn)
+    turned = with_free_atoms(first).permute_axes(*turn)
     np.testing.assert_allclose(turned.sad, sad_density(turned.structure, turned.shape), rtol=1e-6, atol=1e-9)
 
 
@@ -123,14 +132,14 @@ def with_free_atoms(density):
 def test_turns_are_all_different_and_half_keep_the_handedness():
     density = a_density(0)
     assert len(set(AXIS_PERMUTATIONS)) == 48 and AXIS_PERMUTATIONS[0] == ((0, 1, 2), (False,) * 3)
-    sign = [np.sign(np.linalg.det(density.turned(*turn).structure.lattice.matrix)) for turn in AXIS_PERMUTATIONS]
+    sign = [np.sign(np.linalg.det(density.permute_axes(*turn).structure.lattice.matrix)) for turn in AXIS_PERMUTATIONS]
     assert sign == [1.0] * 24 + [-1.0] * 24
 
 
 def test_a_turn_keeps_what_belongs_to_the_sites():
     density = noise(np.random.default_rng(0))
     density.structure.add_site_property("magmom", [1.0, 2.0])
-    turned = density.turned((2, 0, 1), (True, False, True))
+    turned = density.permute_axes((2, 0, 1), (True, False, True))
     assert turned.structure.site_properties == density.structure.site_properties and turned.metadata == density.metadata
 
 
@@ -138,7 +147,7 @@ def test_a_turn_keeps_what_belongs_to_the_sites():
                                          ((1, 2, 3), (True,) * 3)])
 def test_what_is_no_turn(axes, flips):
     with pytest.raises(TomatError, match="give an order of 0, 1, 2"):
-        a_density(0).turned(axes, flips)
+        a_density(0).permute_axes(axes, flips)
 
 
 # Permutations
@@ -183,7 +192,7 @@ def test_neighbours_do_not_stay_neighbours():
 
 @cache
 def reference():
-    return rows_of(fresh(turn=True))
+    return rows_of(fresh(permute_axes=True))
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -191,7 +200,7 @@ def reference():
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_no_row_is_lost_or_doubled_over_ranks_and_workers(ranks, workers):
     size = 4
-    shares = [rows_of(Batches(fresh(turn=True), size, workers, rank, ranks)) for rank in range(ranks)]
+    shares = [rows_of(Batches(fresh(permute_axes=True), size, workers, rank, ranks)) for rank in range(ranks)]
     step = [row for at in range(0, len(reference()), size) for share in shares for row in share[at:at + size]]
     assert step == reference()
     assert len({str(row[1:]) for row in step}) > 100  # the rows differ, so that a doubled one would show
@@ -213,20 +222,14 @@ def test_any_part_of_any_stream(seed, size, ranks, start, window, patches, epoch
         assert seen == dict.fromkeys(range(7), patches)
 
 
-def test_batches_that_are_not_full_can_be_left_out():
-    shares = [list(Batches(fresh(epochs=1), 4, rank=rank, ranks=2, drop_last=True)) for rank in range(2)]
-    assert [len(share) for share in shares] == [4, 4]  # 35 rows, 8 a step
-    assert rows_of(shares[0][:1] + shares[1][:1]) == rows_of(fresh(epochs=1))[:8]
-
-
 def test_a_rank_makes_no_row_of_another():
     made = []
 
     class Counting(FreshPatches):
-        def rows(self, unit, epoch, places_N):
-            made.append(len(places_N))
-            return super().rows(unit, epoch, places_N)
-    stream = Counting(seven(), list(seven().densities), tokenizer(), patches=6, epochs=1)
+        def rows(self, unit, epoch, row_N):
+            made.append(len(row_N))
+            return super().rows(unit, epoch, row_N)
+    stream = fresh_patches(seven(), list(seven().densities), tokenizer(), kind=Counting, patches=6, epochs=1)
     n = sum(len(batch.ids) for batch in Batches(stream, 3, rank=1, ranks=3, start=10))
     assert sum(made) == n == (42 - 10) // 9 * 3 + 2
 
@@ -250,10 +253,10 @@ def test_an_endless_stream_goes_on():
 def test_ids_are_whole_and_padded_as_asked():
     wide = replace(tokenizer(), density_codec=CODECS["fp16_1token"])  # more than 2**16 ids
     for tok, narrow in ((tokenizer(), torch.uint16), (wide, torch.int32)):
-        stream = FreshPatches(seven(), list(seven().densities), tok, patches=4, epochs=1)
+        stream = fresh_patches(seven(), list(seven().densities), tok, patches=4, epochs=1)
         assert next(iter(stream)).ids.dtype == narrow
-        for batch in Batches(stream, 6, pad_to=200, dtype=torch.int32, workers=1):
-            assert batch.ids.shape[1] == 200 and batch.ids.dtype == torch.int32
+        for batch in Batches(stream, 6, pad_to=200, workers=1):
+            assert batch.ids.shape[1] == 200 and batch.ids.dtype == torch.int64
             for ids, length, material, offset in zip(batch.ids, batch.lengths, batch.materials, batch.offsets, strict=True):
                 density = seven().read(stream.names[material])
                 expected = tok.encode(density, offset[None].numpy())[0][0]
@@ -264,8 +267,8 @@ def test_ids_are_whole_and_padded_as_asked():
 
 
 def test_a_stream_can_be_sent_to_a_process_that_was_not_forked():
-    sent = pickle.loads(pickle.dumps(fresh(turn=True)))
-    assert rows_of(Batches(sent, 4)) == reference() and sent.fingerprint == fresh(turn=True).fingerprint
+    sent = pickle.loads(pickle.dumps(fresh(permute_axes=True)))
+    assert rows_of(Batches(sent, 4)) == reference() and sent.fingerprint == fresh(permute_axes=True).fingerprint
 
 
 def test_a_store_that_was_read_before_is_read_by_workers(tmp_path):
@@ -273,17 +276,17 @@ def test_a_store_that_was_read_before_is_read_by_workers(tmp_path):
     densities = [replace(a_density(seed, (5, 6, 7)), id=f"m-{seed}") for seed in range(4)]
     write_store(densities, {"train": [d.id for d in densities]}, tmp_path / "store")
     store = RawStore(tmp_path / "store")
-    stream = FreshPatches(store, store.split("train"), tokenizer(), patches=6, window=8, epochs=2)
+    stream = fresh_patches(store, store.split("train"), tokenizer(), patches=6, window=8, epochs=2)
     assert rows_of(Batches(stream, 5)) == rows_of(Batches(stream, 5, workers=2))
 
 
 # Fresh patches
 
 @settings(quick, max_examples=8)
-@given(seed=st.integers(0, 99), patches=st.integers(3, 30), turn=st.booleans())
-def test_no_patch_twice_before_all_have_come(seed, patches, turn):
+@given(seed=st.integers(0, 99), patches=st.integers(3, 30), permute_axes=st.booleans())
+def test_no_patch_twice_before_all_have_come(seed, patches, permute_axes):
     density = seven().read("m-0")  # 60 voxels
-    stream = FreshPatches(seven(), ["m-0"], tokenizer(), seed, patches, epochs=130 // patches, turn=turn)
+    stream = fresh_patches(seven(), ["m-0"], tokenizer(), seed, epochs=130 // patches, patches=patches, permute_axes=permute_axes)
     seen = [corner(density.shape, offset, turned, 2) for _, _, offset, turned in rows_of(in_order_of_visits(stream))]
     for start in range(0, len(seen), 60):
         assert len(set(seen[start:start + 60])) == len(seen[start:start + 60])
@@ -293,8 +296,8 @@ def in_order_of_visits(stream):
     "The same rows without the shuffle inside a window."
     from tomat.dataset.stream import _assembled
     for epoch in range(stream.epochs):
-        part = stream.rows(0, epoch, np.arange(stream.patches))
-        yield _assembled([part], [np.arange(stream.patches)], np.int32)
+        part = stream.rows(0, epoch, np.arange(stream.config.patches))
+        yield _assembled([part], [np.arange(stream.config.patches)], np.int32)
 
 
 def corner(shape, offset, turn, size):
@@ -310,17 +313,17 @@ def corner(shape, offset, turn, size):
 @given(seed=st.integers(0, 10**6), layout=st.sampled_from(["framed", "anchored"]))
 def test_a_turned_row_is_a_row_of_the_turned_crystal(seed, layout):
     density, tok = a_density(seed), tokenizer(3, layout=layout)
-    part = FreshPatches(InMemory([density]), [density.id], tok, seed, 6, turn=True).rows(0, seed, np.arange(6))
-    turned = density.turned(*AXIS_PERMUTATIONS[part.turn])
+    part = fresh_patches(InMemory([density]), [density.id], tok, seed, patches=6, permute_axes=True).rows(0, seed, np.arange(6))
+    turned = density.permute_axes(*AXIS_PERMUTATIONS[part.permutation])
     np.testing.assert_array_equal(part.ids_NxL, tok.encode(turned, part.offsets_Nx3)[0])
-    stored = np.array([corner(density.shape, offset, part.turn, 3) for offset in part.offsets_Nx3.tolist()])
+    stored = np.array([corner(density.shape, offset, part.permutation, 3) for offset in part.offsets_Nx3.tolist()])
     np.testing.assert_array_equal(np.sort(cut(density.total, stored, 3).reshape(6, -1)),
                                   np.sort(cut(turned.total, part.offsets_Nx3, 3).reshape(6, -1)))
 
 
 def test_every_turn_comes():
-    stream = fresh(turn=True)
-    seen = Counter(stream.rows(unit, epoch, np.arange(1)).turn for unit in range(7) for epoch in range(70))
+    stream = fresh(permute_axes=True)
+    seen = Counter(stream.rows(unit, epoch, np.arange(1)).permutation for unit in range(7) for epoch in range(70))
     assert len(seen) == 48 and max(seen.values()) < 40
 
 
@@ -329,9 +332,9 @@ def test_the_difference_to_free_atoms():
     density = a_density(3)
     density = replace(density, values=sad_density(density.structure, density.shape).astype(np.float32) + np.float32(0.01))
     ids = [density.id]
-    with pytest.raises(TomatError, match=r"m-3 cannot be streamed.*with_promolecule"):
+    with pytest.raises(TomatError, match=r"m-3 cannot be streamed.*with_sad"):
         list(Batches(FreshPatches(InMemory([density]), ids, tok), 4))
-    stream = FreshPatches(InMemory([density]), ids, tok, patches=4, epochs=2, turn=True, prepare=with_sad)
+    stream = fresh_patches(InMemory([density]), ids, tok, patches=4, epochs=2, permute_axes=True, prepare=with_sad)
     for row, *_ in rows_of(Batches(stream, 4, workers=1)):
         np.testing.assert_allclose(tok.decode(row).values, 0.01, rtol=0.01, atol=1e-4)
 
@@ -340,20 +343,20 @@ def test_densities_are_kept_up_to_a_limit():
     density = seven().read("m-0")
     for limit, reads in ((0, 5), (density.values.nbytes, 1)):
         store = InMemory([density])
-        list(Batches(FreshPatches(store, ["m-0"], tokenizer(), patches=3, window=3, epochs=5, cache_bytes=limit), 4))
+        list(Batches(fresh_patches(store, ["m-0"], tokenizer(), patches=3, window=3, epochs=5, cache_bytes=limit), 4))
         assert store.reads["m-0"] == reads
     store = InMemory(seven().densities.values())
     two = sum(sorted(d.values.nbytes for d in store.densities.values())[-2:])
-    stream = FreshPatches(store, list(store.densities), tokenizer(), epochs=3, cache_bytes=two)
+    stream = fresh_patches(store, list(store.densities), tokenizer(), epochs=3, cache_bytes=two)
     assert rows_of(stream) == rows_of(FreshPatches(store, list(store.densities), tokenizer(), epochs=3))
-    assert 0 < stream._kept.n_bytes <= two
+    assert 0 < stream._cached_bytes <= two
 
 
 def test_clipped_values_are_counted_by_row():
     density = a_density(5)
     values = np.ones(density.shape, np.float32)
     values[1, 1, 1] = 1e9
-    stream = FreshPatches(InMemory([replace(density, values=values)]), [density.id], tokenizer(), patches=60, epochs=1)
+    stream = fresh_patches(InMemory([replace(density, values=values)]), [density.id], tokenizer(), patches=60, epochs=1)
     (batch,) = Batches(stream, 60)
     assert batch.clipped.sum() == 8 and batch.clipped.max() == 1  # 2³ of the 60 patches hold it
 
@@ -365,9 +368,9 @@ def test_a_material_that_does_not_fit_is_named_and_can_be_left_out():
         with pytest.raises(TomatError, match=r"m-[25] cannot be streamed, leave it out") as caught:
             list(Batches(FreshPatches(store, ids, narrow), 4, workers))
         assert "\n" not in str(caught.value)
-    kept, skipped = fitting(store, ids, narrow)
+    kept, skipped = streamable(store, ids, narrow)
     assert list(skipped) == ["m-2", "m-5"] and all("raise it or cut smaller" in why for why in skipped.values())
-    assert len(rows_of(FreshPatches(store, kept, narrow, patches=4, epochs=1))) == 20
+    assert len(rows_of(fresh_patches(store, kept, narrow, patches=4, epochs=1))) == 20
 
 
 @pytest.mark.parametrize("arguments, words", [
@@ -375,7 +378,7 @@ def test_a_material_that_does_not_fit_is_named_and_can_be_left_out():
     ({"window": 0}, "a window")])
 def test_what_is_no_stream(arguments, words):
     with pytest.raises(TomatError, match=words):
-        FreshPatches(**{"store": seven(), "ids": ["m-0"], "tokenizer": tokenizer()} | arguments)
+        fresh_patches(**{"store": seven(), "ids": ["m-0"], "tok": tokenizer()} | arguments)
 
 
 @pytest.mark.parametrize("size, more", [(0, {}), (4, {"start": -1}), (4, {"rank": 2, "ranks": 2}), (4, {"rank": -1})])
@@ -390,23 +393,24 @@ def test_a_place_is_refused_in_another_stream():
     state = Batches(fresh(), 4).state_dict()
     assert json.loads(json.dumps(state)) == state
     Batches(fresh(epochs=9), 9, workers=2).load_state_dict(state)  # none of these changes a row
-    for other in (fresh(seed=2), fresh(turn=True), fresh(patches=6), fresh(window=30), fresh(prepare=with_sad),
+    for other in (fresh(seed=2), fresh(permute_axes=True), fresh(patches=6), fresh(window=30), fresh(prepare=with_sad),
                   FreshPatches(seven(), ["m-0"], tokenizer()),
-                  FreshPatches(seven(), list(seven().densities), tokenizer(3), 1, 5, 11)):
+                  fresh_patches(seven(), list(seven().densities), tokenizer(3), 1, 11, patches=5)):
         with pytest.raises(TomatError, match="another stream"):
             Batches(other, 4).load_state_dict(state)
 
 
 CHILD = """\
 import json, sys
-from tomat.files import write_json
-from tomat.store import RawStore
-from tomat.stream import Batches, FreshPatches
-from tomat.tokenizer import Tokenizer
-from tomat.codecs import PUBLISHED_DENSITY
+from tomat.io.files import write_json
+from tomat.density.store import RawStore
+from tomat.dataset.fresh import FreshPatches, PatchConfig
+from tomat.dataset.stream import Batches
+from tomat.tokens.tokenizer import Tokenizer
+from tomat.tokens.codecs import PUBLISHED_DENSITY
 store, out = RawStore(sys.argv[1]), sys.argv[2]
 tokenizer = Tokenizer("framed", PUBLISHED_DENSITY, patch_size=2, pad_to=None)
-stream = FreshPatches(store, store.ids, tokenizer, turn=True, patches=16, window=64)
+stream = FreshPatches(store, store.ids, tokenizer, PatchConfig(16, True), window=64)
 batches = Batches(stream, 10, workers=2)
 for n, batch in enumerate(batches):
     write_json(out, {"state": batches.state_dict(), "last": batch.ids[-1].tolist()})
@@ -417,7 +421,7 @@ def test_killed_and_started_again_the_next_thousand_rows_are_the_same(tmp_path):
     densities = [replace(a_density(seed, (5, 6, 7)), id=f"m-{seed}") for seed in range(9)]
     write_store(densities, {"train": [d.id for d in densities]}, tmp_path / "store")
     store = RawStore(tmp_path / "store")
-    stream = FreshPatches(store, store.ids, tokenizer(), turn=True, patches=16, window=64)
+    stream = fresh_patches(store, store.ids, tokenizer(), permute_axes=True, patches=16, window=64)
     saved = tmp_path / "saved.json"
     child = subprocess.Popen([sys.executable, "-c", CHILD, str(store.root), str(saved)], env={**os.environ, "OMP_NUM_THREADS": "1"})
     try:
@@ -444,7 +448,7 @@ def test_killed_and_started_again_the_next_thousand_rows_are_the_same(tmp_path):
 @pytest.fixture
 def rows(tmp_path):
     densities = [a_density(seed, n_atoms=1 + seed % 2) for seed in range(6)]
-    tokenize(iter(densities), tokenizer(pad_to=64), tmp_path / "rows", 6, 42, rows_per_shard=12)
+    tokenize(iter(densities), tokenizer(pad_to=64), tmp_path / "rows", TokenizeConfig(6, seed=42, rows_per_shard=12))
     return tmp_path / "rows"
 
 
@@ -479,15 +483,16 @@ def test_every_row_of_the_shards_once_an_epoch(rows, window, workers):
 
 def test_the_parts_of_several_workers_are_one_stream(rows, tmp_path):
     for part in range(2):
-        tokenize([a_density(seed, n_atoms=1 + seed % 2) for seed in range(6)], tokenizer(pad_to=64), tmp_path / "parts", 6, 42,
-                 rows_per_shard=12, part=(part, 2))
+        tokenize([a_density(seed, n_atoms=1 + seed % 2) for seed in range(6)], tokenizer(pad_to=64), tmp_path / "parts",
+                 TokenizeConfig(6, seed=42, rows_per_shard=12), part=(part, 2))
     stream = ParquetRows(tmp_path / "parts", epochs=1)
-    assert {group.shard.split("/")[0] for group in stream.groups} == {"worker-00", "worker-01"}
+    assert {group.shard.split("/")[0] for group in stream.index.groups} == {"worker-00", "worker-01"}
     assert sorted(keys_of(stream, Batches(stream, 8, pad_to=64))) == sorted(map(key_of, written(rows)))
 
 
 def test_rows_without_padding_and_ranks(tmp_path):
-    tokenize((a_density(seed, n_atoms=1 + seed % 3) for seed in range(4)), tokenizer(), tmp_path / "rows", 5, 42, rows_per_shard=12)
+    tokenize((a_density(seed, n_atoms=1 + seed % 3) for seed in range(4)), tokenizer(), tmp_path / "rows",
+             TokenizeConfig(5, seed=42, rows_per_shard=12))
     stream = ParquetRows(tmp_path / "rows", epochs=1)
     rows = rows_of(stream)
     assert sorted(row[0] for row in rows) == sorted(row["input_ids"] for row in written(tmp_path / "rows"))
@@ -499,7 +504,8 @@ def test_another_place_is_the_same_stream_and_other_rows_are_not(rows, tmp_path)
     moved = rows.rename(tmp_path / "moved")
     state = Batches(ParquetRows(moved), 4).state_dict()
     Batches(ParquetRows(moved), 4).load_state_dict(state)
-    tokenize((a_density(seed) for seed in range(6)), tokenizer(pad_to=64), tmp_path / "other", 6, 43, rows_per_shard=12)
+    tokenize((a_density(seed) for seed in range(6)), tokenizer(pad_to=64), tmp_path / "other",
+             TokenizeConfig(6, seed=43, rows_per_shard=12))
     with pytest.raises(TomatError, match="another stream"):
         Batches(ParquetRows(tmp_path / "other"), 4).load_state_dict(state)
 

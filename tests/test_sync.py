@@ -13,8 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from tomat.io.files import (TomatError, exists, list_folder, local_copy, md5_of, open_binary, read_json, read_text,
-                            remote_fs, atomic_write, write_json, write_text)
+from tomat.io.remote import TomatError, exists, list_folder
+from tomat.io.files import local_copy, md5_of, open_binary, read_json, read_text, atomic_write, write_json, write_text
+from tomat.io.remote import remote_fs
 from tomat.dataset.sync import sync
 
 CLOSED = "http://127.0.0.1:9"

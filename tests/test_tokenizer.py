@@ -15,12 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pymatgen.core import Lattice, Structure
 
-import tomat.tokens.tokenizer as room
 from tomat.tokens.codecs import POSITIONS, PUBLISHED_DENSITY
 from tomat.density.core import RHO, TOTAL, Density
-from tomat.io.files import TomatError
+from tomat.io.remote import TomatError
 from tomat.tokens.patches import as_size, cut, random_offsets
-from tomat.tokens.tokenizer import Tokenizer, tokenizer_from_dict
+from tomat.tokens.rows import _SNAP
+from tomat.tokens.tokenizer import Tokenizer, _cut_then_encode, _encode_then_cut, tokenizer_from_dict
 
 ROOT = Path(__file__).parents[1]
 
@@ -93,8 +93,8 @@ def test_both_ways_of_writing_densities_agree(codec, shape, size, count, seed):
     tok, offsets = tokenizer("framed", codec, size), random_offsets(shape, count, rng)
     total_xyz = real_looking(rng, shape).astype(rng.choice([np.float32, np.float64]))
     one, other = (np.zeros((count, tok.n_density_tokens), np.int32) for _ in range(2))
-    clipped_one = room._cut_then_encode(tok, total_xyz, offsets, one)
-    clipped_other = room._encode_then_cut(tok, total_xyz, offsets, other)
+    clipped_one = _cut_then_encode(tok, total_xyz, offsets, one)
+    clipped_other = _encode_then_cut(tok, total_xyz, offsets, other)
     assert np.array_equal(one, other) and clipped_one == clipped_other
 
 
@@ -257,7 +257,7 @@ def test_units_do_not_matter():
 
 
 def test_an_atom_just_below_the_patchs_corner_stands_on_it():
-    for x in (0.0, -1e-17, room._SNAP / 2, -room._SNAP / 2, 1.0):
+    for x in (0.0, -1e-17, _SNAP / 2, -_SNAP / 2, 1.0):
         structure = Structure(Lattice.cubic(4), ["H"], [[0.25 + x, 0.5, 0.5]])
         tok = tokenizer("framed", "two_token_9_12", 2)
         assert tok.decode(tok.encode(Density(np.ones((8, 8, 8)), structure), [(2, 0, 0)])[0][0]).frac_coords[0, 0] == 0
@@ -312,7 +312,7 @@ def test_transformers_reads_the_vocabulary(tmp_path):
 
 def test_the_benchmark_runs():
     file = ROOT / "tests/files/CHGCAR.NaCl.gz"
-    command = [sys.executable, ROOT / "scripts/bench_tokenize.py", file, "--patches", "2", "--layouts", "framed"]
+    command = [sys.executable, ROOT / "results/tokenize/bench_tokenize.py", file, "--patches", "2", "--layouts", "framed"]
     done = subprocess.run([*command, "--repeats", "1", "--json"], stdout=subprocess.PIPE, text=True, check=True)
     (result,) = json.loads(done.stdout)
     assert result["rows_per_s"] > 0 and result["encoded"] == "patches"

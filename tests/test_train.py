@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from crystals import read_rows
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,33 +24,34 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tomat.models.loss
 import tomat.train.log
-import tomat.train.causal
-from tomat.tokens.codecs import PUBLISHED_DENSITY, fit_levels
-from tomat.train.cost import memory_estimate, rows_at_once
+from tomat.train import loop
+from tomat.tokens.codecs import PUBLISHED_DENSITY
+from tomat.tokens.levels import fit_levels
+from tomat.train.cost import Placement, dry_run, largest_micro_batch, memory_estimate
 from tomat.density.core import Density
-from tomat.dataset.held_out import kept_rows, micro_batches, train_and_val
-from tomat.io.files import TomatError
+from tomat.dataset.held_out import validation_rows, micro_batches, train_and_val
+from tomat.io.remote import TomatError
 from tomat.train.probe import ProbeTrainConfig, train_probe
 from tomat.models.loss import LossModule, chunked_loss, loss_sum, objective_of
 from tomat.models.causal import hidden_states, load_checkpoint, make_model, save_checkpoint
 from tomat.models.sizes import MODELS, ModelSize
-from tomat.train.optim import SCHEDULES, learning_rate
+from tomat.train.optim import learning_rate
 from tomat.models.probe import ProbeConfig
-from tomat.train.config import dry_run
-from tomat.dataset.verify import read_rows
+from tomat.train.config import SCHEDULES, RunConfig, TrainConfig
 from tomat.train.log import flat, list_runs, read_log, save_picture
+from tomat.dataset.parquet import TokenizeConfig
 from tomat.dataset.shards import tokenize
 from tomat.train.checkpoints import states_in
 from tomat.density.store import sample_store
 from tomat.dataset.stream import Batches, ParquetRows
 from tomat.tokens.tokenizer import Tokenizer
-from tomat.train.causal import RunConfig, TrainConfig, train
+from tomat.train.causal import CausalTask, train
 
 SMALL = ModelSize(width=32, layers=2, heads=2, mlp=64, kv_heads=1)
 LEVELS = fit_levels(np.random.default_rng(7).lognormal(0, 2, 20_000), 64)
 TOKENIZER = Tokenizer("framed", LEVELS, patch_size=2, pad_to=None)
 CONFIG = TrainConfig(steps=40, batch_size=2, warmup=5, seed=11, val_seqs=5, eval_every=8)
-SETUP = RunConfig(save_every=3)
+RUN_CONFIG = RunConfig(save_every=3)
 
 
 @pytest.fixture(autouse=True)
@@ -74,7 +76,7 @@ def a_density(seed, shape=(6, 7, 8), n_atoms=2):
 def rows(tmp_path_factory):
     "A data set of 30 short rows of five materials, of different lengths."
     folder = tmp_path_factory.mktemp("data") / "rows"
-    tokenize([a_density(seed, n_atoms=seed + 1) for seed in range(5)], TOKENIZER, folder, 6, label="five")
+    tokenize([a_density(seed, n_atoms=seed + 1) for seed in range(5)], TOKENIZER, folder, TokenizeConfig(6, label="five"))
     return folder
 
 
@@ -85,7 +87,7 @@ def whole(rows, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TOMAT_PROGRESS", "0")
         patch.setitem(MODELS, "nano", SMALL)
-        return train(rows, tmp_path_factory.mktemp("whole") / "run", CONFIG, SETUP).parent
+        return train(rows, tmp_path_factory.mktemp("whole") / "run", CONFIG, RUN_CONFIG).parent
 
 
 def timeless(run):
@@ -111,28 +113,30 @@ def same_run(one, other):
 
 PROGRAM = """
 import json, os, signal, sys, torch
-from tomat.sizes import MODELS, ModelSize
-from tomat.train import Setup, TrainConfig, train
+from tomat.models.sizes import MODELS, ModelSize
+from tomat.train.causal import train
+from tomat.train.config import RunConfig, TrainConfig
 MODELS["nano"] = ModelSize(width=32, layers=2, heads=2, mlp=64, kv_heads=1)
 torch.set_num_threads(1)
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 if "RANK" in os.environ:
     torch.distributed.init_process_group("gloo")
 for job in json.loads(sys.argv[1]):
-    train(job["data"], job["out"], TrainConfig(**job["config"]), Setup(**job["setup"]))
+    train(job["data"], job["out"], TrainConfig(**job["config"]), RunConfig(**job["run_config"]))
 if "RANK" in os.environ:
     torch.distributed.destroy_process_group()
 """
 
 
 def started(*jobs, processes=1):
-    "Runs, one after the other, in a process of their own, or in several: each (rows, out, config, setup)."
+    "Runs, one after the other, in a process of their own, or in several: each (rows, out, config, run_config)."
     env = os.environ | {"TOMAT_PROGRESS": "0", "OMP_NUM_THREADS": "1"}
     many = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
     program = jobs[0][1].parent / "program.py"
     program.write_text(PROGRAM)
-    told = [{"data": str(data), "out": str(out), "config": vars(config), "setup": vars(setup)} for data, out, config, setup in jobs]
-    line = [sys.executable, *many, program, json.dumps(told)]
+    given = [{"data": str(data), "out": str(out), "config": vars(config), "run_config": vars(run_config)}
+             for data, out, config, run_config in jobs]
+    line = [sys.executable, *many, program, json.dumps(given)]
     return subprocess.Popen(line, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -154,23 +158,23 @@ def whole_long(rows, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TOMAT_PROGRESS", "0")
         patch.setitem(MODELS, "nano", SMALL)
-        return train(rows, tmp_path_factory.mktemp("long") / "run", LONG, SETUP).parent
+        return train(rows, tmp_path_factory.mktemp("long") / "run", LONG, RUN_CONFIG).parent
 
 
 def test_a_killed_run_goes_on_bit_for_bit(rows, whole_long, tmp_path):
     out, rng = tmp_path / "run", np.random.default_rng(5)
-    run = started((rows, out, LONG, SETUP))
+    run = started((rows, out, LONG, RUN_CONFIG))
     wait_for_lines(run, out, int(rng.integers(5, 60)))
     time.sleep(rng.uniform(0, 0.05))  # somewhere between two saves, or inside one
     run.send_signal(signal.SIGKILL)
     run.communicate()
     assert run.returncode == -signal.SIGKILL and not (out / "model").exists()
-    train(rows, out, LONG, SETUP)
+    train(rows, out, LONG, RUN_CONFIG)
     same_run(whole_long, out)
 
 
 def test_sigterm_saves_the_step_it_came_in(rows, whole_long, tmp_path):
-    out, setup = tmp_path / "run", replace(SETUP, save_every=1000)
+    out, setup = tmp_path / "run", replace(RUN_CONFIG, save_every=1000)
     run = started((rows, out, LONG, setup))
     wait_for_lines(run, out, 7)
     run.send_signal(signal.SIGTERM)
@@ -185,26 +189,26 @@ def test_sigterm_saves_the_step_it_came_in(rows, whole_long, tmp_path):
 def test_a_run_stopped_anywhere_goes_on_bit_for_bit(rows, tmp_path, monkeypatch, options):
     """Stopped at three steps, twice of them between saves; each time in a process that has drawn random numbers."""
     config = replace(CONFIG, steps=20, **options)
-    train(rows, tmp_path / "whole", config, SETUP)
-    step, stops = tomat.train.causal._step, [4, 9, 16]
-    def stopping(run, *args):
+    train(rows, tmp_path / "whole", config, RUN_CONFIG)
+    update, stops = loop.update, [4, 9, 16]
+    def stopping(run):
         if stops and run.counters["step"] == stops[0]:
             stops.pop(0)
             raise KeyboardInterrupt
-        return step(run, *args)
-    monkeypatch.setattr(tomat.train.causal, "_step", stopping)
+        return update(run)
+    monkeypatch.setattr(loop, "update", stopping)
     while stops:
         with pytest.raises(KeyboardInterrupt):
-            train(rows, tmp_path / "run", config, SETUP)
+            train(rows, tmp_path / "run", config, RUN_CONFIG)
         torch.rand(3)
         np.random.default_rng().random()
-    train(rows, tmp_path / "run", config, SETUP)
+    train(rows, tmp_path / "run", config, RUN_CONFIG)
     same_run(tmp_path / "whole", tmp_path / "run")
 
 
 def test_a_finished_run_changes_nothing_when_started_again(rows, whole):
     before = tree(whole)
-    train(rows, whole, CONFIG, SETUP)
+    train(rows, whole, CONFIG, RUN_CONFIG)
     assert tree(whole) == before
 
 
@@ -227,28 +231,28 @@ def limited(size):
 
 def test_a_full_disk_leaves_the_state_before(rows, tmp_path, monkeypatch, whole):
     """The disk is full from step 9 on: the state of step 6 is whole, the run goes on from it to the same numbers."""
-    step = tomat.train.causal._step
-    def filling(run, *args):
+    update = loop.update
+    def filling(run):
         if run.counters["step"] == 8:
             resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, resource.RLIM_INFINITY))
-        return step(run, *args)
-    monkeypatch.setattr(tomat.train.causal, "_step", filling)
-    now, words = resource.getrlimit(resource.RLIMIT_FSIZE)[0], r"step-00000006, is whole\.$"
+        return update(run)
+    monkeypatch.setattr(loop, "update", filling)
+    now, words = resource.getrlimit(resource.RLIMIT_FSIZE)[0], r"step-00000006, is complete\.$"
     with limited(now), pytest.raises(TomatError, match=words) as err:
-        train(rows, tmp_path / "run", CONFIG, SETUP)
+        train(rows, tmp_path / "run", CONFIG, RUN_CONFIG)
     assert "step-00000009" in str(err.value) and "\n" not in str(err.value)
     monkeypatch.undo()
     monkeypatch.setitem(MODELS, "nano", SMALL)
     assert [s.name for s in states_in(tmp_path / "run")] == ["step-00000003", "step-00000006"]
     assert not list(tmp_path.rglob(".partial-*"))
-    train(rows, tmp_path / "run", CONFIG, SETUP)
+    train(rows, tmp_path / "run", CONFIG, RUN_CONFIG)
     same_run(whole, tmp_path / "run")
 
 
 def test_a_full_disk_at_the_first_save_promises_nothing(rows, tmp_path):
     with limited(60_000), pytest.raises(TomatError, match="free some space") as err:
-        train(rows, tmp_path / "run", replace(CONFIG, val_seqs=0), SETUP)
-    assert "whole" not in str(err.value) and states_in(tmp_path / "run") == []
+        train(rows, tmp_path / "run", replace(CONFIG, val_seqs=0), RUN_CONFIG)
+    assert "complete" not in str(err.value) and states_in(tmp_path / "run") == []
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.7, 1.0])
@@ -261,7 +265,7 @@ def test_one_flipped_byte_is_refused(rows, whole, tmp_path, name, share):
     place = round(share * (len(good) - 1))
     file.write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1:])
     with pytest.raises(TomatError, match=file.name.replace(".", r"\.")):
-        train(rows, run, CONFIG, SETUP) if name == "states" else load_checkpoint(run / "model")
+        train(rows, run, CONFIG, RUN_CONFIG) if name == "states" else load_checkpoint(run / "model")
 
 
 @pytest.mark.parametrize("cut, words", [
@@ -275,29 +279,29 @@ def test_a_log_with_a_hole_is_noticed(rows, whole, tmp_path, cut, words):
     log = run / "log.jsonl"
     log.write_text("".join(cut(log.read_text().splitlines(keepends=True)))) if cut else log.unlink()
     with pytest.raises(TomatError, match=words):
-        train(rows, run, CONFIG, SETUP)
+        train(rows, run, CONFIG, RUN_CONFIG)
 
 
 def test_half_a_line_after_the_last_state_is_forgotten(rows, whole, tmp_path):
     run = tmp_path / "run"
-    train(rows, run, CONFIG, SETUP)
+    train(rows, run, CONFIG, RUN_CONFIG)
     shutil.rmtree(run / "model")
     shutil.rmtree(states_in(run)[-1])
     log = run / "log.jsonl"
     log.write_text(log.read_text()[:-7])
-    train(rows, run, CONFIG, SETUP)
+    train(rows, run, CONFIG, RUN_CONFIG)
     assert timeless(run) == timeless(whole)
 
 
 def test_a_run_refuses_what_is_not_its_own(rows, whole, tmp_path):
     for other in (replace(CONFIG, steps=41), replace(CONFIG, seed=12), replace(CONFIG, model="micro"), TrainConfig()):
         with pytest.raises(TomatError, match="another configuration"):
-            train(rows, whole, other, SETUP)
-    tokenize([a_density(9)], TOKENIZER, tmp_path / "rows", 30)
+            train(rows, whole, other, RUN_CONFIG)
+    tokenize([a_density(9)], TOKENIZER, tmp_path / "rows", TokenizeConfig(30))
     with pytest.raises(TomatError, match="other data"):
-        train(tmp_path / "rows", whole, replace(CONFIG, val_seqs=0), SETUP)
+        train(tmp_path / "rows", whole, replace(CONFIG, val_seqs=0), RUN_CONFIG)
     with pytest.raises(TomatError, match="other data"):
-        train(rows, whole, CONFIG, SETUP, val=tmp_path / "rows")
+        train(rows, whole, CONFIG, RUN_CONFIG, val=tmp_path / "rows")
 
 
 @pytest.mark.parametrize("spoil, words", [
@@ -312,7 +316,7 @@ def test_a_folder_with_other_things_is_refused(rows, whole, tmp_path, spoil, wor
     spoil(run)
     before = tree(run)
     with pytest.raises(TomatError, match=words):
-        train(rows, run, CONFIG, SETUP)
+        train(rows, run, CONFIG, RUN_CONFIG)
     assert tree(run) == before
 
 
@@ -326,7 +330,7 @@ PAIR = replace(CONFIG, steps=16, batch_size=6)
 def pair(rows, tmp_path_factory):
     "Two real processes over the loopback: each with the whole model, then the model shared between them."
     folder = tmp_path_factory.mktemp("pair")
-    setup = replace(SETUP, rows_at_once=2)
+    setup = replace(RUN_CONFIG, micro_batch=2)
     run = started((rows, folder / "whole", PAIR, setup), (rows, folder / "shared", PAIR, replace(setup, shard=True)), processes=2)
     said = run.communicate(timeout=300)
     assert run.returncode == 0, said
@@ -335,7 +339,7 @@ def pair(rows, tmp_path_factory):
 
 @pytest.mark.parametrize("name", ["whole", "shared"])
 def test_two_processes_learn_what_one_does(rows, pair, tmp_path, name):
-    train(rows, tmp_path / "run", PAIR, SETUP)
+    train(rows, tmp_path / "run", PAIR, RUN_CONFIG)
     one, two = read_log(tmp_path / "run"), read_log(pair / name)
     for a, b in zip(one, two, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-5) and a["tokens"] == b["tokens"] and a["padded"] >= b["padded"]
@@ -353,25 +357,25 @@ def test_a_run_of_two_processes_can_be_finished_by_one(rows, pair, tmp_path, nam
     shutil.copytree(pair / name, run)
     shutil.rmtree(states_in(run)[-1])
     shutil.rmtree(run / "model")
-    train(rows, run, PAIR, SETUP)
+    train(rows, run, PAIR, RUN_CONFIG)
     assert [line["loss"] for line in read_log(run)] == pytest.approx([line["loss"] for line in read_log(pair / name)], abs=1e-5)
 
 
 def test_processes_that_read_rows_change_nothing(rows, whole, tmp_path):
-    train(rows, tmp_path / "run", replace(CONFIG, steps=10), replace(SETUP, workers=2))
+    train(rows, tmp_path / "run", replace(CONFIG, steps=10), replace(RUN_CONFIG, workers=2))
     assert [line["tokens"] for line in read_log(tmp_path / "run")] == [line["tokens"] for line in read_log(whole)[:10]]
 
 
 def test_two_byte_numbers_change_little(rows, whole, tmp_path):
-    train(rows, tmp_path / "run", CONFIG, replace(SETUP, bf16=True))
+    train(rows, tmp_path / "run", CONFIG, replace(RUN_CONFIG, bf16=True))
     ours, theirs = ([line["loss"] for line in read_log(run)] for run in (tmp_path / "run", whole))
     assert ours == pytest.approx(theirs, abs=0.02)
 
 
 def test_pieces_and_padding_change_no_more_than_rounding(rows, whole, tmp_path, monkeypatch):
-    train(rows, tmp_path / "pieces", CONFIG, replace(SETUP, rows_at_once=1))
-    monkeypatch.setattr(tomat.train.causal._Run, "multiple", 64)
-    train(rows, tmp_path / "padded", CONFIG, SETUP)
+    train(rows, tmp_path / "pieces", CONFIG, replace(RUN_CONFIG, micro_batch=1))
+    monkeypatch.setattr(CausalTask, "multiple", 64)
+    train(rows, tmp_path / "padded", CONFIG, RUN_CONFIG)
     for name in ("pieces", "padded"):
         log = read_log(tmp_path / name)
         assert [line["loss"] for line in log] == pytest.approx([line["loss"] for line in read_log(whole)], abs=1e-4)
@@ -397,7 +401,7 @@ def test_the_loss_falls(whole):
 def test_four_rows_are_learnt_by_heart(tmp_path, monkeypatch):
     """The real `nano`, on 4 rows of 64 voxels of noise: below 0.05 nats a voxel."""
     monkeypatch.setitem(MODELS, "nano", ModelSize(width=128, layers=4, heads=4, mlp=512, kv_heads=1))
-    tokenize([a_density(1)], Tokenizer("framed", LEVELS, patch_size=4, pad_to=None), tmp_path / "rows", 4)
+    tokenize([a_density(1)], Tokenizer("framed", LEVELS, patch_size=4, pad_to=None), tmp_path / "rows", TokenizeConfig(4))
     train(tmp_path / "rows", tmp_path / "run", TrainConfig(steps=80, batch_size=4, lr=2e-3, warmup=10))
     losses = [line["loss"] for line in read_log(tmp_path / "run")]
     assert losses[0] > 3.5 and max(losses[-5:]) < 0.05
@@ -405,12 +409,12 @@ def test_four_rows_are_learnt_by_heart(tmp_path, monkeypatch):
 
 def seen_rows(monkeypatch, rows, out, config, val=None):
     "Material and corner of every row that is learnt from, step by step."
-    step, seen = tomat.train.causal._step, []
-    def noting(run, block, started):
-        names = run.batches.stream.names
-        seen.append([(names[m], *corner) for m, corner in zip(block.materials.tolist(), block.offsets.tolist(), strict=True)])
-        return step(run, block, started)
-    monkeypatch.setattr(tomat.train.causal, "_step", noting)
+    gradient, seen = CausalTask.gradient, []
+    def noting(task, step):
+        result = gradient(task, step)
+        seen.append([(row["material"], *row["offset"]) for row in task.inputs()])
+        return result
+    monkeypatch.setattr(CausalTask, "gradient", noting)
     train(rows, out, config, val=val)
     return seen
 
@@ -428,38 +432,38 @@ def test_held_out_materials_are_not_learnt_from(rows, tmp_path, monkeypatch):
     for val_seqs, left in ((1, 4), (6, 4), (7, 3), (24, 1)):
         seen = seen_rows(monkeypatch, rows, tmp_path / str(val_seqs), replace(CONFIG, steps=30, val_seqs=val_seqs))
         assert {row[0] for batch in seen for row in batch} == {f"m-{i}" for i in range(left)}
-    with pytest.raises(TomatError, match="cannot keep back 25 rows"):
+    with pytest.raises(TomatError, match="cannot hold out 25 rows"):
         train(rows, tmp_path / "none", replace(CONFIG, val_seqs=25))
 
 
 def test_held_out_rows_of_their_own(rows, tmp_path, monkeypatch):
-    tokenize([a_density(9)], TOKENIZER, tmp_path / "val", 3)
+    tokenize([a_density(9)], TOKENIZER, tmp_path / "val", TokenizeConfig(3))
     seen = seen_rows(monkeypatch, rows, tmp_path / "run", replace(CONFIG, val_seqs=0), val=tmp_path / "val")
     assert {row[0] for batch in seen for row in batch} == {f"m-{i}" for i in range(5)}
     assert [line["step"] for line in read_log(tmp_path / "run") if "val" in line] == [8, 16, 24, 32, 40]
-    tokenize([a_density(9)], replace(TOKENIZER, patch_size=3), tmp_path / "other", 3)
+    tokenize([a_density(9)], replace(TOKENIZER, patch_size=3), tmp_path / "other", TokenizeConfig(3))
     with pytest.raises(TomatError, match="another tokenizer"):
         train(rows, tmp_path / "run2", CONFIG, val=tmp_path / "other")
 
 
-def test_the_best_model_is_kept_and_the_judge_is_asked(rows, tmp_path):
+def test_the_best_model_is_kept_and_the_callback_is_called(rows, tmp_path):
     """Held-out noise: the loss rises at last, and `best` is the model of the evaluation with the lowest."""
-    asked = []
-    def judge(model, tokenizer):
-        asked.append(next(model.parameters()).detach().clone())
-        return {"nmae": 1 / len(asked)}
-    train(rows, tmp_path / "run", replace(CONFIG, lr=2e-2), SETUP, judge=judge)
+    weights = []
+    def eval_callback(model, tokenizer):
+        weights.append(next(model.parameters()).detach().clone())
+        return {"nmae": 1 / len(weights)}
+    train(rows, tmp_path / "run", replace(CONFIG, lr=2e-2), RUN_CONFIG, eval_callback=eval_callback)
     scores = {line["step"]: line["val"] for line in read_log(tmp_path / "run") if "val" in line}
     assert [s["nmae"] for s in scores.values()] == [1, 1 / 2, 1 / 3, 1 / 4, 1 / 5]
     best = min(scores, key=lambda step: scores[step]["loss"])
     model, _ = load_checkpoint(tmp_path / "run/best")
-    assert torch.equal(model.model.embed_tokens.weight, asked[list(scores).index(best)])
+    assert torch.equal(model.model.embed_tokens.weight, weights[list(scores).index(best)])
     assert json.loads((tmp_path / "run/best/tomat.json").read_text())["training"]["step"] == best
-    _, judged = train_and_val(rows, CONFIG.seed, CONFIG.window, CONFIG.val_seqs, None)
-    block, _ = kept_rows(judged, CONFIG.val_seqs)
+    _, validation = train_and_val(rows, CONFIG.seed, CONFIG.window, CONFIG.val_seqs, None)
+    block, _ = validation_rows(validation, CONFIG.val_seqs)
     learner, ids = LossModule(model, objective_of(TOKENIZER)), block.ids.long()
     with torch.no_grad():
-        places = learner.places(ids)
+        places = learner.positions(ids)
         assert learner(ids, places).item() / len(places) == pytest.approx(scores[best]["loss"], rel=1e-5)
 
 
@@ -479,7 +483,7 @@ def test_a_loss_that_is_no_number_names_its_rows(rows, tmp_path, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setitem(MODELS, "nano", SMALL)
     if not states_in(tmp_path / "run"):
-        train(rows, tmp_path / "run", replace(CONFIG, steps=3), SETUP)  # what failed at once can be begun anew
+        train(rows, tmp_path / "run", replace(CONFIG, steps=3), RUN_CONFIG)  # what failed at once can be begun anew
 
 
 # Losses
@@ -496,7 +500,7 @@ def test_a_loss_in_chunks_is_the_plain_loss(tokens, n_ids, at_once, emd, seed):
     for plain in (False, True):
         h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setitem(tomat.models.loss.LOGITS, "cpu", at_once)
+            patch.setitem(tomat.models.loss.MAX_LOGITS, "cpu", at_once)
             loss = loss_sum(h @ w.T, target, emd, values_V) if plain else chunked_loss(h, w, target, emd, values_V)
             (loss / 3).backward()
         found.append((loss.detach(), h.grad, w.grad))
@@ -527,12 +531,13 @@ def test_a_mixture_is_shares_of_both(tokens, n_ids, emd, seed):
 def test_padding_does_not_change_the_loss(rows):
     learner, ids = LossModule(make_model(SMALL, TOKENIZER.vocab), objective_of(TOKENIZER)), torch.tensor(read_rows(rows).ids[0]).long()
     short, long = ids[None], torch.nn.functional.pad(ids[None], (0, 30))
-    assert len(learner.places(short)) == len(learner.places(long)) == 8
-    assert learner(short, learner.places(short)).item() == pytest.approx(learner(long, learner.places(long)).item(), rel=1e-5)
+    assert len(learner.positions(short)) == len(learner.positions(long)) == 8
+    assert learner(short, learner.positions(short)).item() == pytest.approx(learner(long, learner.positions(long)).item(), rel=1e-5)
 
 
 def test_two_token_codecs_have_no_distance(tmp_path):
-    tokenize([a_density(1)], Tokenizer("framed", PUBLISHED_DENSITY, patch_size=2, pad_to=None), tmp_path / "rows", 4)
+    tokenize([a_density(1)], Tokenizer("framed", PUBLISHED_DENSITY, patch_size=2, pad_to=None), tmp_path / "rows",
+             TokenizeConfig(4))
     with pytest.raises(TomatError, match="one token a value"):
         train(tmp_path / "rows", tmp_path / "run", TrainConfig(emd=0.5))
     for loss_on in ("all", "density"):
@@ -561,15 +566,15 @@ def test_pieces_hold_every_row_once_and_nothing_else(lengths, size, multiple):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_the_learning_rate_rises_then_falls_or_stays(schedule):
     rates = [learning_rate(step, 40, 1e-3, 5, schedule) for step in range(41)]
-    assert np.argmax(rates) in (4, 5) and max(rates) == 1e-3 and all(np.diff(rates[:5]) > 0)
-    assert rates[40] == pytest.approx(1e-3 if schedule == "constant" else 1e-4)
-    assert all(np.diff(rates[5:]) <= 0) and all(rate == 1e-3 for rate in rates[5:32] if schedule != "cosine")
+    assert np.argmax(rates) in (4, 5) and max(rates) == pytest.approx(1e-3, rel=0.03) and all(np.diff(rates[:5]) > 0)
+    assert rates[40] == pytest.approx({"constant": 1e-3, "cosine50": 2e-5}.get(schedule, 1e-4))
+    assert all(np.diff(rates[5:]) <= 0) and all(rate == 1e-3 for rate in rates[5:32] if schedule in ("constant", "wsd"))
 
 
 @pytest.mark.parametrize("options, word", [
     ({"model": "7T"}, "7T"), ({"schedule": "linear"}, "linear"), ({"optimizer": "sgd"}, "sgd"), ({"loss_on": "luck"}, "luck"),
-    ({"steps": 0}, "step"), ({"batch_size": 0}, "row"), ({"lr": math.nan}, "lr"), ({"lr": math.inf}, "lr"), ({"seed": -1}, "seed"),
-    ({"eval_every": 0}, "evaluation")])
+    ({"steps": 0}, "^steps must be at least 1, got 0"), ({"batch_size": 0}, "batch_size"), ({"lr": math.nan}, "lr"),
+    ({"lr": math.inf}, "lr"), ({"seed": -1}, "seed"), ({"eval_every": 0}, "eval_every"), ({"emd": 2.0}, "emd must be at most 1")])
 def test_wrong_options_are_refused(options, word):
     with pytest.raises(TomatError, match=word):
         TrainConfig(**options)
@@ -587,16 +592,16 @@ def test_a_dry_run_writes_nothing_and_counts_right(rows, tmp_path, whole):
 
 def test_the_batch_that_ran_out_of_memory_fits():
     """32 rows of 8,192 places of 30M on one device of 80 GB, uncompiled, every row full; its logits alone would take 18 GB."""
-    estimate = memory_estimate(MODELS["30M"], 6792, 32, 8192, bf16=True, device="cuda")
+    estimate = memory_estimate(MODELS["30M"], 6792, 32, 8192, Placement(True, device="cuda"))
     assert 60e9 < estimate["all"] < 72e9 and estimate["logits"] < 1.1e9
-    assert rows_at_once(MODELS["30M"], 6792, 5568, 32, 64 << 30, True, device="cuda") == 32
+    assert largest_micro_batch(MODELS["30M"], 6792, 5568, 32, 64 << 30, Placement(True, device="cuda")) == 32
 
 
 def test_a_line_says_all_that_is_promised(whole):
     log = read_log(whole)
     for line in log:
         assert {"step", "loss", "lr", "grad_norm", "tokens", "padded", "flops", "time"} <= line.keys()
-        assert line["time"].keys() == {"seconds", "tokens_per_s", "padded_per_s", "mfu_real", "mfu_padded"}
+        assert line["time"].keys() == {"seconds", "cpu_seconds", "tokens_per_s", "padded_per_s", "mfu_real", "mfu_padded"}
         assert 0 < line["time"]["tokens_per_s"] <= line["time"]["padded_per_s"]
         assert 0 < line["time"]["mfu_real"] <= line["time"]["mfu_padded"] * 1.001
     assert [line["step"] for line in log if "val" in line] == [8, 16, 24, 32, 40]
@@ -604,14 +609,14 @@ def test_a_line_says_all_that_is_promised(whole):
 
 def test_one_line_on_the_terminal_lives(rows, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tomat.train.log, "silent", lambda: False)
-    train(rows, tmp_path / "run", replace(CONFIG, steps=8), SETUP)
+    train(rows, tmp_path / "run", replace(CONFIG, steps=8), RUN_CONFIG)
     said = capsys.readouterr().err
     assert all(word in said for word in ("train", "8/8", "loss ", "held-out ", "tok/s"))
 
 
 def test_runs_of_both_kinds_stand_in_one_list(whole, tmp_path):
-    """A parallel decoder counts no FLOPs; a folder of another program is passed over."""
-    store, tiny = sample_store(), ProbeConfig(width=8, rounds=1, atom_channels=(4, 2, 2), voxel_channels=(4, 2, 2), trunk=16)
+    """A probe network counts no FLOPs; a folder of another program is passed over."""
+    store, tiny = sample_store(), ProbeConfig(width=8, n_layers=1, atom_channels=(4, 2, 2), voxel_channels=(4, 2, 2), readout_width=16)
     fit = ProbeTrainConfig(model=tiny, steps=3, materials=2, voxels=20, kept=300, warmup=2, levels=16)
     shutil.copytree(whole, tmp_path / "causal")
     train_probe(store, store.split("train")[:2], tmp_path / "parallel", fit)
@@ -619,7 +624,7 @@ def test_runs_of_both_kinds_stand_in_one_list(whole, tmp_path):
     for name in ("config.json", "log.jsonl"):
         (tmp_path / "another" / name).write_text('{"step": 1}\n')
     causal, parallel = list_runs(tmp_path)
-    assert (causal.run, parallel.run, parallel.model, parallel.steps) == ("causal", "parallel", "parallel", "3/3")
+    assert (causal.run, parallel.run, parallel.model, parallel.steps) == ("causal", "parallel", "probe", "3/3")
     assert causal.mfu > 0 and parallel.mfu is None and parallel.tokens_per_s > 0
     assert save_picture(tmp_path / "parallel").read_bytes()[:4] == b"\x89PNG"
 
@@ -631,14 +636,14 @@ def test_runs_are_listed_and_drawn(whole):
     assert run.loss == log[-1]["loss"] and run.best == min(line["val"]["loss"] for line in log if "val" in line)
     assert run.tokens_per_s > 0 and run.mfu > 0
     assert save_picture(whole).read_bytes()[:4] == b"\x89PNG"
-    with pytest.raises(TomatError, match="no folder"):
+    with pytest.raises(TomatError, match="not a folder"):
         list_runs(whole / "nothing")
 
 
 def test_weights_and_biases_offline(rows, tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
-    train(rows, tmp_path / "run", replace(CONFIG, steps=9), replace(SETUP, wandb=True))
+    train(rows, tmp_path / "run", replace(CONFIG, steps=9), replace(RUN_CONFIG, wandb=True))
     (record,) = (tmp_path / "run/wandb").glob("offline-run-*/run-*.wandb")
     said, line = record.read_bytes(), read_log(tmp_path / "run")[-1]
     assert all(name.encode() in said for name in flat(line)) and "val.loss" in flat(line) and "time.mfu_padded" in flat(line)
@@ -661,10 +666,9 @@ def test_a_checkpoint_is_plain_transformers(whole, rows):
     assert facts["steps"] == 40 and facts["data"] == "five" and facts["materials"] == [f"m-{i}" for i in range(5)]
 
 
-@pytest.mark.parametrize("causal", [True, False])
-def test_a_token_sees_what_its_network_lets_it(causal, tmp_path):
-    """Changing a token changes the places after it, and those before it only where there is no causal mask; kept on disk."""
-    save_checkpoint(make_model(SMALL, TOKENIZER.vocab, seed=3, causal=causal), TOKENIZER, tmp_path / "model")
+def test_a_token_changes_no_earlier_position(tmp_path):
+    """Of a model as it is made, as it is saved, and as plain transformers reads it."""
+    save_checkpoint(make_model(SMALL, TOKENIZER.vocab, seed=3), TOKENIZER, tmp_path / "model")
     model, _ = load_checkpoint(tmp_path / "model")
     ids = torch.randint(1, TOKENIZER.vocab.size, (2, 30), generator=torch.Generator().manual_seed(0))
     ids[1] = ids[0]
@@ -675,4 +679,4 @@ def test_a_token_sees_what_its_network_lets_it(causal, tmp_path):
         plain = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
         assert torch.equal(plain(ids).logits, logits)
     changed = (hidden[0] - hidden[1]).abs().amax(-1) > 1e-7
-    assert changed[20:].all() and changed[:20].all() == (not causal) == changed[:20].any()
+    assert changed[20:].all() and not changed[:20].any()

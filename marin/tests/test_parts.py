@@ -19,8 +19,8 @@ from tomat_marin.rows import Endless, Rows
 from tomat_marin.run import device_name
 
 from conftest import LAUNCHER, ROOT, with_torch
-from tomat.io.files import TomatError
-from tomat.dataset.shards import read_meta
+from tomat.io.remote import TomatError
+from tomat.dataset.meta import read_meta
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import torch
 
-from tomat.dataset.held_out import kept_rows, train_and_val
+from tomat.dataset.held_out import validation_rows, train_and_val
 from tomat.models.loss import LossModule, objective_of
 from tomat.models.causal import load_checkpoint
 
@@ -14,7 +14,7 @@ from tomat.models.causal import load_checkpoint
 def main(export: str, rows: str, val_seqs: str, emd: str, out: str) -> None:
     model, tokenizer = load_checkpoint(export)
     _, held_out = train_and_val(rows, 0, 1024, int(val_seqs), None)
-    block, _ = kept_rows(held_out, 0)
+    block, _ = validation_rows(held_out, 0)
     ids_BxL = block.ids.long()
     learner = LossModule(model, objective_of(tokenizer, emd=float(emd)))
     with torch.no_grad():

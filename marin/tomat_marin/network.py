@@ -13,13 +13,14 @@ from levanter.models.lm_model import split_activations
 from levanter.models.qwen import Qwen3Config, Qwen3LMHeadModel
 
 from tomat.models.sizes import ModelSize
-from tomat.tokens.tokenizer import PAD, Tokenizer, Vocabulary
+from tomat.tokens.vocabulary import PAD, Vocabulary
+from tomat.tokens.tokenizer import Tokenizer
 
-PLACES = 512  # tokens of each row whose logits are in memory at once
+CHUNK = 512  # tokens of each row whose logits are in memory at once
 
 
 def config_of(size: ModelSize,
-              length: int,  # of the rows, tokens
+              length: int,  # of a row, tokens
               ) -> Qwen3Config:
     "Levanter's configuration of the network that `tomat.models.causal.qwen3_config` describes."
     return Qwen3Config(
@@ -51,7 +52,7 @@ def fresh(config: Qwen3Config,
 
 @dataclass(frozen=True, eq=False)
 class Objective:
-    "What a model is asked for."
+    "The loss of a model."
     counted: range                      # ids whose prediction counts; no other id gets a logit
     emd: float = 0.0                    # share of the earth mover's distance; the rest is cross-entropy
     values_V: np.ndarray | None = None  # (V,) the density of each counted id, for the distance
@@ -85,7 +86,7 @@ def loss_and_count(model: Qwen3LMHeadModel,
                    ids: hax.NamedArray,  # (batch, position) rows, PAD behind them
                    objective: Objective,
                    ) -> tuple[jax.Array, jax.Array]:  # sum over the counted tokens, and how many there are
-    "The loss of every density token given the true tokens before it. PAD is neither foretold nor, being behind, seen."
+    "The loss of every density token given the true tokens before it. PAD is not predicted, and attention does not reach it."
     hidden, _ = split_activations(model.activations(ids, AttentionMask.causal(), key=None))
     hidden_BxLxW = hidden.rearrange(("batch", "position", model.Embed)).array
     counted = objective.counted
@@ -93,7 +94,7 @@ def loss_and_count(model: Qwen3LMHeadModel,
     ids_BxL = ids.rearrange(("batch", "position")).array
     target_BxL = jnp.pad(ids_BxL[:, 1:], ((0, 0), (0, 1)), constant_values=PAD) - counted.start
     counts_BxL = (target_BxL >= 0) & (target_BxL < len(counted))
-    width = math.gcd(ids_BxL.shape[1], PLACES)
+    width = math.gcd(ids_BxL.shape[1], CHUNK)
 
     @jax.checkpoint
     def add(total: jax.Array, part: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:

@@ -1,187 +1,199 @@
-"""What a run is: its knobs, its network, its places. Nothing here wants JAX, so that a dry run costs nothing."""
+"""A run: its settings, its data and its folder. Nothing here needs JAX, so a dry run costs nothing."""
 
-import dataclasses
 import os
 import shlex
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tomat.models import sizes
-from tomat.io.files import TomatError, exists, is_name, is_remote, read_json, write_json
+from tomat.dataset.meta import read_meta, tokenizer_of
+from tomat.dataset.order import RowIndex, RowOrder, row_index
+from tomat.io.files import exists, is_name, read_json, write_json
+from tomat.io.remote import TomatError, is_remote
 from tomat.io.settings import setting
-from tomat.dataset.shards import read_meta
-from tomat.models.sizes import OTHER_NAMES, ModelSize, flops_per_token, n_parameters
-from tomat.tokens.tokenizer import Tokenizer, tokenizer_from_dict
+from tomat.models.sizes import OTHER_NAMES, ModelSize, flops_per_token, model_size, n_parameters
+from tomat.tokens.tokenizer import Tokenizer
+from tomat.train.config import RunConfig, TrainConfig, check_options, config_from, from_variables, option
 
-from tomat_marin.groups import Group, groups_of, row_length, split
-
-MODELS = {"tiny": ModelSize(width=64, layers=2, heads=2, mlp=128, kv_heads=1)} | sizes.MODELS  # "tiny" is for tests
+LANES = 128  # rows are as long as a multiple of this, for the attention of TPUs
 
 
 @dataclass(frozen=True)
-class Knobs:
-    "Everything that decides a run; each is set by TOMAT_<NAME>."
-    label: str                 # data set: its name in the token store, or a folder
-    results_label: str         # name of the run; made of label, model and seed where it is not set
-    model: str = "30M"         # a key of MODELS
-    seed: int = 0              # of the weights and of the order of rows
-    steps: int = 2000          # weight updates
-    batch_size: int = 128      # rows a step, on all devices together
-    val_seqs: int = 128        # rows to judge by, of the last materials; 0: none
-    eval_every: int = 200      # steps between two evaluations
-    emd: float = 0.0           # share of the earth mover's distance in the loss, 0 to 1
-    lr: float = 0.0            # peak learning rate; 0: 2e-3 up to width 512, then falling with the width
-    precision: str = "bf16"    # of the computation: "bf16" or "f32"; weights are always f32
+class TpuConfig:
+    "Settings that only this launcher has."
+    label: str = option("", "Data set: its name in the token store, or a folder of rows.")
+    results_label: str = option("", "Name of the run; LABEL-MODEL-seedSEED if not given.")
+    save_minutes: float = option(15.0, "Minutes between two saved states that replace each other.", above=0, most=1e6)
+    save_steps: int = option(10_000, "Steps between two saved states that stay.", least=1)
 
     def __post_init__(self) -> None:
+        check_options(self)
         if not self.label:
             raise TomatError("TOMAT_LABEL names no data set: give a label of the token store, or a folder of rows.")
-        if self.model not in MODELS:
-            raise TomatError(f"There is no model size {self.model!r}: use one of {', '.join([*MODELS, *OTHER_NAMES])}.")
         if not is_name(self.results_label):
-            raise TomatError(f"The run would be called {self.results_label!r}: set TOMAT_RESULTS_LABEL to a plain name, of "
-                             "letters, digits and _ . + - only, which begins with a letter or a digit.")
-        if min(self.steps, self.batch_size, self.eval_every) < 1 or self.val_seqs < 0 or not 0 <= self.seed < 2**31:
-            raise TomatError("A run has at least one step, one row a batch and an evaluation now and then, and a seed from 0 "
-                             "to 2^31 - 1.")
-        if self.precision not in ("bf16", "f32") or not 0 <= self.emd <= 1 or not 0 <= self.lr < 1:
-            raise TomatError("The precision is bf16 or f32, the share of the earth mover's distance and the learning rate are "
-                             "numbers from 0 to 1.")
-
-    @property
-    def size(self) -> ModelSize:
-        return MODELS[self.model]
-
-    @property
-    def peak_lr(self) -> float:
-        return self.lr or 2e-3 * min(1.0, 512 / self.size.width)
+            raise TomatError(f"The run would be called {self.results_label!r}: set TOMAT_RESULTS_LABEL to a plain name of letters, "
+                             "digits and _ . + - that begins with a letter or a digit.")
 
 
-@dataclass(frozen=True)
-class RunConfig:
-    "How a run is carried out; none of it changes the numbers by more than rounding."
-    rows_at_once: int = -1     # on one device; -1: its whole share of a batch
-    save_minutes: float = 15   # between two states that replace each other
-    save_steps: int = 10_000   # between two states that stay
-
-    def __post_init__(self) -> None:
-        if self.rows_at_once < 1 and self.rows_at_once != -1:
-            raise TomatError(f"TOMAT_ROWS_AT_ONCE is {self.rows_at_once}: give at least 1, or -1 for a device's whole share of a "
-                             "batch.")
-        if not 0 < self.save_minutes <= 1e6:
-            raise TomatError(f"TOMAT_SAVE_MINUTES is {self.save_minutes}: give a number above 0, a million at most.")
-        if self.save_steps < 1:
-            raise TomatError(f"TOMAT_SAVE_STEPS is {self.save_steps}: give at least 1.")
+FIXED = {"loss_on": "density tokens alone count in the loss", "optimizer": "AdamW is the only optimiser",
+         "save_every": "states are saved by time, set TOMAT_SAVE_MINUTES", "device": "JAX chooses the device, set JAX_PLATFORMS",
+         "compiled": "XLA compiles everything", "shard": "weights are always sharded", "workers": "threads read the rows"}
 
 
-def _number(name: str, text: str, kind: type) -> Any:
-    try:
-        return kind(text)
-    except ValueError as err:
-        raise TomatError(f"TOMAT_{name.upper()} is {text!r}, which is no {kind.__name__}: mend it.") from err
+def check_levanter(config: TrainConfig, run_config: RunConfig) -> None:
+    "Raise `TomatError` for the first setting of `tomat train` that Levanter cannot follow."
+    for part in (config, run_config):
+        for field in fields(part):
+            if field.name in FIXED and (value := getattr(part, field.name)) != field.default:
+                raise TomatError(f"{field.name} is {value!r}, and with Levanter it can only be {field.default!r}: "
+                                 f"{FIXED[field.name]}.")
+    if config.seed >= 2**31:
+        raise TomatError(f"seed must be below 2147483648 with Levanter, got {config.seed}.")
 
 
-def from_environment(kind: type) -> Any:  # Knobs or Setup
-    "What the TOMAT_* variables say."
-    kinds: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(kind)}
-    given = {name: os.environ.get(f"TOMAT_{name.upper()}", "") for name in kinds}
-    values = {name: _number(name, text, kinds[name]) for name, text in given.items() if text}
-    if kind is Knobs:
-        values.setdefault("label", "")
-        values["model"] = OTHER_NAMES.get(values.get("model", ""), values.get("model", Knobs.model))
-        short = f"{Path(values['label']).name}-{values['model']}-seed{values.get('seed', Knobs.seed)}"
-        values.setdefault("results_label", short)
-    return kind(**values)
+def settings() -> tuple[TrainConfig, RunConfig, TpuConfig]:
+    "The settings in the TOMAT_* variables."
+    variables, precisions = dict(os.environ), {"": "", "bf16": "true", "f32": "false"}
+    if variables.get("TOMAT_ROWS_AT_ONCE") == "-1":  # earlier name and value of an automatic TOMAT_MICRO_BATCH
+        variables["TOMAT_ROWS_AT_ONCE"] = "0"
+    precision = variables.get("TOMAT_PRECISION", "")  # earlier name of TOMAT_BF16
+    if precision not in precisions:
+        raise TomatError(f"TOMAT_PRECISION is {precision!r}: set TOMAT_BF16 to true or false.")
+    variables.setdefault("TOMAT_BF16", precisions[precision])
+    config, run_config = (from_variables(kind, environ=variables) for kind in (TrainConfig, RunConfig))
+    check_levanter(config, run_config)
+    config = replace(config, model=OTHER_NAMES.get(config.model, config.model))
+    name = f"{Path(variables.get('TOMAT_LABEL', '')).name}-{config.model}-seed{config.seed}"
+    return config, run_config, from_variables(TpuConfig, {"results_label": variables.get("TOMAT_RESULTS_LABEL") or name}, variables)
 
 
-def data_place(knobs: Knobs) -> str:
+def data_folder(tpu: TpuConfig) -> str:
     "The folder of rows, local or remote."
     store = setting("token_store")
-    return f"{store.rstrip('/')}/{knobs.label}" if store else knobs.label
+    return f"{store.rstrip('/')}/{tpu.label}" if store else tpu.label
 
 
-def run_place(knobs: Knobs) -> str:
+def run_folder(tpu: TpuConfig) -> str:
     "The folder of the run, local or remote: states, and the model at the end."
-    return f"{(setting('checkpoint_store') or 'runs').rstrip('/')}/{knobs.results_label}"
+    return f"{(setting('checkpoint_store') or 'runs').rstrip('/')}/{tpu.results_label}"
 
 
 @dataclass(frozen=True)
 class Plan:
     "A run and the data that it reads."
-    knobs: Knobs
-    setup: RunConfig
+    config: TrainConfig
+    run_config: RunConfig
+    tpu: TpuConfig
     data: str                 # folder of rows
     out: str                  # folder of the run
     meta: dict[str, Any]      # the data's meta.json
-    tokenizer: Tokenizer      # the data's
-    learn: Sequence[Group]    # its rows to learn from …
-    keep: Sequence[Group]     # … and to judge by
+    tokenizer: Tokenizer
+    index: RowIndex
+    first_val: int            # the first unit of the held-out materials; as many as there are units: none is held out
 
     @property
-    def facts(self) -> dict[str, Any]:
-        "What decides the run, ready for JSON: a state of other facts is not gone on from."
+    def size(self) -> ModelSize:
+        return model_size(self.config.model)
+
+    @property
+    def bf16(self) -> bool:
+        "Whether matrix products are in bfloat16; weights are always float32."
+        return os.environ.get("JAX_PLATFORMS") != "cpu" if self.run_config.bf16 is None else self.run_config.bf16
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        "Everything that decides the run, as run.json holds it."
         keys = ("label", "seed", "rows", "tokens", "tokenizer")
-        return {"knobs": dataclasses.asdict(self.knobs), "data": {key: self.meta[key] for key in keys}}
+        return {"config": self.config.written(), "data": {key: self.meta[key] for key in keys}}
+
+    def order(self, units: range) -> RowOrder:
+        "The order of some units' rows, as in `tomat train`."
+        return RowOrder(self.index.counts, self.config.seed, self.config.window).subset(units)
+
+    @property
+    def train_units(self) -> range:
+        return range(self.first_val)
+
+    @property
+    def val_units(self) -> range:
+        return range(self.first_val, len(self.index.groups))
 
     @cached_property
     def length(self) -> int:
-        "Tokens of a row as it is trained on, PAD included."
-        return row_length([*self.learn, *self.keep])
+        "Tokens of a row as the model reads it, PAD included: rows of one material are equally long."
+        return -(-max(group.length for group in self.index.groups) // LANES) * LANES
 
     @cached_property
     def row_flops(self) -> int:
         "FLOPs to train on such a row."
-        return round(flops_per_token(self.knobs.size, self.tokenizer.vocab.size, self.length) * self.length)
+        return round(flops_per_token(self.size, self.tokenizer.vocab.size, self.length) * self.length)
 
     def counters(self, step: int) -> dict[str, int]:
-        "What was read after so many steps, under the names of `tomat train`; `tokens` takes rows to be as long as their mean."
-        rows = step * self.knobs.batch_size
+        "Amounts read after so many steps, under the names of `tomat train`; `tokens` takes rows to be as long as their mean."
+        rows = step * self.config.batch_size
         return {"step": step, "tokens": round(rows * self.meta["tokens"] / self.meta["rows"]), "padded": rows * self.length,
                 "flops": rows * self.row_flops}
 
     def about(self) -> dict[str, Any]:
-        "What it will take, for people."
-        n_ids, last = self.tokenizer.vocab.size, self.counters(self.knobs.steps)
-        rows, kept = (sum(group.rows for group in groups) for groups in (self.learn, self.keep))
-        return {**self.facts, "from": self.data, "to": self.out, "setup": dataclasses.asdict(self.setup),
-                "learning rate": self.knobs.peak_lr, "parameters": n_parameters(self.knobs.size, n_ids),
-                "rows to learn from": rows, "rows to judge by": kept, "tokens a row": self.length,
+        "What the run will take, for people."
+        n_ids, last, counts = self.tokenizer.vocab.size, self.counters(self.config.steps), self.index.counts
+        rows, held_out = int(counts[:self.first_val].sum()), int(counts[self.first_val:].sum())
+        return {**self.metadata, "from": self.data, "to": self.out, "run": asdict(self.run_config) | asdict(self.tpu),
+                "parameters": n_parameters(self.size, n_ids), "training rows": rows, "held-out rows": held_out,
+                "validation rows": min(self.config.val_seqs, held_out), "tokens a row": self.length,
                 "FLOPs per token": self.row_flops / self.length, "tokens": last["tokens"], "tokens, padded": last["padded"],
-                "FLOPs": last["flops"], "epochs": self.knobs.steps * self.knobs.batch_size / rows}
+                "FLOPs": last["flops"], "epochs": self.config.steps * self.config.batch_size / rows}
 
 
-def check_share(knobs: Knobs, setup: RunConfig, devices: int = 1) -> None:
-    "Refuse batches that so many devices cannot share."
-    at_once = max(1, setup.rows_at_once)
-    if knobs.batch_size % (devices * at_once):
-        raise TomatError(f"TOMAT_BATCH_SIZE is {knobs.batch_size}: give a multiple of {devices * at_once}, which is the number of "
-                         f"devices, {devices}, times the rows that each takes at once, {at_once}.")
+def check_share(config: TrainConfig, run_config: RunConfig, devices: int = 1) -> None:
+    "Raise `TomatError` for a batch that so many devices cannot share."
+    rows = max(1, run_config.micro_batch)
+    if config.batch_size % (devices * rows):
+        raise TomatError(f"batch_size is {config.batch_size}: give a multiple of {devices * rows}, which is the number of devices, "
+                         f"{devices}, times micro_batch, {rows}.")
 
 
 def plan() -> Plan:
-    "The run that the environment asks for; raises `TomatError` where its data is not there, or it cannot be."
-    knobs, setup = from_environment(Knobs), from_environment(RunConfig)
-    check_share(knobs, setup)
-    data = data_place(knobs)
+    "The run that the variables describe; raises `TomatError` where its data is missing or its settings do not fit."
+    config, run_config, tpu = settings()
+    check_share(config, run_config)
+    data = data_folder(tpu)
     meta = read_meta(data)
-    tokenizer = tokenizer_from_dict(meta["tokenizer"])
-    if knobs.emd and tokenizer.density_codec.tokens_per_value != 1:
-        raise TomatError(f"The earth mover's distance needs one token a value, and {tokenizer.density_codec.name} writes "
-                         f"{tokenizer.density_codec.tokens_per_value}.")
-    return Plan(knobs, setup, data, run_place(knobs), meta, tokenizer, *split(groups_of(data, meta), knobs.val_seqs))
+    tokenizer, index = tokenizer_of(data, meta), row_index(data, meta)
+    if config.emd and tokenizer.density_codec.tokens_per_value != 1:
+        raise TomatError(f"emd is {config.emd}, and the earth mover's distance needs one token a value: "
+                         f"{tokenizer.density_codec.name} writes {tokenizer.density_codec.tokens_per_value}.")
+    first_val = index.last_materials(config.val_seqs) if config.val_seqs else len(index.groups)
+    return Plan(config, run_config, tpu, data, run_folder(tpu), meta, tokenizer, index, first_val)
 
 
-def open_run_dir(plan: Plan, writes: bool) -> None:
-    "Refuse a folder that another run has begun; the process that `writes` puts the facts there."
-    place = f"{plan.out}/run.json"
-    if exists(place):
-        if read_json(place) != plan.facts:
-            raise TomatError(f"{plan.out} holds a run with other knobs or other data: give TOMAT_RESULTS_LABEL another name.")
-    elif writes:
-        write_json(place, plan.facts)
+def _as_now(written: dict[str, Any],  # a run.json
+            plan: Plan,
+            ) -> dict[str, Any]:  # what `plan` would write if it is the same run
+    "A run.json as runs write it now; reads old files, which hold `knobs`."
+    if "knobs" not in written:  # reads old files
+        return written
+    old = dict(written["knobs"])  # reads old files
+    same = old["results_label"] == plan.tpu.results_label and (old["precision"] == "bf16") == plan.bf16
+    names = {field.name for field in fields(TrainConfig)}
+    config = config_from(TrainConfig, plan.config.written() | {name: value for name, value in old.items() if name in names})
+    return {"config": config.written(), "data": written["data"]} if same else {}
+
+
+def open_run_dir(plan: Plan,
+                 writes: bool,  # whether this process writes run.json
+                 ) -> bool:  # False for a run of an earlier version, whose rows came in another order
+    "Begin or resume a run's folder; raises `TomatError` for the folder of another run."
+    path = f"{plan.out}/run.json"
+    if not exists(path):
+        if writes:
+            write_json(path, plan.metadata)
+        return True
+    written = read_json(path)
+    if _as_now(written, plan) != plan.metadata:
+        raise TomatError(f"{plan.out} holds a run with other settings or other data: give TOMAT_RESULTS_LABEL another name.")
+    return "config" in written
 
 
 HOST = "--enable-extra-resources --no-sync --cpu 32 --memory 64GB --disk 50GB"
@@ -189,18 +201,20 @@ COMMAND = "sh marin/environment.sh .venv-tpu tpu && .venv-tpu/bin/python marin/t
 
 
 def iris_line(cluster: str) -> str:
-    "The `iris job run` line of the run that the environment asks for, on the TPUs of the settings; the data is not looked at."
-    check_share(from_environment(Knobs), from_environment(RunConfig))
-    stores, tpu = ("token_store", "checkpoint_store"), setting("tpu_type")
-    if missing := next((name for name in stores if not is_remote(setting(name))), "" if tpu else "tpu_type"):
+    "The `iris job run` line of the run that the variables describe, on the TPUs of the settings; the data is not read."
+    config, run_config, tpu = settings()
+    check_share(config, run_config)
+    stores, tpu_type = ("token_store", "checkpoint_store"), setting("tpu_type")
+    if missing := next((name for name in stores if not is_remote(setting(name))), "" if tpu_type else "tpu_type"):
         wanted = "a folder in a bucket" if missing in stores else "TPUs such as v6e-8"
         raise TomatError(f"The setting {missing} is {setting(missing)!r}: name {wanted}, in settings.ini or as "
                          f"TOMAT_{missing.upper()}.")
-    names = [field.name for kind in (Knobs, RunConfig) for field in dataclasses.fields(kind)]
+    names = [name for part in (config, run_config, tpu) for field in fields(part)
+             for name in (field.name, *field.metadata["was"])] + ["precision"]
     given = {name: os.environ.get(f"TOMAT_{name.upper()}") for name in names} | {name: setting(name) for name in (
         *stores, "s3_endpoint", "gcs_project", "wandb_mode", "wandb_entity", "wandb_project")}
     variables = [word for name, value in given.items() if value for word in ("-e", f"TOMAT_{name.upper()}", value)]
     regions = [word for region in setting("tpu_regions").replace(",", " ").split() for word in ("--region", region)]
-    line = shlex.join(["iris", "--cluster", cluster, "job", "run", "--tpu", tpu, *regions, *HOST.split(), *variables])
+    line = shlex.join(["iris", "--cluster", cluster, "job", "run", "--tpu", tpu_type, *regions, *HOST.split(), *variables])
     secret = ' -e WANDB_API_KEY "$WANDB_API_KEY"' if setting("wandb_mode") == "online" else ""
     return f"{line}{secret} -- bash -c {shlex.quote(COMMAND)}"

@@ -1,79 +1,46 @@
-"""The Parquet shards of `tomat tokenize` as a data set of Levanter's, read a row group at a time."""
+"""Rows of the shards of `tomat tokenize` as a data set of Levanter's, in the order of `tomat train`."""
 
 import asyncio
 from collections.abc import Sequence
 from functools import lru_cache
 
 import haliax as hax
-import jax
 import numpy as np
 from levanter.data.dataset import AsyncDataset
-from levanter.utils.jax_utils import local_cpu_mesh
 
-from tomat.io.files import TomatError
-
-from tomat_marin.groups import Group, read_column
-
-WINDOW = 1024  # rows that are shuffled together, about
+from tomat.dataset.order import RowIndex, RowOrder, padded_ids
+from tomat.io.remote import TomatError
 
 
-class Rows(AsyncDataset[hax.NamedArray]):
-    "Rows by their number, each (position,) int32 with PAD behind."
+class OrderedRows(AsyncDataset[hax.NamedArray]):
+    "Rows by their number in an order, each (position,) int32 with PAD behind; a row group is read at a time."
 
-    def __init__(self, groups: Sequence[Group], Pos: hax.Axis) -> None:
-        self.groups, self.Pos = list(groups), Pos
-        self.ends = np.cumsum([group.rows for group in groups])
-        self.table = lru_cache(maxsize=64)(self._table)
-
-    def is_finite(self) -> bool:
-        return True
-
-    async def async_len(self) -> int:
-        return int(self.ends[-1])
-
-    def _table(self, number: int) -> np.ndarray:  # (N, L) int32
-        "All rows of a row group."
-        lists = read_column(self.groups[number], "input_ids").combine_chunks()
-        values, starts = lists.values.to_numpy(), lists.offsets.to_numpy()
-        ids_NxL = np.zeros((len(lists), self.Pos.size), np.int32)
-        for ids_L, start, stop in zip(ids_NxL, starts, starts[1:], strict=False):
-            if stop - start > self.Pos.size:
-                raise TomatError(f"{self.groups[number].place} has rows of several lengths in one row group: write it again.")
-            ids_L[:stop - start] = values[start:stop]
-        return ids_NxL
-
-    async def get_batch(self, indices: Sequence[int]) -> Sequence[hax.NamedArray]:
-        numbers = np.searchsorted(self.ends, indices, side="right").tolist()
-        needed = sorted(set(numbers))
-        read = await asyncio.gather(*(asyncio.to_thread(self.table, number) for number in needed))
-        tables = dict(zip(needed, read, strict=True))
-        places = [index - (int(self.ends[number - 1]) if number else 0) for index, number in zip(indices, numbers, strict=True)]
-        return [hax.NamedArray(tables[number][place], (self.Pos,)) for number, place in zip(numbers, places, strict=True)]
-
-
-class Endless(AsyncDataset[hax.NamedArray]):
-    "Rows again and again; windows of materials are shuffled, and shuffled anew in each epoch."
-
-    def __init__(self, rows: Rows, seed: int) -> None:
-        self.rows, self.n, self.seed = rows, int(rows.ends[-1]), seed
-        self.epoch = lru_cache(maxsize=2)(self._epoch)
+    def __init__(self,
+                 index: RowIndex,
+                 units: Sequence[int],    # of the index: the units of the order
+                 order: RowOrder,
+                 Pos: hax.Axis,           # tokens of a row
+                 n: int | None = None,    # rows until the end; None: without end
+                 ) -> None:
+        self.index, self.units, self.order, self.Pos, self.n = index, units, order, Pos, n
+        self.table = lru_cache(maxsize=min(1024, max(64, 2 * order.units_per_window)))(self._table)
 
     def is_finite(self) -> bool:
-        return False
+        return self.n is not None
 
     async def async_len(self) -> int:
-        raise TomatError("An endless data set has no length.")
+        if self.n is None:
+            raise TomatError("An endless data set has no length.")
+        return self.n
 
-    def _epoch(self, epoch: int) -> AsyncDataset[hax.NamedArray]:
-        with local_cpu_mesh():
-            key = jax.random.fold_in(jax.random.PRNGKey(self.seed), epoch)
-        block = self.rows.groups[0].rows
-        return self.rows.block_shuffle(io_block_size=block, window_blocks=max(1, WINDOW // block), key=key)
+    def _table(self, unit: int) -> np.ndarray:  # (N, L) int32
+        "All rows of a unit of the order."
+        number = self.units[unit]
+        table = self.index.read(number, ["input_ids"])
+        return padded_ids(table, np.arange(table.num_rows), self.Pos.size)
 
     async def get_batch(self, indices: Sequence[int]) -> Sequence[hax.NamedArray]:
-        found: dict[int, hax.NamedArray] = {}
-        for epoch in sorted({index // self.n for index in indices}):
-            mine = [index for index in indices if index // self.n == epoch]
-            rows = await self.epoch(epoch).get_batch([index % self.n for index in mine])
-            found.update(zip(mine, rows, strict=True))
-        return [found[index] for index in indices]
+        unit_m, row_m = (numbers.tolist() for numbers in self.order.at(indices))
+        needed = sorted(set(unit_m))
+        tables = dict(zip(needed, await asyncio.gather(*(asyncio.to_thread(self.table, unit) for unit in needed)), strict=True))
+        return [hax.NamedArray(tables[unit][row], (self.Pos,)) for unit, row in zip(unit_m, row_m, strict=True)]

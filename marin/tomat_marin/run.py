@@ -20,21 +20,22 @@ from levanter.checkpoint import CheckpointerConfig
 from levanter.compat.hf_checkpoints import HFCheckpointConverter
 from levanter.distributed import DistributedConfig
 from levanter.models.qwen import Qwen3Config, Qwen3LMHeadModel
-from levanter.optim.config import AdamConfig
 from levanter.tracker import NoopConfig, TrackerConfig
 from levanter.tracker.wandb import WandbConfig
 import levanter.trainer
 from levanter.trainer import Trainer, TrainerConfig
 from transformers import Qwen3Config as HFQwen3Config
 
-from tomat.io.files import exists, is_remote, md5_of, write_json
+from tomat.io.remote import exists, is_remote
+from tomat.io.files import md5_of, write_json
 from tomat.io.settings import setting
 from tomat.models.sizes import n_parameters
-from tomat.tokens.tokenizer import BOS, EOS, PAD
+from tomat.tokens.vocabulary import BOS, EOS, PAD
 
 from tomat_marin.network import Objective, config_of, fresh, loss_and_count, objective_of
+from tomat_marin.optim import Adam
 from tomat_marin.plan import Plan, check_share, open_run_dir
-from tomat_marin.rows import Endless, Rows
+from tomat_marin.rows import OrderedRows
 
 
 def distributed_config() -> DistributedConfig:
@@ -48,8 +49,8 @@ def distributed_config() -> DistributedConfig:
 
 
 def _local(plan: Plan) -> Path:
-    "Where files go that have to be local: into the run's folder, if that is."
-    folder = Path(tempfile.gettempdir(), "tomat-marin", plan.knobs.results_label) if is_remote(plan.out) else Path(plan.out)
+    "The folder for files that have to be local: the run's folder, if that is local."
+    folder = Path(tempfile.gettempdir(), "tomat-marin", plan.tpu.results_label) if is_remote(plan.out) else Path(plan.out)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -62,25 +63,27 @@ def device_name(kind: str,  # as JAX calls it
 
 
 def _tracker(plan: Plan) -> TrackerConfig:
-    mode, knobs = setting("wandb_mode", "offline"), plan.knobs
+    mode = setting("wandb_mode", "offline")
     if mode == "disabled":
         return NoopConfig()
     os.environ.setdefault("WANDB_DIR", str(_local(plan)))
     devices = f"{device_name(jax.devices()[0].device_kind)}:{jax.device_count()}"
     return WandbConfig(entity=setting("wandb_entity") or None, project=setting("wandb_project", "tomat"), mode=mode,
-                       name=knobs.results_label, group=knobs.label, tags=[knobs.model, "levanter", devices], save_code=False)
+                       name=plan.run_config.name or plan.tpu.results_label, group=plan.tpu.label,
+                       tags=[plan.config.model, "levanter", devices], save_code=False)
 
 
 def trainer_config(plan: Plan) -> TrainerConfig:
-    "What Levanter's trainer is told."
-    knobs, setup = plan.knobs, plan.setup
-    saves = CheckpointerConfig(base_path=f"{plan.out}/states", append_run_id_to_base_path=False, keep=[{"every": setup.save_steps}],
-                               save_interval=datetime.timedelta(minutes=setup.save_minutes))
+    "The settings of Levanter's trainer."
+    config, run_config, tpu = plan.config, plan.run_config, plan.tpu
+    saves = CheckpointerConfig(base_path=f"{plan.out}/states", append_run_id_to_base_path=False, keep=[{"every": tpu.save_steps}],
+                               save_interval=datetime.timedelta(minutes=tpu.save_minutes),
+                               keep_last_temporary_checkpoints=run_config.keep)
     return TrainerConfig(
-        seed=knobs.seed, mp=jmp.get_policy("p=f32,c=bf16" if knobs.precision == "bf16" else "f32"), log_dir=_local(plan) / "logs",
-        id=knobs.results_label, tracker=_tracker(plan), log_jaxprs=False, log_xla_hlo=False, watch=WatchConfig(watch_targets=[]),
-        train_batch_size=knobs.batch_size, per_device_parallelism=setup.rows_at_once, num_train_steps=knobs.steps,
-        steps_per_eval=knobs.eval_every, checkpointer=saves, distributed=DistributedConfig(initialize_jax_distributed=False),
+        seed=config.seed, mp=jmp.get_policy("p=f32,c=bf16" if plan.bf16 else "f32"), log_dir=_local(plan) / "logs",
+        id=tpu.results_label, tracker=_tracker(plan), log_jaxprs=False, log_xla_hlo=False, watch=WatchConfig(watch_targets=[]),
+        train_batch_size=config.batch_size, per_device_parallelism=run_config.micro_batch or -1, num_train_steps=config.steps,
+        steps_per_eval=config.eval_every, checkpointer=saves, distributed=DistributedConfig(initialize_jax_distributed=False),
         require_accelerator=os.environ.get("JAX_PLATFORMS") != "cpu")
 
 
@@ -90,11 +93,11 @@ def say(line: str) -> None:
         print(line, flush=True)
 
 
-def judge_with(trainer: Trainer,
-               rows: Rows,  # held out
+def validation(trainer: Trainer,
+               rows: OrderedRows,  # held out, with an end
                objective: Objective,
                ) -> Callable[[Qwen3LMHeadModel], float]:
-    "A function that gives the mean loss of a model on held-out rows."
+    "A function from a model to its mean loss on validation rows."
     loader = trainer.data_loader(rows, trainer.EvalBatch)
 
     @named_jit(axis_resources=trainer.parameter_axis_mapping)
@@ -102,85 +105,96 @@ def judge_with(trainer: Trainer,
         with hax.axis_mapping(trainer.compute_axis_mapping):
             return loss_and_count(trainer.mp.cast_to_compute(model), ids, objective)
 
-    def judge(model: Qwen3LMHeadModel) -> float:
-        scores = [tuple(map(float, score(model, ids))) for ids in loader]  # rows that fill the last batch count nothing
+    def mean_loss(model: Qwen3LMHeadModel) -> float:
+        scores = [tuple(map(float, score(model, ids))) for ids in loader]  # rows that fill the last batch have no counted token
         return sum(total for total, _ in scores) / sum(count for _, count in scores)
 
-    return judge
+    return mean_loss
 
 
-class Teller:
-    "A hook that prints the loss of each step and, now and then, that of held-out rows."
+class LogHook:
+    "A hook that prints and logs the loss of each step and, every `eval_every` steps, of the validation rows."
 
-    def __init__(self, plan: Plan, judge: Callable[[Qwen3LMHeadModel], float] | None) -> None:
-        self.plan, self.knobs, self.judge = plan, plan.knobs, judge
-        self.told, self.scores = 0, dict[str, Any]()
+    def __init__(self, plan: Plan, validate: Callable[[Qwen3LMHeadModel], float] | None) -> None:
+        self.plan, self.config, self.validate = plan, plan.config, validate
+        self.logged, self.scores = 0, dict[str, Any]()
 
     def __call__(self, info: StepInfo) -> None:
         step = info.next_step
-        if step == self.told or not info.step_duration:  # the trainer calls its hooks once more at the end
+        if step == self.logged or not info.step_duration:  # the trainer calls its hooks once more at the end
             return
-        self.told, self.scores = step, {**self.scores, "step": step, "loss": float(info.loss)}
-        last, per_step = step == self.knobs.steps, self.plan.counters(1)
+        self.logged, self.scores = step, {**self.scores, "step": step, "loss": float(info.loss)}
+        last, per_step = step == self.config.steps, self.plan.counters(1)
         speed = {f"time.{name}_per_s": per_step[name] / info.step_duration for name in ("tokens", "padded")}
-        if last or step % max(1, self.knobs.steps // 1000) == 0:
+        if last or step % max(1, self.config.steps // 1000) == 0:
             say(f"step {step} loss {info.loss:.7f} {speed['time.padded_per_s']:,.0f} tokens/s")
-        line = {**self.plan.counters(step), "loss": self.scores["loss"], **speed}  # as `tomat train` tells W&B
-        if self.judge and (last or step % self.knobs.eval_every == 0):
-            self.scores["held_out_loss"] = line["val.loss"] = self.judge(info.state.eval_model)
-            say(f"step {step} held-out loss {line['val.loss']:.7f}")
+        line = {**self.plan.counters(step), "loss": self.scores["loss"], **speed}  # the names of `tomat train`
+        if self.validate and (last or step % self.config.eval_every == 0):
+            self.scores["held_out_loss"] = line["val.loss"] = self.validate(info.state.eval_model)
+            say(f"step {step} validation loss {line['val.loss']:.7f}")
         levanter.tracker.log(line, step=info.step)
 
 
 def export(model: Qwen3LMHeadModel,
            plan: Plan,
-           scores: dict[str, Any],  # what is known of it
+           scores: dict[str, Any],  # losses of the model
            ) -> str:  # the folder, out/model
-    "Write Hugging Face weights with the tokenizer and tomat.json beside; every process must ask, the first one writes."
-    place, vocab_size = f"{plan.out}/model", plan.tokenizer.vocab.size
+    "Write weights as Hugging Face does, with the tokenizer and tomat.json; every process calls it, the first one writes."
+    folder, vocab_size = f"{plan.out}/model", plan.tokenizer.vocab.size
     more = {"architectures": ["Qwen3ForCausalLM"], "pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS,
             "max_position_embeddings": max(8192, model.config.max_seq_len)}
     converter = HFCheckpointConverter(Qwen3Config, HfConfigClass=HFQwen3Config, config_overrides=more)
-    converter.save_pretrained(model, place, save_tokenizer=False, save_reference_code=False, max_shard_size=2**62)
+    converter.save_pretrained(model, folder, save_tokenizer=False, save_reference_code=False, max_shard_size=2**62)
     if jax.process_index() == 0:
-        plan.tokenizer.save_hf(place)
-        written = {name: md5_of(f"{place}/{name}") for name in ("config.json", "model.safetensors")}
-        training = {**plan.facts["knobs"], **scores, "parameters": n_parameters(plan.knobs.size, vocab_size),
+        plan.tokenizer.save_hf(folder)
+        written = {name: md5_of(f"{folder}/{name}") for name in ("config.json", "model.safetensors")}
+        training = {**plan.config.written(), **scores, "parameters": n_parameters(plan.size, vocab_size),
                     "data": plan.meta["label"], "rows": plan.meta["rows"], "materials": sorted(plan.meta["materials"])}
-        write_json(f"{place}/tomat.json", {"tokenizer": plan.tokenizer.to_dict(), "training": training, "md5": written})
+        write_json(f"{folder}/tomat.json", {"tokenizer": plan.tokenizer.to_dict(), "training": training, "md5": written})
     multihost_utils.sync_global_devices("exported")
-    return place
+    return folder
+
+
+def _begin(plan: Plan) -> bool:  # False: the run is finished
+    "Begin or resume the run's folder."
+    check_share(plan.config, plan.run_config, jax.device_count())
+    same_order = open_run_dir(plan, writes=jax.process_index() == 0)
+    if exists(f"{plan.out}/model/tomat.json"):
+        say(f"{plan.out} is finished")
+        return False
+    if not same_order:
+        say(f"{plan.out} was begun by an earlier version: from here on its rows come in the order of `tomat train`")
+    return True
 
 
 def train(plan: Plan) -> str:  # the checkpoint, a folder
-    "Train, or go on with a run that was stopped."
-    knobs, vocab = plan.knobs, plan.tokenizer.vocab
-    check_share(knobs, plan.setup, jax.device_count())
-    open_run_dir(plan, writes=jax.process_index() == 0)
-    if exists(f"{plan.out}/model/tomat.json"):
-        say(f"{plan.out} is finished")
+    "Train, or resume a run that was stopped."
+    if not _begin(plan):
         return f"{plan.out}/model"
-    levanter.trainer.initialize(config := trainer_config(plan))
+    config, vocab = plan.config, plan.tokenizer.vocab
+    levanter.trainer.initialize(settings := trainer_config(plan))
     levanter.tracker.log_hyperparameters({"tomat": plan.about()})
-    Pos, objective = hax.Axis("position", plan.length), objective_of(plan.tokenizer, knobs.emd)
-    model_config = config_of(knobs.size, Pos.size)
+    Pos, objective = hax.Axis("position", plan.length), objective_of(plan.tokenizer, config.emd)
+    model_config = config_of(plan.size, Pos.size)
+
+    def rows(units: range, n: int | None = None) -> OrderedRows:
+        return OrderedRows(plan.index, units, plan.order(units), Pos, n)
 
     def loss(model: Qwen3LMHeadModel, ids: hax.NamedArray, *, key: jax.Array | None = None) -> jax.Array:
         total, count = loss_and_count(model, ids, objective)
         return total / count
 
-    adam = AdamConfig(learning_rate=knobs.peak_lr, weight_decay=0.1, warmup=min(20, knobs.steps // 2))
-    with Trainer(config, adam.build(knobs.steps), loss) as trainer:  # leaving it waits until the last state is on disk
-        model_key, training_key = jax.random.split(jax.random.PRNGKey(knobs.seed))
+    with Trainer(settings, Adam.of(config).build(config.steps), loss) as trainer:  # leaving waits until the last state is on disk
+        model_key, training_key = jax.random.split(jax.random.PRNGKey(config.seed))
         state = trainer.initial_state(training_key, model_init=lambda: fresh(model_config, vocab, model_key))
-        say(f"{n_parameters(knobs.size, vocab.size):,} parameters, rows of {Pos.size} tokens, {jax.device_count()} devices in "
+        say(f"{n_parameters(plan.size, vocab.size):,} parameters, rows of {Pos.size} tokens, {jax.device_count()} devices in "
             f"{jax.process_count()} processes, from step {int(state.step)}")
-        teller = Teller(plan, judge_with(trainer, Rows(plan.keep, Pos), objective) if plan.keep else None)
-        trainer.add_hook(log_performance_stats(Pos.size, config.batch_schedule, plan.row_flops))
-        trainer.add_hook(teller)
-        loader = trainer.data_loader(Endless(Rows(plan.learn, Pos), knobs.seed))
+        hook = LogHook(plan, validation(trainer, rows(plan.val_units, config.val_seqs), objective) if plan.val_units else None)
+        trainer.add_hook(log_performance_stats(Pos.size, settings.batch_schedule, plan.row_flops))
+        trainer.add_hook(hook)
+        loader = trainer.data_loader(rows(plan.train_units))
         last = trainer.train(state, loader.iter_from_step(state.step))
-        place = export(last.state.eval_model, plan, teller.scores)
+        folder = export(last.state.eval_model, plan, hook.scores)
     levanter.tracker.current_tracker().finish()
-    say(f"saved {place}")
-    return place
+    say(f"saved {folder}")
+    return folder

@@ -27,7 +27,9 @@ from typing import Any, BinaryIO
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from .files import TomatError, details, is_remote, md5_of, read_text, remote_fs, client_errors, write_text
+from .remote import TomatError, is_remote
+from .files import md5_of, read_text, write_text
+from .remote import details, remote_fs, client_errors
 from .progress import R, T, drawn, silent
 from .settings import setting
 
@@ -152,6 +154,7 @@ def _partial(target: Path,          # the final name
 def _locked(partial: Path,  # a file that may exist
             ) -> Iterator[BinaryIO]:
     "The file, open at its end and ours alone; whoever comes second waits."
+    partial.parent.mkdir(parents=True, exist_ok=True)
     while True:
         with open(partial, "ab") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -216,8 +219,6 @@ def download(fs: Any,                 # an fsspec file system
              ) -> str:  # its MD5
     "Fetch one object, going on where an earlier run was cut off; nothing wrong gets the final name."
     url, size, known = url_of(fs, key), info["size"], md5 or stored_md5(fs, info)
-    with _on_disk(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
     with _on_disk(target), _locked(partial := _partial(target, key, info)) as file:
         if known and target.is_file() and md5_of(target) == known:  # another run was faster, or stopped before it said so
             partial.unlink()

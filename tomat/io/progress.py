@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from .files import TomatError
+from .remote import TomatError
 
 # %% ../../nbs/10_io/03_progress.ipynb #18ebe26b
 T = TypeVar("T")

@@ -13,7 +13,7 @@ from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
-from .files import TomatError
+from .remote import TomatError
 
 # %% ../../nbs/10_io/04_settings.ipynb #87436e92
 def _parsed(path: Path,  # a settings.ini

@@ -15,25 +15,26 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
 
-from ..prediction.batch import plan_jobs, run_jobs
-from ..io.files import TomatError
+from ..prediction.batch import plan_tasks, run_tasks
+from ..io.remote import TomatError
 from ..density.formats import read_structure
-from ..prediction.predictors import Predictor, load_predictor
+from ..prediction.core import Predictor
+from ..prediction.predictors import load_predictor
 
 # %% ../../nbs/09_run/03_service.ipynb #92fef153
 ANSWERS = {"chgcar": "density.CHGCAR", "cube": "density.cube", "mp-json": "density.json", "zarr": "density.zarr.zip"}
 LARGEST_BODY = 1 << 20   # bytes
-LARGEST_ATOMS = 2000
+LARGEST_ATOMS = 2000     # in a cell
 LARGEST_GRID = 1 << 24   # voxels
 _NAME = re.compile(r"POSCAR[\w.-]*|[\w.-]+\.(vasp|cif)")
 
-def _asked(query: str,  # of the address
-           ) -> tuple[str, tuple[int, int, int] | None, str]:  # name of the structure file, grid, name of the answer
-    "What the query says; raises `TomatError` for what nobody can answer."
-    said = {key: values[-1] for key, values in parse_qs(query).items()}
-    if unknown := sorted(said.keys() - {"name", "grid", "format"}):
+def _parsed(query: str,  # of the address
+            ) -> tuple[str, tuple[int, int, int] | None, str]:  # name of the structure file, grid, name of the answer
+    "The options of a query; raises `TomatError` for a wrong one."
+    given = {key: values[-1] for key, values in parse_qs(query).items()}
+    if unknown := sorted(given.keys() - {"name", "grid", "format"}):
         raise TomatError(f"There is no option {unknown[0]!r}: use name, grid and format.")
-    name, grid, format = said.get("name", "POSCAR"), said.get("grid", ""), said.get("format", "chgcar")
+    name, grid, format = given.get("name", "POSCAR"), given.get("grid", ""), given.get("format", "chgcar")
     if not _NAME.fullmatch(name):
         raise TomatError(f"A structure is called POSCAR, *.vasp or *.cif here, not {name!r}.")
     if grid and not re.fullmatch(r"[1-9]\d{0,4}(,[1-9]\d{0,4}){2}", grid):
@@ -47,25 +48,25 @@ def _asked(query: str,  # of the address
 def answer(predictor: Predictor,
            body: bytes,   # a structure file
            query: str = "",  # name, grid and format
-           ) -> tuple[bytes, dict[str, Any]]:  # a density file, and what its reader should know
+           ) -> tuple[bytes, dict[str, Any]]:  # a density file, and its metadata: grid, electrons, expected error, name
     "Predict one density; raises `TomatError` for a structure or a query that cannot be answered."
-    name, grid, out = _asked(query)
+    name, grid, out = _parsed(query)
     with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder, "asked", name)
-        place.parent.mkdir()
-        place.write_bytes(body)
+        path = Path(folder, "request", name)
+        path.parent.mkdir()
+        path.write_bytes(body)
         try:
-            if (n := len(read_structure(place)[0])) > LARGEST_ATOMS:
+            if (n := len(read_structure(path)[0])) > LARGEST_ATOMS:
                 raise TomatError(f"A crystal of {n:,} atoms is too large for this service, which takes up to {LARGEST_ATOMS:,}: "
                                  "use `tomat predict`.")
-            jobs, _ = plan_jobs([str(place)], f"{folder}/{out}", grid)
-            if prod(jobs[0].shape) > LARGEST_GRID:
-                raise TomatError(f"A grid of {prod(jobs[0].shape):,} voxels is too large for this service, which predicts up to "
+            tasks, _ = plan_tasks([str(path)], f"{folder}/{out}", grid)
+            if prod(tasks[0].shape) > LARGEST_GRID:
+                raise TomatError(f"A grid of {prod(tasks[0].shape):,} voxels is too large for this service, which predicts up to "
                                  f"{LARGEST_GRID:,}: ask for a coarser one with grid=…, or use `tomat predict`.")
-            facts = next(run_jobs(jobs, predictor))
+            metadata = next(run_tasks(tasks, predictor))
         except TomatError as err:
-            raise TomatError(str(err).replace(f"{place.parent}/", "")) from err
-        return Path(folder, out).read_bytes(), facts | {"out": out}
+            raise TomatError(str(err).replace(f"{path.parent}/", "")) from err
+        return Path(folder, out).read_bytes(), metadata | {"out": out}
 
 # %% ../../nbs/09_run/03_service.ipynb #b3f5de5b
 Start = Callable[[str, list[tuple[str, str]]], Any]
@@ -76,18 +77,18 @@ def _reply(start: Start, status: str, kind: str, body: bytes, more: dict[str, st
     start(status, list(headers.items()))
     return [body]
 
-def _refused(start: Start, status: str, why: str, more: dict[str, str] | None = None) -> list[bytes]:
+def _refused(start: Start, status: str, why: str, **more: str) -> list[bytes]:
     return _reply(start, status, "text/plain; charset=utf-8", f"{why}\n".encode(), more)
 
 def _body_of(request: dict[str, Any]) -> bytes:
     length = str(request.get("CONTENT_LENGTH") or "0")
     if not length.isdecimal() or not 0 < int(length) <= LARGEST_BODY:
-        raise TomatError(f"The body is a structure file of 1 to {LARGEST_BODY:,} bytes: send one, and say its length.")
+        raise TomatError(f"The body is a structure file of 1 to {LARGEST_BODY:,} bytes: send one with a Content-Length.")
     return request["wsgi.input"].read(int(length))
 
 def density_app(checkpoint: str = "",  # a folder or URL that `tomat train` wrote; "": the packaged one
                 ) -> Application:
-    "A service: POST a structure, get its density."
+    "An application that answers a structure with its density."
     predictor = load_predictor(checkpoint or None)
     about = {"decoder": predictor.identity()["decoder"], "weights": predictor.identity()["weights"], "formats": list(ANSWERS),
              "use": "POST a POSCAR, or a CIF with ?name=x.cif; grid=48,48,60 and format=cube choose the answer"}
@@ -99,13 +100,12 @@ def density_app(checkpoint: str = "",  # a folder or URL that `tomat train` wrot
         if method in ("GET", "HEAD"):
             return _reply(start, "200 OK", "application/json", json.dumps(about).encode())
         if method != "POST":
-            return _refused(start, "405 Method Not Allowed", "POST a structure, or GET what is served.",
-                            {"Allow": "GET, HEAD, POST"})
+            return _refused(start, "405 Method Not Allowed", "POST a structure, or GET what is served.", Allow="GET, HEAD, POST")
         try:
-            body, facts = answer(predictor, _body_of(request), request.get("QUERY_STRING", ""))
+            body, metadata = answer(predictor, _body_of(request), request.get("QUERY_STRING", ""))
         except TomatError as err:
             return _refused(start, "400 Bad Request", str(err))
-        more = {"X-Tomat": json.dumps(facts), "Content-Disposition": f'attachment; filename="{facts["out"]}"'}
+        more = {"X-Tomat": json.dumps(metadata), "Content-Disposition": f'attachment; filename="{metadata["out"]}"'}
         return _reply(start, "200 OK", "application/octet-stream", body, more)
 
     return application

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
-from ..io.files import TomatError
+from ..io.remote import TomatError
 
 # %% ../../nbs/03_tokens/04_patches.ipynb #16f36322
 Size = int | tuple[int, int, int]
@@ -71,7 +71,7 @@ def cut(values_xyz: np.ndarray,   # (nx, ny, nz) one item per voxel, any dtype
 
 # %% ../../nbs/03_tokens/04_patches.ipynb #72b30030
 def random_offsets(shape: Sequence[int],      # (nx, ny, nz) of the grid
-                   n: int,                    # how many patches
+                   n: int,                    # number of patches
                    rng: np.random.Generator,  # source of randomness
                    ) -> np.ndarray:  # (n, 3) int64
     "Uniform low corners, drawn independently and with replacement."
@@ -80,7 +80,7 @@ def random_offsets(shape: Sequence[int],      # (nx, ny, nz) of the grid
 # %% ../../nbs/03_tokens/04_patches.ipynb #ef8d8ee2
 def cover(shape: Sequence[int],                       # (nx, ny, nz) of the grid
           size: Size,                                 # sides of the patch, voxels
-          overlap: int | tuple[int, int, int] = 0,    # voxels that neighbours share on each axis
+          overlap: int | tuple[int, int, int] = 0,    # voxels shared by neighbours on each axis
           ) -> np.ndarray:  # (N, 3) int64 low corners, x slowest
     "Offsets of patches that cover every voxel of a periodic grid; raises `TomatError` unless 0 ≤ overlap < size."
     sides = as_size(size)
@@ -96,7 +96,7 @@ def stitch(patches_NxPxPxP: np.ndarray,          # (N, Px, Py, Pz) values on pat
            shape: Sequence[int],                 # (nx, ny, nz) of the grid
            weights: np.ndarray | None = None,    # (Px, Py, Pz) window of a patch, ≥ 0; None: all equal
            ) -> np.ndarray:  # (nx, ny, nz) float64
-    "Weighted mean of the patches over each voxel of a periodic grid; raises `TomatError` where no patch lies."
+    "Weighted mean of the patches over each voxel of a periodic grid; raises `TomatError` if a voxel is in no patch."
     patches, size = np.asarray(patches_NxPxPxP, np.float64), patches_NxPxPxP.shape[1:]
     where = flat_indices(shape, offsets_Nx3, size).ravel()
     w = np.ones(patches.size) if weights is None else np.broadcast_to(weights, patches.shape).ravel()

@@ -1,0 +1,250 @@
+"""Train the packaged probe network, package it, and measure it: results/probe/ and its model card.
+
+    python results/probe/make_probe_results.py calibrate STORE RUN [--steps 3000]
+    python results/probe/make_probe_results.py train STORE RUN [--steps 3000] --calibration-scale X
+    python results/probe/make_probe_results.py package RUN
+    python results/probe/make_probe_results.py evaluate STORE
+    python results/probe/make_probe_results.py curve STORE RUNS --steps 800
+
+calibrate: a run on four fifths of the training split, measured on the whole grids of the rest, the chemical systems of held_out.csv.
+It finds the factor of the expected errors (pass it to train) and the best way to make electrons exact: held_out.json and
+electrons.csv. train: the checkpoint, from all of the training split; a stopped run is resumed. package: copy it to
+tomat/data/probe. evaluate: the packaged checkpoint on the whole grids of the validation split, as a user predicts them:
+validation.csv, validation.json, calibration.csv and the card. curve: the same for short runs on growing parts of the training
+split: curve.csv.
+"""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy is imported: its pools read it once
+
+import argparse
+import shutil
+from collections import Counter
+from pathlib import Path
+from time import process_time
+from typing import Any
+
+import numpy as np
+from scipy.stats import spearmanr
+
+from tomat.density.classify import classify
+from tomat.io.remote import TomatError
+from tomat.io.files import atomic_write, read_json, read_text, write_json, write_text
+from tomat.train.probe import ProbeTrainConfig, train_probe
+from tomat.density.metrics import nmae
+from tomat.models.probe import ProbeNet, shift_to_mean, load_probe, predict_field
+from tomat.prediction.predictors import ProbePredictor, load_predictor
+from tomat.io.progress import track
+from tomat.atoms.sad import with_sad
+from tomat.train.log import read_log
+from tomat.density.store import RawStore
+from tomat.run.launch import sentences
+from tomat.study.site import read_table, write_table
+
+RESULTS = Path(__file__).resolve().parent
+PACKAGED = RESULTS.parents[1] / "tomat" / "data" / "probe"
+SIZES = (39, 78, 156, 312)
+NOMINAL = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+RARE = 5  # an element in fewer materials is named in the card
+COMMAND = "python results/probe/make_probe_results.py evaluate STORE"
+
+
+def fold(store: RawStore) -> tuple[list[str], list[str]]:
+    "The training split in two: a part to train on, in a drawn order, and the materials of held_out.csv, whole chemical systems."
+    held_out, training = {row["id"] for row in read_table(RESULTS / "held_out.csv")}, store.split("train")
+    if missing := sorted(held_out - set(training)):
+        raise TomatError(f"{store} lacks {', '.join(missing)} in its part train, which results/probe/held_out.csv names: give the "
+                         "store of these results.")
+    kept = [id for id in training if id not in held_out]
+    return [kept[i] for i in np.random.default_rng(1).permutation(len(kept))], [id for id in training if id in held_out]
+
+
+def inside(ratio: np.ndarray) -> list[float]:
+    "The share of voxels inside the intervals of nominal probabilities, from errors over expected errors."
+    return [float(x) for x in np.searchsorted(np.sort(ratio), -np.log1p(-np.array(NOMINAL))) / ratio.size]
+
+
+def corrections(raw: np.ndarray,    # predicted density, e/Å³
+                exact: float,       # mean of the result
+                sad: np.ndarray,    # sum of atomic densities
+                width: np.ndarray,  # expected error
+                ) -> dict[str, np.ndarray]:
+    "Ways to make electrons exact."
+    excess = raw.mean() - exact
+    root = np.sqrt(np.maximum(sad, 0) + 0.02)
+    shape = {"like the root of the SAD": root, "like the expected error": width,
+              "like its square": width.astype(np.float64) ** 2}
+    return {"none": raw, "one factor": raw * (exact / raw.mean()), "one shift": raw - excess,
+            "one shift, none below zero": shift_to_mean(raw, exact),
+            **{name: raw - excess * x / x.mean() for name, x in shape.items()}}
+
+
+def calibrate(store: RawStore, run: Path, steps: int) -> None:
+    training, held_out = fold(store)
+    if not (run / "model").exists():
+        train_probe(store, training, run, ProbeTrainConfig(steps=steps), held_out)
+    model = load_probe(run / "model")
+    metadata = model.training_metadata
+    scores: list[dict[str, float]] = []
+    ratios, below = [], Counter[str]()
+    for id in track(held_out, "measure", unit="materials"):
+        density = with_sad(store.read(id)).as_units("e/Å³")
+        assert density.sad is not None
+        sad = density.sad.astype(np.float64)
+        difference, width = predict_field(model, density.structure, density.shape, sad)
+        width /= metadata["calibration_scale"]  # the run's own, from drawn voxels, before electrons were exact
+        made = corrections(sad + difference, sad.mean(), sad, width)
+        scores.append({name: nmae(x, density.values) for name, x in [("SAD", sad), *made.items()]})
+        lowest = min(0.0, float((sad + difference).min()))
+        below.update(name for name, x in made.items() if x.min() < lowest)
+        ratios.append((np.abs(made["one shift, none below zero"] - density.values) / width).ravel())
+    columns = {name: [s[name] for s in scores] for name in scores[0]}
+    write_table(RESULTS / "electrons.csv", [{"correction": name, "materials": len(held_out), "nmae_mean": float(np.mean(column)),
+                                 "nmae_median": float(np.median(column)), "made_lower": below[name]}
+                                for name, column in columns.items()])
+    factor = float(np.mean([ratio.mean() for ratio in ratios]))  # under which the errors that were found are most likely
+    write_json(RESULTS / "held_out.json", {
+        "calibration_scale": factor, "materials": len(training), "held_out_materials": len(held_out), "steps": metadata["steps"],
+        "seconds": metadata["seconds"],
+        "nmae_mean": float(np.mean(columns["one shift, none below zero"])),
+        "nmae_median": float(np.median(columns["one shift, none below zero"])),
+        "sad_mean": float(np.mean(columns["SAD"])),
+        "inside_before": dict(zip(map(str, NOMINAL), np.mean([inside(ratio) for ratio in ratios], 0), strict=True)),
+        "inside_after": dict(zip(map(str, NOMINAL), np.mean([inside(ratio / factor) for ratio in ratios], 0), strict=True))})
+    print(read_json(RESULTS / "held_out.json"))
+
+
+def package(run: Path) -> None:
+    load_probe(run / "model")
+    with atomic_write(PACKAGED) as aside:
+        shutil.copytree(run / "model", aside)
+    log, metadata = read_log(run), read_json(run / "config.json")
+    write_table(RESULTS / "log.csv", [{"step": line["step"], "nmae": line["loss"], "lr": line["lr"],
+                           "cpu_seconds": line["time"]["cpu_seconds"]} for line in log[9::10]])
+    del metadata["data"]["ids"]
+    write_json(RESULTS / "fit.json", metadata)
+
+
+def scores_of(store: RawStore, id: str, predictor: Any) -> tuple[dict[str, Any], tuple[np.ndarray, np.ndarray]]:
+    "The scores of a material, as a user would predict it; its errors and its expected errors."
+    density = with_sad(store.read(id)).as_units("e/Å³")
+    busy = process_time()
+    made = predictor.predict(density.structure, density.shape)
+    seconds = process_time() - busy
+    assert density.sad is not None and made.expected_error_xyz is not None
+    error = np.abs(made.density.rho - density.values).ravel()
+    expected = made.expected_error_xyz.ravel()
+    row = {"id": id, "formula": density.formula, "class": classify(density.structure), "atoms": len(density.structure),
+           "voxels": error.size, "nmae": nmae(made.density.rho, density.values),
+           "sad": nmae(density.sad, density.values), "expected": float(expected.sum() / np.abs(density.values).sum()),
+           "rank_correlation": float(spearmanr(error[::17], expected[::17])[0]),
+           "inside_50": float((error < expected * np.log(2)).mean()), "inside_90": float((error < expected * np.log(10)).mean()),
+           "electrons_before": made.electrons_before, "electrons": made.density.n_electrons,
+           "electrons_true": float(density.n_electrons), "lowest": float(made.density.rho.min()), "cpu_seconds": seconds}
+    return row, (error, expected)
+
+
+def summary_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    def over(key: str, how: Any = np.mean) -> float:
+        return float(how([row[key] for row in rows]))
+    return {"materials": len(rows),
+            "nmae_mean": over("nmae"), "nmae_median": over("nmae", np.median), "nmae_worst": over("nmae", max),
+            "sad_mean": over("sad"), "sad_median": over("sad", np.median),
+            "ratio_of_means": over("nmae") / over("sad"),
+            "better_than_sad": sum(row["nmae"] < row["sad"] for row in rows),
+            "expected_mean": over("expected"), "rank_correlation_median": over("rank_correlation", np.median),
+            "inside_50_mean": over("inside_50"), "inside_90_mean": over("inside_90"),
+            "electron_error_before_mean": float(np.mean([abs(r["electrons_before"] / r["electrons"] - 1) for r in rows])),
+            "voxels_per_cpu_s": sum(row["voxels"] for row in rows) / sum(row["cpu_seconds"] for row in rows)}
+
+
+def evaluate(store: RawStore) -> None:
+    rows, before, after, predictor = [], [], [], load_predictor()
+    assert isinstance(predictor, ProbePredictor)
+    metadata = predictor.model.training_metadata
+    for id in track(store.split("validation"), "evaluate", unit="materials"):
+        row, (error, expected) = scores_of(store, id, predictor)
+        rows.append(row)
+        after.append(inside(error / expected))
+        before.append(inside(error / expected * metadata["calibration_scale"]))
+    write_table(RESULTS / "validation.csv", rows)
+    write_table(RESULTS / "calibration.csv", [{"nominal": p, "before": float(x), "after": float(y)} for p, x, y in
+                                  zip(NOMINAL, np.mean(before, 0), np.mean(after, 0), strict=True)])
+    learned = [store.read(id).structure for id in track(metadata["materials"], "look")]
+    counts = Counter(element.symbol for structure in learned for element in structure.composition.elements)
+    kinds = {kind: [row for row in rows if row["class"] == kind] for kind in sorted({row["class"] for row in rows})}
+    summary = {
+        "command": COMMAND, **summary_of(rows),
+        "inside_50_before": float(np.mean([row[NOMINAL.index(0.5)] for row in before])),
+        "inside_90_before": float(np.mean([row[NOMINAL.index(0.9)] for row in before])),
+        "classes": {kind: {"materials": len(some), "nmae_mean": float(np.mean([r["nmae"] for r in some])),
+                           "sad_mean": float(np.mean([r["sad"] for r in some]))} for kind, some in kinds.items()},
+        "training": {key: metadata[key] for key in ("steps", "seconds", "cpu_seconds", "threads", "seed", "parameters",
+                                                    "calibration_scale")},
+        "materials_learned": len(metadata["materials"]), "elements_learned": len(metadata["elements"]),
+        "most_atoms": max(map(len, learned)),
+        "rare_elements": {symbol: counts[symbol] for symbol in metadata["elements"] if counts[symbol] < RARE}}
+    write_json(RESULTS / "validation.json", summary)
+    write_text(PACKAGED / "README.md", card(summary, rows, metadata["elements"]))
+    print(summary)
+
+
+def card(summary: dict[str, Any], rows: list[dict[str, Any]], elements: list[str]) -> str:
+    "The model card: card.md with the numbers of the validation set."
+    ours, sad = (" | ".join(f"{how([row[key] for row in rows]):.2%}" for how in (np.mean, np.median, max)) for key in ("nmae", "sad"))
+    kinds = "\n".join(f"| {kind} | {x['materials']} | {x['nmae_mean']:.2%} | {x['sad_mean']:.2%} |"
+                      for kind, x in summary["classes"].items())
+    worst = ", ".join(f"{row['formula']} ({row['nmae']:.2%})" for row in sorted(rows, key=lambda row: -row["nmae"])[:5])
+    low, high = (how(row["inside_90"] for row in rows) for how in (min, max))
+    text = read_text(RESULTS / "card.md").format(
+        summary=summary, minutes=summary["training"]["cpu_seconds"] / 60, ours=ours, sad=sad, kinds=kinds, worst=worst, low=low,
+        high=high, few=RARE, rare=", ".join(summary["rare_elements"]), elements=" ".join(elements))
+    return text.replace("%", " %")
+
+
+def curve(store: RawStore, runs: Path, steps: int) -> None:
+    ids = store.split("train")
+    drawn, rows = [ids[i] for i in np.random.default_rng(1).permutation(len(ids))], []
+    for size in SIZES:
+        model: ProbeNet = load_probe(train_probe(store, drawn[:size], runs / str(size), ProbeTrainConfig(steps=steps)))
+        predictor = ProbePredictor(model)
+        validation = track(store.split("validation"), "evaluate", unit="materials")
+        scores = [scores_of(store, id, predictor)[0] for id in validation]
+        rows.append({**summary_of(scores), "materials": size, "steps": steps, "elements": len(model.training_metadata["elements"]),
+                     "cpu_seconds": model.training_metadata["cpu_seconds"]})
+        print(rows[-1], flush=True)
+    kept = ("materials", "steps", "elements", "cpu_seconds", "nmae_mean", "nmae_median", "nmae_worst", "sad_mean",
+            "better_than_sad")
+    write_table(RESULTS / "curve.csv", [{key: row[key] for key in kept} for row in rows])
+
+
+@sentences
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["calibrate", "train", "package", "evaluate", "curve"])
+    parser.add_argument("path", help="a raw store; a run to package")
+    parser.add_argument("run", nargs="?", help="folder of the run")
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--calibration-scale", type=float, help="factor of the expected errors")
+    args = parser.parse_args()
+    if args.what in ("curve", "calibrate", "train") and not args.run:
+        parser.error("name a folder for the run")
+    if args.what == "train" and args.calibration_scale is None:
+        parser.error("pass --calibration-scale X, the number that calibrate found")
+    if args.what == "package":
+        return package(Path(args.path))
+    store = RawStore(args.path)
+    if args.what == "curve":
+        curve(store, Path(args.run), args.steps)
+    elif args.what == "calibrate":
+        calibrate(store, Path(args.run), args.steps)
+    elif args.what == "train":
+        config = ProbeTrainConfig(steps=args.steps, calibration_scale=args.calibration_scale)
+        train_probe(store, store.split("train"), args.run, config)
+    else:
+        evaluate(store)
+
+
+if __name__ == "__main__":
+    main()
