@@ -5,10 +5,13 @@ BIN    := $(VENV)/bin
 MARIN  ?= marin/.venv
 TORCH  := torch==2.13.0
 PIP    := $(BIN)/python -m pip -qq --disable-pip-version-check --no-input
+# Puts this folder on Python's path. The default mode, an import hook, comes after the path: in the folder above a checkout
+# called tomat, Python would import the checkout, which holds no module.
+COMPAT := --config-settings editable_mode=compat
 
-# Stamps carry a checksum of pyproject.toml and of this folder's path: installing is redone when either changes, and
-# not when a checkout or an editor merely touches the file.
-KEY    := $(shell { cat pyproject.toml; pwd; } | cksum | cut -d' ' -f1)
+# Stamps carry a checksum of pyproject.toml, of this folder's path and of the mode: installing is redone when one of them
+# changes, and not when a checkout or an editor merely touches the file.
+KEY    := $(shell { cat pyproject.toml; pwd; echo $(COMPAT); } | cksum | cut -d' ' -f1)
 BASE   := $(VENV)/.installed-$(KEY)
 DEV    := $(VENV)/.installed-dev-$(KEY)
 
@@ -83,10 +86,10 @@ $(BASE): | $(VENV)/.created
 	@echo "installing $(TORCH) into $(VENV) (1-2 minutes)"
 	@$(PIP) install '$(TORCH)' || { echo "installing $(TORCH) failed: see pip's message above." >&2; exit 1; }
 	@echo "installing tomat and what it runs on (1-2 minutes)"
-	@$(PIP) install -e . || { echo "installing tomat failed: see pip's message above." >&2; exit 1; }
+	@$(PIP) install $(COMPAT) -e . || { echo "installing tomat failed: see pip's message above." >&2; exit 1; }
 	@touch $@
 
 $(DEV): | $(BASE)
 	@echo "installing the development tools (1 minute)"
-	@$(PIP) install -e '.[dev]' || { echo "installing the development tools failed: see pip's message above." >&2; exit 1; }
+	@$(PIP) install $(COMPAT) -e '.[dev]' || { echo "installing the development tools failed: see pip's message above." >&2; exit 1; }
 	@touch $@

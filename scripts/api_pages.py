@@ -75,8 +75,8 @@ def option(annotation: ast.expr | None) -> tuple[str, str]:
     if not (isinstance(annotation, ast.Subscript) and ast.unparse(annotation.value) == "Annotated"):
         return (ast.unparse(annotation) if annotation else ""), ""
     kind, *more = annotation.slice.elts if isinstance(annotation.slice, ast.Tuple) else [annotation.slice]
-    said = (keyword.value for call in more if isinstance(call, ast.Call) for keyword in call.keywords if keyword.arg == "help")
-    return ast.unparse(kind), next((str(text.value) for text in said if isinstance(text, ast.Constant)), "")
+    comment = (keyword.value for call in more if isinstance(call, ast.Call) for keyword in call.keywords if keyword.arg == "help")
+    return ast.unparse(kind), next((str(text.value) for text in comment if isinstance(text, ast.Constant)), "")
 
 
 def parameters(function: ast.FunctionDef, comments: dict[int, str]) -> Iterator[tuple[str, str, str, str]]:
@@ -92,18 +92,20 @@ def parameters(function: ast.FunctionDef, comments: dict[int, str]) -> Iterator[
         default = defaults.get(arg)
         last = (default or arg).end_lineno
         kind, help = option(arg.annotation)
-        said = "" if last == back or last is None else comments.get(last, "")
-        yield stars.get(arg, "") + arg.arg, kind, ast.unparse(default) if default else "", said or help
+        comment = "" if last == back or last is None else comments.get(last, "")
+        yield stars.get(arg, "") + arg.arg, kind, ast.unparse(default) if default else "", comment or help
     if function.returns and back and ast.unparse(function.returns) != "None":
         yield "returns", ast.unparse(function.returns), "", comments.get(back, "")
 
 
 def fields(definition: ast.ClassDef, comments: dict[int, str]) -> Iterator[tuple[str, str, str, str]]:
-    "The same of each field of a dataclass."
+    "The same of each field of a dataclass; `option` holds the default and the help of a configuration's field."
     for node in definition.body:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and not node.target.id.startswith("_"):
-            yield (node.target.id, ast.unparse(node.annotation), ast.unparse(node.value) if node.value else "",
-                   comments.get(node.end_lineno or 0, ""))
+            value, default, comment = node.value, node.value, comments.get(node.end_lineno or 0, "")
+            if isinstance(value, ast.Call) and ast.unparse(value.func) == "option":
+                default, comment = value.args[0], str(ast.literal_eval(value.args[1]))
+            yield node.target.id, ast.unparse(node.annotation), ast.unparse(default) if default else "", comment
 
 
 def _cell(text: str) -> str:
@@ -118,8 +120,8 @@ def _code(text: str) -> str:
 def _table(rows: list[tuple[str, str, str, str]]) -> str:
     if not rows:
         return ""
-    lines = [f"| {'*returns*' if name == 'returns' else _code(name)} | {_code(kind)} | {_code(default)} | {_cell(said)} |"
-             for name, kind, default, said in rows]
+    lines = [f"| {'*returns*' if name == 'returns' else _code(name)} | {_code(kind)} | {_code(default)} | {_cell(comment)} |"
+             for name, kind, default, comment in rows]
     return "\n".join(["| name | type | default | what |", "|---|---|---|---|", *lines])
 
 

@@ -42,7 +42,7 @@ CDN = re.compile(r'<(?:link|script)[^>]*https?://[^>]*(?:katex|mathjax|polyfill)
 
 
 def links_of(modules: list[Module]) -> dict[str, str]:
-    "Public names that only one module has → their place below api/."
+    "Public names that only one module has → their address below api/."
     counts = Counter(name for module in modules for name in module.names)
     return {name: f"{module.name}.md#{name}" for module in modules for name in module.names if counts[name] == 1 and len(name) > 3}
 
@@ -82,13 +82,13 @@ def staged(path: Path, folder: Path, modules: dict[str, Module], links: dict[str
     notebook = NBProcessor(path, procs, rm_directives="quarto", process=True).nb
     cells: list[dict[str, Any]] = []
     for cell in notebook.cells:
-        said, plain = cell.get("directives_") or {}, {k: v for k, v in cell.items() if not k.endswith("_") and k != "metadata"}
+        options, plain = cell.get("directives_") or {}, {k: v for k, v in cell.items() if not k.endswith("_") and k != "metadata"}
         plain["metadata"] = {}
         if cell.cell_type == "markdown":
             plain["source"] = outside(linked(cell.source, links, up), path, folder, up)
-        elif "default_exp" in said or not cell.source.strip():
+        elif "default_exp" in options or not cell.source.strip():
             continue
-        elif "export" in said:
+        elif "export" in options:
             known = [d for d in defined(cell.source) if name in modules and d in modules[name].names]
             heads = [f"[`{d}`]({up}api/{modules[name].name}.md#{d}){{#def-{d} .definition}}" for d in known]
             if heads:
@@ -145,8 +145,8 @@ def render(folder: Path) -> Path:
         subprocess.run([quarto, "render", str(folder)], check=True)
     else:
         from smalldocs.site import build
-        said = {warning.partition(": ")[2]: warning for warning in reversed(build(folder, quiet=True).warnings)}  # each once
-        for warning in said.values():
+        warnings = {warning.partition(": ")[2]: warning for warning in reversed(build(folder, quiet=True).warnings)}  # each once
+        for warning in warnings.values():
             if "is ignored" not in warning:  # settings for Quarto alone
                 print(f"warning: {warning}", file=sys.stderr)
     return folder / "_docs"
@@ -158,7 +158,7 @@ def mathml(page: str) -> str:
 
 
 def finished(page: str, up: str) -> str:
-    "A page with the site's own style and scripts, and with nothing that a network would be asked for."
+    "A page with the site's own style and scripts, and without anything from a network."
     page = CDN.sub("", mathml(page))
     head = f'<link rel="stylesheet" href="{up}site/site.css"><link rel="icon" href="{up}site/icon.svg" type="image/svg+xml">'
     if "data-dashboard" in page:
@@ -209,13 +209,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "_docs", help="folder of the site; replaced")
     parser.add_argument("--without-viewer", action="store_true", help="leave out the predictions of the density viewer")
     parser.add_argument("--serve", type=int, metavar="PORT", help="then show it on this port")
-    asked = parser.parse_args()
+    args = parser.parse_args()
     os.chdir(ROOT)
-    build(asked.out, not asked.without_viewer)
-    size = sum(path.stat().st_size for path in asked.out.rglob("*") if path.is_file())
-    print(f"{asked.out}: {len(list(asked.out.rglob('*.html')))} pages, {size / 1e6:.1f} MB")
-    if asked.serve is not None:
-        serve(asked.out, asked.serve)
+    build(args.out, not args.without_viewer)
+    size = sum(path.stat().st_size for path in args.out.rglob("*") if path.is_file())
+    print(f"{args.out}: {len(list(args.out.rglob('*.html')))} pages, {size / 1e6:.1f} MB")
+    if args.serve is not None:
+        serve(args.out, args.serve)
 
 
 if __name__ == "__main__":

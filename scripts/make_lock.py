@@ -23,8 +23,8 @@ HEAD = """# The exact versions that tomat[{extras}] is tested with, Python {pyth
 
 def needed(name: str, extras: set[str]) -> list[Requirement]:
     "What a package asks for here."
-    asked = [Requirement(text) for text in distribution(name).requires or []]
-    return [r for r in asked if r.marker is None or any(r.marker.evaluate({"extra": extra}) for extra in {"", *extras})]
+    required = [Requirement(text) for text in distribution(name).requires or []]
+    return [r for r in required if r.marker is None or any(r.marker.evaluate({"extra": extra}) for extra in {"", *extras})]
 
 
 def declared() -> list[Requirement]:

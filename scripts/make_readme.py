@@ -34,7 +34,7 @@ def from_root(link: re.Match[str]) -> str:
     path, mark, anchor = target.partition("#")
     path = posixpath.normpath(posixpath.join("nbs", path))
     if not (ROOT / path).exists():
-        raise SystemExit(f"nbs/index.ipynb links to {target}, which does not exist: mend the link.")
+        raise SystemExit(f"nbs/index.ipynb links to {target}, which does not exist: fix the link.")
     return f"{link['open']}{path}{mark}{anchor}"
 
 
@@ -68,15 +68,15 @@ def output(out: dict[str, Any], pictures: list[bytes], alt: str) -> str:
 
 
 def code(cell: Any, pictures: list[bytes]) -> list[str]:
-    said = cell.directives_
-    if said.get("include") == "false":
+    options = cell.directives_
+    if options.get("include") == "false":
         return []
     cell.remove_directives()
     source = cell.source.strip()
-    shown = [fenced(source, "python")] if source and said.get("echo") != "false" else []
-    if said.get("output") == "false":
+    shown = [fenced(source, "python")] if source and options.get("echo") != "false" else []
+    if options.get("output") == "false":
         return shown
-    alt = said.get("fig-alt") or said.get("fig-cap") or ""
+    alt = options.get("fig-alt") or options.get("fig-cap") or ""
     outputs = [output(out, pictures, alt.strip("\"'")) for out in cell.get("outputs", [])]
     return shown + [text for text in outputs if text]
 

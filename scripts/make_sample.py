@@ -2,7 +2,7 @@
 
     python scripts/make_sample.py STORE
 
-Each material keeps its structure and density and gets its sum of free atoms; `train` and `validation` stay apart
+Each material keeps its structure and density and gets its sum of atomic densities; `train` and `validation` stay apart
 as they are in STORE, which splits by chemical system.
 """
 import sys
@@ -28,7 +28,7 @@ converged to 1e-5. `charge_density_total` is density times cell volume in electr
 valence electrons): the valence pseudo-density plus the electronic part of the compensation charges, softened to a
 Gaussian of 0.22 Angstrom, float32, not clipped. It is the counterpart of a VASP CHGCAR's total block, but the setups
 and their valence differ: do not mix the two. Negative voxels near some nuclei belong to the pseudo-density.
-`charge_density_sad` is the sum of free atoms on the same grid, made by `tomat.atoms.sad` from `atoms.json`.
+`charge_density_sad` is the sum of atomic densities on the same grid, made by `tomat.atoms.sad` from `atoms.json`.
 
 Structures: elemental crystals, AFLOW prototypes, Avogadro's crystal library, tabulated and estimated prototypes,
 some strained or rattled. Each material's metadata says which. Made for this project; Apache-2.0 like the code.

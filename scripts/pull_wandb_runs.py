@@ -4,7 +4,7 @@
     python scripts/pull_wandb_runs.py FOLDER --out runs.csv               # of offline runs below a folder; no account is needed
     python scripts/pull_wandb_runs.py FOLDER --out runs.csv --history steps.csv
 
-A run that cannot be read is told of and left out; where none remains, nothing is written and the exit status is 2.
+A run that cannot be read is left out, with a message. Where none remains, nothing is written and the exit status is 2.
 """
 import argparse
 import sys
@@ -39,14 +39,14 @@ def main() -> int:
     parser.add_argument("--group", default="", help="online: only runs of this group")
     args = parser.parse_args()
     left_out: list[TomatError] = []
-    said = ""
+    message = ""
     with collecting(left_out):
-        said = pull(args, left_out)
+        message = pull(args, left_out)
     for err in left_out:
         print(err, file=sys.stderr)
-    if said:
-        print(said)
-    return 0 if said else 2
+    if message:
+        print(message)
+    return 0 if message else 2
 
 
 if __name__ == "__main__":

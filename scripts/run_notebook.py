@@ -56,7 +56,7 @@ def same(saved: str, now: str) -> bool:
     if FLOAT.sub("·", saved) != FLOAT.sub("·", now):
         return False
     pairs = zip(map(float, FLOAT.findall(saved)), map(float, FLOAT.findall(now)), strict=True)
-    return all(math.isclose(a, b, rel_tol=1e-3) or max(a, b) < 1e-5 for a, b in pairs)
+    return all(math.isclose(a, b, rel_tol=1e-3) or max(a, b) <= 1e-5 for a, b in pairs)
 
 
 def execute(path: Path) -> tuple[list[tuple[Any, list[dict[str, Any]]]], str]:

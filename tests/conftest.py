@@ -13,6 +13,24 @@ pytest.register_assert_rewrite("crystals")
 from crystals import noise
 
 
+@pytest.fixture(scope="session", autouse=True)
+def silent():
+    "No progress bars, in this process or its children."
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TOMAT_PROGRESS", "0")
+        yield
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    "One thread for torch, so that sums come in one order."
+    import torch
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def server():
     moto = pytest.importorskip("moto.server")

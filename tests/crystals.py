@@ -1,5 +1,12 @@
 """Made-up densities for the tests, each part of them different."""
 
+import importlib.util
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
@@ -8,15 +15,19 @@ import pytest
 from hypothesis import settings
 from pymatgen.core import Lattice, Structure
 
+from tomat.atoms.sad import sad_density
 from tomat.tokens.codecs import PUBLISHED_DENSITY, log_codec
 from tomat.tokens.levels import fit_levels
-from tomat.density.core import Density
+from tomat.density.core import Density, preparation
 from tomat.io.remote import TomatError
 from tomat.dataset.meta import read_meta, tokenizer_of
 from tomat.dataset.parquet import read_shard
 from tomat.density.formats import read_density
 from tomat.io.files import local_copy
 from tomat.tokens.tokenizer import Tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+
 
 def real_looking(rng, shape):
     "Electrons over many decades, some of them below zero."
@@ -37,6 +48,26 @@ def crystal(rng, n_atoms=2, elements=("Fe", "O", "Na")):
     lattice = Lattice.from_parameters(*rng.uniform(2, 6, 3), *rng.uniform(70, 110, 3))
     species = sorted(str(e) for e in rng.choice(elements, n_atoms))
     return Structure(lattice, species, rng.random((n_atoms, 3)))
+
+
+def skewed(rng, n_atoms=2, elements=("Li", "O", "Na", "Fe")):
+    "A skewed cell of 3 to 9 Å with atoms anywhere in it, in any order."
+    matrix = np.diag(rng.uniform(3, 9, 3)) + rng.uniform(-1.2, 1.2, (3, 3))
+    return Structure(Lattice(matrix), rng.choice(elements, n_atoms).tolist(), rng.random((n_atoms, 3)))
+
+
+def a_density(seed, shape=(6, 7, 8), n_atoms=2, positive=False, id=""):
+    "Values over many decades in a skewed cell; `positive`: none of them is below zero."
+    rng = np.random.default_rng(seed)
+    structure = skewed(rng, n_atoms)
+    values = rng.lognormal(0, 2, shape) if positive else real_looking(rng, shape)
+    return Density(values.astype(np.float32), structure, id=id or f"m-{seed}")
+
+
+@preparation("SAD, whatever its electrons")
+def with_any_sad(density):
+    "The density with its SAD; `with_sad` refuses noise, whose electrons are not as many as the atoms'."
+    return replace(density, sad=sad_density(density.structure, density.shape))
 
 
 def noise(rng, shape=(4, 3, 5), n_atoms=2, spin=(), augmented=False, sad=False):
@@ -128,3 +159,23 @@ def read_rows(path):
     ids = [np.array(row, np.int32) for row in table["input_ids"].to_pylist()]
     offsets_Nx3 = np.stack([table[f"offset_{axis}"].to_numpy() for axis in "xyz"], axis=1)
     return Rows(tokenizer_of(path, meta), [row[:np.count_nonzero(row)] for row in ids], table["task_id"].to_pylist(), offsets_Nx3)
+
+
+@contextmanager
+def limited(what: int, amount: int) -> Iterator[None]:
+    "Lower a limit of this process for a while, such as resource.RLIMIT_FSIZE: no file may grow beyond `amount` bytes."
+    old = resource.getrlimit(what)
+    resource.setrlimit(what, (amount, old[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(what, old)
+
+
+def script(name: str) -> ModuleType:
+    "A program of scripts/ as a module."
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"scripts/{name}.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

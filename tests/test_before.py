@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from tomat.tokens.levels import levels_metadata, load_levels
 from tomat.density.core import preparation_name
@@ -36,14 +35,9 @@ DIFFERENCE = {"label": "before", "patches_per_material": 4, "rows_per_shard": 4,
 
 
 @pytest.fixture(autouse=True)
-def alone(monkeypatch):
-    "One thread, as then; no progress bars; the size of the model."
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    monkeypatch.setenv("TOMAT_PROGRESS", "0")
+def as_then(monkeypatch, one_thread):
+    "One thread, and the size of the model."
     monkeypatch.setitem(MODELS, "nano", ModelSize(width=8, layers=1, heads=2, mlp=16, kv_heads=1))
-    yield
-    torch.set_num_threads(threads)
 
 
 def copied(name, folder):

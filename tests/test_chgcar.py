@@ -42,8 +42,8 @@ def test_a_spin_polarised_file_as_vasp_writes_it(tmp_path, end):
     np.testing.assert_array_equal(got.augmentation["diff"][2], [5])
     write_density(got, tmp_path / "again.vasp")
     lines = (tmp_path / "again.vasp").read_text().splitlines()
-    place = [line.split() for line in lines].index(["2", "2", "3"], 12)
-    assert [float(x) for x in lines[place - 1].split()] == [3.71234567890, -0.1]
+    index = [line.split() for line in lines].index(["2", "2", "3"], 12)
+    assert [float(x) for x in lines[index - 1].split()] == [3.71234567890, -0.1]
     assert_same(got, replace(read_density(tmp_path / "again.vasp"), id=got.id))
 
 

@@ -270,7 +270,7 @@ def test_files_that_are_not_levels(tmp_path):
         load_levels(tmp_path / "none.npz")
 
 
-@pytest.mark.parametrize("codec", [PUBLISHED_DENSITY, LevelCodec([0, 1, 2], [0.5, 1.5], 2)])
+@pytest.mark.parametrize("codec", [PUBLISHED_DENSITY, LevelCodec(np.array([0, 1, 2]), np.array([0.5, 1.5]), 2)])
 @pytest.mark.parametrize("bad", [[1.0, np.nan], [np.inf], [-np.inf], [1 + 1j], ["a"], [None]])
 def test_only_finite_real_numbers_are_written(codec, bad):
     with pytest.raises(TomatError):

@@ -20,9 +20,9 @@ def test_rolling_moves_everything_together(seed, steps):
     moved = first.rolled(steps)
     assert moved.n_electrons == pytest.approx(first.n_electrons, abs=1e-6)
     i, j, k = rng.integers(0, first.shape)
-    place = tuple((np.array([i, j, k]) + steps) % first.shape)
+    index = tuple((np.array([i, j, k]) + steps) % first.shape)
     for of in (lambda d: d.values, lambda d: d.spin["diff"], lambda d: d.sad):
-        assert of(moved)[place] == of(first)[i, j, k]
+        assert of(moved)[index] == of(first)[i, j, k]
     shift = moved.structure.frac_coords - first.structure.frac_coords - np.divide(steps, first.shape)
     np.testing.assert_allclose(shift, shift.round(), atol=1e-12)
     back = moved.rolled([-s for s in steps])

@@ -18,6 +18,7 @@ from ase.data import covalent_radii
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pymatgen.core import Lattice, Structure
+from small_models import attentive_model
 
 import tomat.prediction.evaluate
 from tomat.tokens.codecs import PUBLISHED_DENSITY
@@ -28,8 +29,6 @@ from tomat.prediction.causal import codec_floor, teacher_forced
 from tomat.prediction.evaluate import copied, entries_of, evaluate, sad_prediction, score_material
 from tomat.io.remote import TomatError
 from tomat.density.metrics import nmae
-from tomat.models.causal import make_model
-from tomat.models.sizes import ModelSize
 from tomat.tokens.patches import cover, cut
 from tomat.prediction.causal import CausalPredictor
 from tomat.prediction.core import Prediction
@@ -44,14 +43,7 @@ quick = settings(derandomize=True, deadline=None, max_examples=25)
 SIGNED = np.random.default_rng(7).lognormal(0, 1, 5000) * np.where(np.arange(5000) % 2, 1, -1)
 
 
-@pytest.fixture(autouse=True)
-def alone(monkeypatch):
-    "One thread, no progress bars."
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    monkeypatch.setenv("TOMAT_PROGRESS", "0")
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def material(seed, id="", shape=(6, 7, 8), elements=("Na", "Cl")):
@@ -65,15 +57,10 @@ def material(seed, id="", shape=(6, 7, 8), elements=("Na", "Cl")):
 
 @cache
 def causal(target="difference", strategy="", two=False, unit="electrons"):
-    "A model that looks far back and writes something else at every place."
+    "A predictor with an attentive model."
     codec = PUBLISHED_DENSITY if two else fit_levels(SIGNED / (80 if unit == RHO else 1), 64)
     tokenizer = Tokenizer("framed", codec, patch_size=3, pad_to=None, target=target, unit=unit)
-    model = make_model(ModelSize(width=32, layers=2, heads=2, mlp=64, kv_heads=1), tokenizer.vocab, seed=1, smooth=False).eval()
-    with torch.no_grad():
-        for layer in model.model.layers:
-            for part in (layer.self_attn.o_proj, layer.self_attn.v_proj, layer.mlp.down_proj, layer.mlp.up_proj):
-                part.weight *= 10
-    return CausalPredictor(model, tokenizer, strategy, rescale=False)
+    return CausalPredictor(attentive_model(tokenizer), tokenizer, strategy, rescale=False)
 
 
 class Halfway:
@@ -363,7 +350,7 @@ evaluate(store, store.ids, {"slow": Slow()}, sys.argv[2])
 
 def test_a_kill_loses_one_material_at_most(store, tmp_path):
     line = [sys.executable, "-c", KILLED, str(store.root), str(tmp_path / "out")]
-    quiet = os.environ | {"TOMAT_PROGRESS": "0", "OMP_NUM_THREADS": "1"}
+    quiet = os.environ | {"OMP_NUM_THREADS": "1"}
     run = subprocess.Popen(line, stdout=subprocess.PIPE, text=True, env=quiet)
     assert run.stdout.readline() == run.stdout.readline() == "predicting\n"
     run.send_signal(signal.SIGKILL)

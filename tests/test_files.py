@@ -110,7 +110,7 @@ def test_overwrite_false_refuses_before_the_work(tmp_path):
 def test_other_peoples_folders_are_never_replaced(tmp_path):
     make(tmp_path / "home", "thesis.tex", "README.md")
     for write in (lambda p: make(p, "zarr.json", "README.md"), lambda p: p.write_text("a file")):
-        with pytest.raises(TomatError, match="holds other things"), atomic_write(tmp_path / "home") as aside:
+        with pytest.raises(TomatError, match="holds other files"), atomic_write(tmp_path / "home") as aside:
             write(aside)
     assert tree(tmp_path) == ["home", "home/README.md", "home/thesis.tex"]
     (tmp_path / "empty").mkdir()
@@ -321,7 +321,7 @@ def test_strangers_are_refused(tmp_path, bucket):
         write_text(f"{place}/rows/rows-0", "x")
         assert check_folder(f"{place}/rows", "rows-.*") == ["rows-0"]
         write_text(f"{place}/rows/my-rows-0", "x")
-        with pytest.raises(TomatError, match=r"rows is a folder that holds other things, my-rows-0 for one: give another name\.$"):
+        with pytest.raises(TomatError, match=r"rows is a folder that holds other files, such as my-rows-0: give another name\.$"):
             check_folder(f"{place}/rows", "rows-.*")
         with pytest.raises(TomatError, match=r"rows-0 is a file: give the name of a folder\.$"):
             check_folder(f"{place}/rows/rows-0", ".*")

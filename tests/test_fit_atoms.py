@@ -1,4 +1,4 @@
-"Fitted atoms: made-up atoms are found again, sums add up, electrons are counted, and what cannot be fitted is said."
+"Fitted atoms: made-up atoms are found again, sums add up, electrons are counted, and impossible fits are refused."
 from dataclasses import replace
 from pathlib import Path
 
@@ -65,7 +65,7 @@ def test_made_up_atoms_are_found_again_without_a_hint(parts):
 def test_parts_in_any_order_and_grouping_give_the_same_atoms(parts, order, cut):
     chosen = [parts[i] for i in order]
     whole = add_up(parts[:6])
-    other = add_up(chosen[:cut]) + add_up(chosen[cut:])
+    other = add_up([add_up(chosen[:cut]), add_up(chosen[cut:])])
     assert whole.materials == other.materials and whole.pairs == other.pairs
     assert whole.charge == pytest.approx(other.charge) and whole.charge2 == pytest.approx(other.charge2)
     for key, block in whole.gram.items():
@@ -163,7 +163,7 @@ def test_each_compound_finds_its_own_guess():
     "Rock salt of another code with groups' electrons, and titanium monoxide with the packaged ones, in one fit."
     nacl = read_density(FILES / "CHGCAR.NaCl.gz")
     tio = Density(sad_density(cell := Structure(Lattice.cubic(3), ["Ti", "O"], [[0, 0, 0], [0.5, 0.5, 0.5]]), (12, 12, 12)), cell)
-    fitted = solve(sums_of(nacl, 500) + sums_of(tio, 500))
+    fitted = solve(add_up([sums_of(nacl, 500), sums_of(tio, 500)]))
     assert {s: atom.n_valence for s, atom in fitted.atoms.items()} == {"Cl": 7, "Na": 1, "O": 6, "Ti": 12}
 
 

@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from crystals import crystal, real_looking
+from crystals import crystal, real_looking, with_any_sad
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -16,7 +16,6 @@ from tomat.tokens.fit_codec import (MANTISSA_BITS, TARGETS, Histogram, _bins_of,
                                     histogram_of, merge_histograms, quantisation_error, quantisation_errors,
                                     quantisation_summary)
 from tomat.density.metrics import nmae
-from tomat.atoms.sad import sad_density
 from tomat.density.store import sample_store
 from tomat.tokens.tokenizer import Tokenizer, tokenizer_from_dict
 
@@ -158,10 +157,6 @@ def test_other_files_are_no_histograms(tmp_path):
         Histogram.load(tmp_path / "none.npz")
 
 
-def with_free_atoms(density):
-    return replace(density, sad=sad_density(density.structure, density.shape).astype(np.float32))
-
-
 def numbered(seed, unit=TOTAL):
     rng = np.random.default_rng(seed)
     return Density(rng.lognormal(2, 1, (4, 5, 6)).astype(np.float32), crystal(rng), id=f"m-{seed}").as_units(unit)
@@ -176,12 +171,12 @@ def fails_at_2(item):
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("unit", [TOTAL, RHO])
 def test_any_number_of_workers_and_any_parts_fit_the_same(target, unit):
-    how = {"target": target, "unit": unit, "prepare": with_free_atoms}
+    how = {"target": target, "unit": unit, "prepare": with_any_sad}
     histogram = histogram_of(range(20), numbered, **how)
     codec = fit_histogram(histogram, 32)
     assert histogram.n_values == 20 * 120 and (histogram.target, histogram.unit) == (target, unit)
     assert histogram == Histogram.of(
-        np.concatenate([field_of(with_free_atoms(numbered(i)), target, unit).ravel() for i in range(20)]), target, unit)
+        np.concatenate([field_of(with_any_sad(numbered(i)), target, unit).ravel() for i in range(20)]), target, unit)
     parts = [histogram_of(range(7), numbered, **how), histogram_of(range(7, 20), numbered, **how)]
     assert merge_histograms(parts) == histogram and fit_histogram(merge_histograms(parts), 32) == codec
     if (target, unit) == ("difference", RHO):
@@ -197,7 +192,7 @@ def test_a_broken_material_is_named():
 
 
 def test_fields_and_their_units():
-    density = with_free_atoms(numbered(1))
+    density = with_any_sad(numbered(1))
     rho = density.as_units(RHO)
     for target in TARGETS:
         in_electrons, in_rho = field_of(density, target), field_of(density, target, RHO)
@@ -215,9 +210,9 @@ def test_the_quantisation_error_is_the_nmae_of_perfect_tokens(target):
     from tomat.models.causal import make_model
     from tomat.models.sizes import MODELS
     from tomat.prediction.causal import CausalPredictor
-    density = with_free_atoms(numbered(3))
+    density = with_any_sad(numbered(3))
     for unit in (TOTAL, RHO):
-        codec = fit_histogram(histogram_of(range(6), numbered, target, unit, with_free_atoms), 64)
+        codec = fit_histogram(histogram_of(range(6), numbered, target, unit, with_any_sad), 64)
         field, sad = field_of(density, target, unit), density.as_units(unit).sad if target == "difference" else 0
         tokens, n_clipped = codec.encode(field)
         score = quantisation_error(density, codec, target, unit)
@@ -276,19 +271,19 @@ def test_a_file_of_levels_tells_the_tokenizer_what_it_is_for(tmp_path):
 @pytest.mark.parametrize("unit", [TOTAL, RHO])
 def test_perfect_tokens_predict_the_density_in_either_unit(monkeypatch, target, unit):
     """Handing the true tokens to everything after the model scores the quantisation error, for any target and unit."""
-    from tomat.prediction import decoding as decode, predictors as predict
+    from tomat.prediction import causal as prediction
     from tomat.models.causal import make_model
     from tomat.models.sizes import MODELS
-    density = with_free_atoms(numbered(5))
+    density = with_any_sad(numbered(5))
     codec = fit_histogram(Histogram.of(field_of(density, target, unit), target, unit), 40)
     tokenizer = Tokenizer("framed", codec, patch_size=4, pad_to=None, target=target, unit=unit)
-    ids = tokenizer.encode(density, predict.cover(density.shape, 4))[0]
+    ids = tokenizer.encode(density, prediction.cover(density.shape, 4))[0]
 
-    def true_ids(model, tok, prompts, choose):
-        return (decode.Written(place, None, np.zeros(len(place))) for place in ids[:, prompts.shape[1]:-2].T)
+    def true_ids(model, tok, prompts, strategy):
+        return (prediction.Written(ids_N, None, np.zeros(len(ids_N))) for ids_N in ids[:, prompts.shape[1]:-2].T)
 
-    monkeypatch.setattr(decode, "free_run", true_ids)
-    causal = predict.CausalPredictor(make_model(MODELS["nano"], tokenizer.vocab), tokenizer, rescale=False)
+    monkeypatch.setattr(prediction, "free_run", true_ids)
+    causal = prediction.CausalPredictor(make_model(MODELS["nano"], tokenizer.vocab), tokenizer, rescale=False)
     written = causal.predict(density.structure, density.shape).density
     error = quantisation_error(density, codec, target, unit).nmae
     assert written.units == TOTAL and 0 < error < 0.05

@@ -383,21 +383,21 @@ def test_a_group_replaces_a_group_and_nothing_else(tmp_path, three, request, whe
     write_density(three[0], target)
     assert list_folder(target) == ["charge_density_sad", "charge_density_total", "zarr.json"]
     write_text(f"{target}/other/notes.txt", "mine")
-    with pytest.raises(TomatError, match=r"grp\.zarr is a folder that holds other things, other for one: .*\.$"):
+    with pytest.raises(TomatError, match=r"grp\.zarr is a folder that holds other files, such as other: .*\.$"):
         write_density(three[1], target)
     assert list_folder(f"{target}/other") == ["notes.txt"]
     assert_same(three[0], read_density(target))
 
 
-def test_a_stamp_covers_all_of_a_group(tmp_path, three):
+def test_a_version_tag_covers_all_of_a_group(tmp_path, three):
     for name in ("a.zarr", "b.zarr"):
         write_density(three[0], tmp_path / name)
     a, b = tmp_path / "a.zarr", tmp_path / "b.zarr"
     assert group_version_tag(a) != group_version_tag(b) and group_version_tag(a, content=True) == group_version_tag(b, content=True)
     for path in [p for p in sorted(a.rglob("*")) if p.is_file()]:
-        before, content, facts = (group_version_tag(a), group_version_tag(a, content=True)), path.read_bytes(), path.stat()
+        before, content, details = (group_version_tag(a), group_version_tag(a, content=True)), path.read_bytes(), path.stat()
         path.write_bytes(content[::-1])
-        os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+        os.utime(path, ns=(details.st_atime_ns, details.st_mtime_ns))
         assert group_version_tag(a, content=True) != before[1]
         path.write_bytes(content + b" ")
         assert group_version_tag(a) != before[0]
@@ -408,7 +408,7 @@ def test_a_stamp_covers_all_of_a_group(tmp_path, three):
         group_version_tag(tmp_path / "c.zarr")
 
 
-def test_a_stamp_covers_all_of_a_group_in_a_bucket(s3, three):
+def test_a_version_tag_covers_all_of_a_group_in_a_bucket(s3, three):
     write_density(three[0], f"{s3}/a.zarr")
     before = group_version_tag(f"{s3}/a.zarr")
     assert group_version_tag(f"{s3}/a.zarr/") == before

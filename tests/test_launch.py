@@ -1,7 +1,6 @@
 """Launchers: what is printed is what is run, here and in a stand-in for a cloud; every function's body runs on real rows."""
 
 import ast
-import importlib.util
 import json
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from wsgiref.simple_server import WSGIRequestHandler, make_server
 
 import numpy as np
 import pytest
+from crystals import script
 from packaging.requirements import Requirement
 
 from tomat.io.remote import TomatError
@@ -48,16 +48,9 @@ patches = 257
 """
 
 
-def launcher(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / f"scripts/{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
 def scripts():
-    return {name: launcher(name) for name in LAUNCHERS}
+    return {name: script(name) for name in LAUNCHERS}
 
 
 @pytest.fixture(scope="module")
@@ -323,7 +316,8 @@ def test_counts_are_checked(place, wrong):
 @pytest.mark.parametrize("wrong, sentence", [
     ({"options": "steps"}, "no option 'steps', or not without a value"), ({"options": "clip=-1"}, "clip must be above 0"),
     ({"options": "warmup=-4"}, "warmup must be at least 0"), ({"options": "emd=2"}, "emd must be at most 1"),
-    ({"options": "emd=nan"}, "emd must be a finite number"), ({"options": "val_seqs=-3"}, "val_seqs must be at least 0"), ({"gpu": "A100:8", "options": "batch_size=3"}, "without work"),
+    ({"options": "emd=nan"}, "emd must be a finite number"), ({"options": "val_seqs=-3"}, "val_seqs must be at least 0"),
+    ({"gpu": "A100:8", "options": "batch_size=3"}, "without work"),
     ({"name": "../../away"}, "no name"), ({"label": "a/b"}, "no name"), ({"val_label": ".."}, "no name")])
 def test_a_slip_is_refused_before_a_gpu_is_paid_for(place, wrong, sentence):
     with pytest.raises(TomatError, match=sentence):

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tokenize
 from collections.abc import Iterable, Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import fastcore.test
@@ -62,14 +63,18 @@ def imported(tree: ast.AST, package: str = "") -> set[str]:
     return {name.removeprefix("tomat.") for name in names if name.startswith("tomat.")}
 
 
+def lines_of(node: ast.stmt) -> range:
+    return range(node.lineno, (node.end_lineno or node.lineno) + 1)
+
+
 def code_lines(function: FUNCTION, source: str) -> int:
     "Lines that hold code: docstring, comments and blank lines left out."
-    docstring = function.body[0] if ast.get_docstring(function) is not None else None
-    doc = range(docstring.lineno, docstring.end_lineno + 1) if docstring else range(0)
+    docstring = function.body[0]
+    doc = lines_of(docstring) if ast.get_docstring(function) is not None else range(0)
     quiet = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
     lines = {line for token in tokenize.generate_tokens(io.StringIO(source).readline) if token.type not in quiet
              for line in range(token.start[0], token.end[0] + 1)}
-    return sum(line in lines and line not in doc for line in range(function.lineno, function.end_lineno + 1))
+    return sum(line in lines and line not in doc for line in lines_of(function))
 
 
 def n_parameters(function: FUNCTION) -> int:
@@ -85,7 +90,8 @@ def is_command(function: FUNCTION, module: str) -> bool:
     That is a command registered in tomat.cli, or a function of a script decorated with `….local_entrypoint(…)` (Modal).
     Configurations are dataclasses, whose fields are no parameters of a function here.
     """
-    if (module, function.name) in {(command.callback.__module__, command.callback.__name__) for command in app.registered_commands}:
+    commands = [command.callback for command in app.registered_commands]
+    if (module, function.name) in {(callback.__module__, callback.__name__) for callback in commands if callback}:
         return True
     calls = [decorator.func if isinstance(decorator, ast.Call) else decorator for decorator in function.decorator_list]
     return any(isinstance(call, ast.Attribute) and call.attr == "local_entrypoint" for call in calls)
@@ -152,8 +158,7 @@ def test_the_sidebar_is_the_order_of_folders_and_files():
     report([*(f"{page}: list it in the sidebar of _quarto.yml" for page in there if page not in listed),
             *(f"{page}: in the sidebar of _quarto.yml, and no such notebook" for page in listed if page not in there),
             *(f"{page}: listed twice in the sidebar" for page in sorted(set(listed)) if listed.count(page) > 1),
-            *(f"{b} follows {a} in the sidebar, and comes before it by name" for a, b in zip(numbered, numbered[1:], strict=False)
-              if b < a)])
+            *(f"{b} follows {a} in the sidebar, and comes before it by name" for a, b in pairwise(numbered) if b < a)])
 
 
 def test_every_module_comes_from_a_notebook_of_its_name():
@@ -280,7 +285,8 @@ def test_violations_are_seen():
     assert is_command(function, "scripts.x") and is_command(tokenize, "tomat.commands.data")
     assert not is_command(tokenize, "tomat.dataset.shards")
 
-    cells = [{"cell_type": "code", "source": text} for text in ("#| export\nx = 1", "y = 2", "import a; a.b(x)", "import a; a.b(y)")]
+    sources = ("#| export\nx = 1", "y = 2", "import a; a.b(x)", "import a; a.b(y)")
+    cells = [{"cell_type": "code", "source": source} for source in sources]
     assert list(needs_of_import_cells(cells)) == [(4, ["y"])]
 
     for text in ("/home/a/b", "file:///tmp/x", "in /work."):

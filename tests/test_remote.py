@@ -29,11 +29,6 @@ REAL = os.environ.get("TOMAT_TEST_MP_JSON", "")
 ID = "mp-2680643"
 
 
-@pytest.fixture(autouse=True)
-def quiet(monkeypatch):
-    monkeypatch.setenv("TOMAT_PROGRESS", "0")
-
-
 @pytest.fixture
 def open_bucket(s3, tmp_path, monkeypatch):
     "The open bucket of the Materials Project, as far as one density goes."

@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def notebook(path: Path, *cells: tuple[str, str]) -> Path:
     "A notebook of cells, each with its source and the text that was saved below it."
-    made = [{"cell_type": "code", "execution_count": None, "id": f"cell{i}", "metadata": {}, "source": source,
+    made: list[dict] = [{"cell_type": "code", "execution_count": None, "id": f"cell{i}", "metadata": {}, "source": source,
              "outputs": [{"name": "stdout", "output_type": "stream", "text": saved}] if saved else []}
             for i, (source, saved) in enumerate(cells)]
     path.write_text(json.dumps({"cells": made, "metadata": {}, "nbformat": 4, "nbformat_minor": 5}))

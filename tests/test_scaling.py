@@ -1,7 +1,6 @@
 """Scaling: the published table from sizes alone, laws found again as surely as they say, forecasts, runs pulled from logs."""
 
 import csv
-import importlib.util
 import json
 import os
 import re
@@ -12,17 +11,18 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from crystals import script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tomat.tokens.codecs import PUBLISHED_DENSITY
 from tomat.io.remote import TomatError
-from tomat.models.sizes import MODELS, n_parameters
+from tomat.models.sizes import MODELS, flops_per_token, n_parameters
 from tomat.study.pull import logged_run, offline_runs, online_runs, run_of
 from tomat.train.log import Log
-from tomat.study.scaling import (Fleet, LossLaw, Run, TokenizeRates, by_law, by_ratio, choices, device_hours, fit_loss,
-                                 fit_power, fit_rates, mfu_of, parameters_of, plot_runs, read_runs, resampled_laws,
-                                 resampled_slopes, shaped, token_flops, tokenize_forecast, write_runs)
+from tomat.study.forecast import (LossLaw, TokenizeRates, allocations, best_allocation, fit_loss, fit_rates, shaped,
+                                  tokenize_forecast, wall_hours)
+from tomat.study.scaling import RunRecord, fit_power, plot_runs, read_runs, write_runs
 from tomat.tokens.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,16 +48,16 @@ def test_the_committed_table_is_the_published_one():
 
 @pytest.mark.parametrize("run", PUBLISHED, ids=lambda run: run.run)
 def test_published_runs_from_their_sizes_alone(run):
-    assert run.tokens * token_flops(run) == pytest.approx(run.flops, rel=0.015)
-    assert 100 * mfu_of(run) == pytest.approx(100 * run.mfu, abs=0.3)
-    assert device_hours(run) * 3600 == pytest.approx(run.flops / run.mfu / ({"A100": 312e12, "v6e": 918e12}[run.device]), rel=0.04)
+    assert run.tokens * run.flops_per_token == pytest.approx(run.flops, rel=0.015)
+    assert 100 * run.mfu_of_sizes == pytest.approx(100 * run.mfu, abs=0.3)
+    assert run.device_hours * 3600 == pytest.approx(run.flops / run.mfu / ({"A100": 312e12, "v6e": 918e12}[run.device]), rel=0.04)
 
 
 def test_a_table_comes_back(tmp_path):
-    unknown = Run("x", "nano", "", 1, 8, "mine", 2900, 115, 1e6, 1e12, None, None, 3.5, 3.1, "g", "finished")
+    unknown = RunRecord("x", "nano", "", 1, 8, "mine", 2900, 115, 1e6, 1e12, None, None, 3.5, 3.1, "g", "finished")
     write_runs([*PUBLISHED, unknown], tmp_path / "runs.csv")
     assert read_runs(tmp_path / "runs.csv") == [*PUBLISHED, unknown]
-    assert mfu_of(unknown) is None and device_hours(unknown) is None
+    assert unknown.mfu_of_sizes is None and unknown.device_hours is None
     for text in ("run,model\nx,30M\n", "run;model\n1;2\n", TABLE.read_text().replace("0.32e18", "many")):
         (tmp_path / "bad.csv").write_text(text)
         with pytest.raises(TomatError, match="no table of runs"):
@@ -94,7 +94,7 @@ def test_what_cannot_be_of_a_run_is_refused(tmp_path, column, value):
             writer = csv.DictWriter(table, lines[0])
             writer.writeheader()
             writer.writerows(lines)
-        with pytest.raises(TomatError, match=f"runs.csv is no table of runs, mend line 3: Run '30M, A100:2' .* its {column}"):
+        with pytest.raises(TomatError, match=f"runs.csv is no table of runs, fix line 3: Run '30M, A100:2' .* its {column}"):
             read_runs(tmp_path / "runs.csv")
 
 
@@ -109,7 +109,7 @@ def test_an_exact_power_law_is_found(slope, height, n):
 
 def test_intervals_hold_as_often_as_they_say():
     rng, x = np.random.default_rng(0), np.geomspace(1, 100, 8)
-    held = {"slope": 0, "line": 0, "point": 0, "drawn": 0}
+    held = {"slope": 0, "line": 0, "point": 0}
     for _ in range(600):
         law = fit_power(x, 2 * x**-0.2 * np.exp(0.05 * rng.standard_normal(8)))
         far = np.array([1000.0])
@@ -119,8 +119,6 @@ def test_intervals_hold_as_often_as_they_say():
         held["line"] += low[0] <= 2 * 1000**-0.2 <= high[0]
         held["point"] += below[0] <= 2 * 1000**-0.2 * np.exp(0.05 * rng.standard_normal()) <= above[0]
     assert all(0.92 < held[name] / 600 < 0.98 for name in ("slope", "line", "point")), held
-    slopes = resampled_slopes(x, 2 * x**-0.2 * np.exp(0.05 * rng.standard_normal(8)), rng)
-    assert len(slopes) == 1000 and abs(np.median(slopes) + 0.2) < 0.05
 
 
 @pytest.mark.parametrize("x, y", [([1, 2], [1, 2]), ([1, 1, 1], [1, 2, 3]), ([1, 2, -3], [1, 2, 3]), ([1, 2, 3], [1, 2, np.nan])])
@@ -140,49 +138,49 @@ def test_a_law_of_sizes_and_tokens_is_found_and_forecasts():
         fit_loss(n[:5], d[:5], true.at(n, d)[:5])
     with pytest.raises(TomatError, match="different sizes"):
         fit_loss(np.full(9, 1e6), np.geomspace(1e7, 1e9, 9), np.linspace(3, 2, 9))
-    rng = np.random.default_rng(0)
     for bad in ((np.full(20, 1e6), d, true.at(n, d)), (n, d, -true.at(n, d)), (n[:5], d[:5], true.at(n, d)[:5]), ([], [], [])):
         with pytest.raises(TomatError, match="six runs"):
-            resampled_laws(*bad, rng)
-    assert len(resampled_laws(n.tolist(), d.tolist(), true.at(n, d).tolist(), rng, 2)) == 2
+            fit_loss(*bad)
 
 
 def test_the_next_size():
-    widths = [choice.size.width for choice in choices(1e19)]
-    assert widths == sorted(widths) and all(choice.tokens * 1 > 0 for choice in choices(1e19))
+    widths = [one.size.width for one in allocations(1e19)]
+    assert widths == sorted(widths)
+    for one in allocations(1e19):  # each spends the whole compute
+        assert one.tokens * flops_per_token(one.size, 6792, 8192) == pytest.approx(1e19)
+        assert one.parameters == n_parameters(one.size, 6792)
     assert (shaped(512).layers, shaped(1024).layers) == (MODELS["30M"].layers, MODELS["208M"].layers)
     assert n_parameters(shaped(1024), 6792) == pytest.approx(n_parameters(MODELS["208M"], 6792), rel=1e-3)
-    small, large = by_ratio(1e18), by_ratio(1e21)
+    small, large = best_allocation(1e18), best_allocation(1e21)
     assert small.parameters < large.parameters and small.tokens < large.tokens
-    for choice in (small, large):
-        assert 0.7 < choice.tokens / choice.parameters / 20 < 1.4
-    least = by_law(1e20, law := LossLaw(1, 1, 0.3, 1, 0.3, 1e8, 1e9))
-    assert all(law.at(least.parameters, least.tokens) <= law.at(c.parameters, c.tokens) for c in choices(1e20))
-    assert by_ratio(1e14, widths=iter([32, 64, 128])).size.width == 64 and shaped(32).heads == 1
+    for one in (small, large):
+        assert 0.7 < one.tokens / one.parameters / 20 < 1.4
+    least = best_allocation(1e20, law := LossLaw(1, 1, 0.3, 1, 0.3, 1e8, 1e9))
+    assert all(law.at(least.parameters, least.tokens) <= law.at(c.parameters, c.tokens) for c in allocations(1e20))
+    assert best_allocation(1e14, widths=iter([32, 64, 128])).size.width == 64 and shaped(32).heads == 1
 
 
 @pytest.mark.parametrize("flops, widths, nearest", [(1e13, range(64, 8193, 64), 64), (1e25, range(64, 8193, 64), 8192),
                                                     (1e20, range(64, 257, 64), 256), (1e20, [4096, 8192], 4096)])
 def test_the_edge_of_the_widths_is_no_answer(flops, widths, nearest):
     law = LossLaw(1, 1, 0.3, 1, 0.3, 1e8, 1e9)
-    for found in (lambda: by_ratio(flops, widths=widths), lambda: by_law(flops, law, widths=widths)):
+    for found in (lambda: best_allocation(flops, widths=widths), lambda: best_allocation(flops, law, widths=widths)):
         with pytest.raises(TomatError, match=f"{widths[0]} to {widths[-1]}, of which {nearest} is nearest: give more widths"):
             found()
     for nothing in (0, -1e18, float("nan")):
         with pytest.raises(TomatError, match="buys nothing"):
-            by_law(nothing, law)
+            best_allocation(nothing, law)
 
 
-def test_fleets():
-    fleet = Fleet("A100", 8, 0.1186)
-    assert fleet.hours(2.49e18) == pytest.approx(5.24e9 / 624e3 / 3600, rel=0.01)
-    assert fleet.device_hours(2.49e18) == pytest.approx(8 * fleet.hours(2.49e18))
+def test_hours():
+    hours = wall_hours(2.49e18, "A100", 8, 0.1186)
+    assert hours == pytest.approx(5.24e9 / 624e3 / 3600, rel=0.01)
     with pytest.raises(TomatError, match="abacus"):
-        Fleet("abacus", 1, 0.5).hours(1)
+        wall_hours(1, "abacus", 1, 0.5)
     for devices, mfu in ((0, 0.5), (-8, 0.5), (8, 0), (8, -0.1), (8, 11.86), (8, float("nan"))):
         with pytest.raises(TomatError, match="one device or more and an MFU above 0 and up to 1"):
-            Fleet("A100", devices, mfu)
-    assert Fleet("A100", 1, 1).hours(312e12 * 3600) == pytest.approx(1)
+            wall_hours(1, "A100", devices, mfu)
+    assert wall_hours(312e12 * 3600, "A100", 1, 1) == pytest.approx(1)
 
 
 @quick
@@ -269,14 +267,14 @@ def test_an_offline_run_in_two_sittings_is_one_line(logged, offline, tmp_path, c
     assert (line.tokens_per_s, line.mfu) == (300, pytest.approx(0.3)) and line.vocab_size == 6794
     ours = run_of(logged_run(logged))
     assert (ours.tokens, ours.flops, ours.loss, ours.val_loss) == (line.tokens, line.flops, line.loss, line.val_loss)
-    script = program("pull_wandb_runs")
+    program = script("pull_wandb_runs")
     arguments = [str(logged.parent), "--out", str(tmp_path / "runs.csv"), "--history", str(tmp_path / "steps.csv")]
     monkeypatch.setattr(sys, "argv", ["pull_wandb_runs.py", *arguments])
-    assert script.main() == 0 and read_runs(tmp_path / "runs.csv") == [line]
+    assert program.main() == 0 and read_runs(tmp_path / "runs.csv") == [line]
     steps = list(csv.DictReader((tmp_path / "steps.csv").open()))
     assert [float(s["value"]) for s in steps if s["name"] == "val.loss"] == [4.4, 4.3]
     monkeypatch.setattr(sys, "argv", ["pull_wandb_runs.py", str(tmp_path), "--out", str(tmp_path / "runs.csv")])
-    assert script.main() == 2 and "holds no run" in capsys.readouterr().err
+    assert program.main() == 2 and "holds no run" in capsys.readouterr().err
 
 
 def test_runs_online_are_the_same_lines(offline, monkeypatch):
@@ -330,15 +328,15 @@ def test_a_run_of_the_launcher_of_tpus_is_a_line(offline, monkeypatch, tmp_path,
     other = {"name": "other", "config": {"lr": 1}, "tags": None, "group": None}
     seen[:] = [levanter(tokenizer), levanter(tokenizer, changed=dead), levanter(tokenizer, changed=other),
                levanter(tokenizer, changed={"name": "burst"}, loss="NaN")]
-    script, steps = program("pull_wandb_runs"), tmp_path / "steps.csv"
+    program, steps = script("pull_wandb_runs"), tmp_path / "steps.csv"
     monkeypatch.setattr(sys, "argv", ["pull_wandb_runs.py", "--out", str(tmp_path / "runs.csv"), "--history", str(steps)])
-    assert script.main() == 0 and read_runs(tmp_path / "runs.csv") == [line]
+    assert program.main() == 0 and read_runs(tmp_path / "runs.csv") == [line]
     assert {row["run"] for row in csv.DictReader(steps.open())} == {"tpu"}
     said = capsys.readouterr()
     assert "1 runs in" in said.out and "3 left out" in said.out
     assert re.findall(r"^(?:The run|Run) \W?(\w+)", said.err, re.M) == ["dead", "other", "burst"]
     seen[:] = []
-    assert script.main() == 2 and "No run remains" in capsys.readouterr().err
+    assert program.main() == 2 and "No run remains" in capsys.readouterr().err
 
 
 def test_config_that_is_told_after_the_start_is_read(tmp_path):
@@ -369,14 +367,14 @@ def test_a_journal_that_is_cut_is_named_and_the_others_read(logged, offline, tmp
         str(tmp_path / name / "run-one.wandb") for name in ("empty", "short", "cut"))
     with pytest.raises(TomatError, match=r"cut.*names no run: copy it again"):
         offline_runs(tmp_path)
-    script, out = program("pull_wandb_runs"), tmp_path / "runs.csv"
+    program, out = script("pull_wandb_runs"), tmp_path / "runs.csv"
     monkeypatch.setattr(sys, "argv", ["pull_wandb_runs.py", str(tmp_path), "--out", str(out)])
-    assert script.main() == 0 and len(read_runs(out)) == 1
+    assert program.main() == 0 and len(read_runs(out)) == 1
     said = capsys.readouterr()
     assert said.out == f"1 runs in {out}, 3 left out\n" and said.err.count("run-one.wandb is empty or cut short") == 3
     out.unlink()
     monkeypatch.setattr(sys, "argv", ["pull_wandb_runs.py", str(tmp_path / "cut"), "--out", str(out)])
-    assert script.main() == 2 and not out.exists() and "cut short" in capsys.readouterr().err
+    assert program.main() == 2 and not out.exists() and "cut short" in capsys.readouterr().err
 
 
 def test_a_run_of_something_else_is_refused(offline):
@@ -389,20 +387,13 @@ def test_a_run_of_something_else_is_refused(offline):
         run_of(replace(offline, history=[{**first, "loss": "NaN"}]))
 
 
-def program(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / f"scripts/{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_the_plot_is_drawn_from_tables(tmp_path, monkeypatch):
     out = tmp_path / "scaling.png"
     monkeypatch.setattr(sys, "argv", ["make_scaling_plot_png.py", str(TABLE), "--out", str(out)])
-    assert program("make_scaling_plot_png").main() == 0
+    assert script("make_scaling_plot_png").main() == 0
     assert out.read_bytes()[:4] == b"\x89PNG" and os.path.getsize(out) > 10_000
     assert len(plot_runs(PUBLISHED[:1]).axes) == 2  # no law through one run
-    assert parameters_of(PUBLISHED[0]) == n_parameters(MODELS["30M"], 6792)
+    assert PUBLISHED[0].parameters == n_parameters(MODELS["30M"], 6792)
 
 
 def test_a_plot_of_nothing_is_refused(tmp_path, monkeypatch, capsys):
@@ -411,7 +402,7 @@ def test_a_plot_of_nothing_is_refused(tmp_path, monkeypatch, capsys):
     for table, out, said in (("empty.csv", "x.png", "empty.csv is no table"), ("header.csv", "x.png", "no run in .*header.csv"),
                              (TABLE, "x.pdf", "x.pdf .* ends in .png"), (TABLE, "x", "x .* ends in .png")):
         monkeypatch.setattr(sys, "argv", ["make_scaling_plot_png.py", str(tmp_path / table), "--out", str(tmp_path / out)])
-        assert program("make_scaling_plot_png").main() == 2 and not (tmp_path / out).exists()
+        assert script("make_scaling_plot_png").main() == 2 and not (tmp_path / out).exists()
         assert re.search(said, err := capsys.readouterr().err) and err.count("\n") == 1
     with pytest.raises(TomatError, match="no run to draw"):
         plot_runs([])

@@ -1,10 +1,8 @@
 "Schemes: what is read comes from the counted tokens and the structure, and keeping everything loses nothing."
-import ast
 import json
 import pickle
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +10,6 @@ from crystals import crystal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pymatgen.core import Lattice, Structure
-from test_layering import code_lines
 
 from tomat.atoms.analytic import ANALYTIC
 from tomat.tokens.codecs import PUBLISHED_DENSITY
@@ -226,14 +223,6 @@ for i, name in enumerate({names!r}):
     for i, name in enumerate(names):
         again = SCHEMES[name].read(np.fromfile(tmp_path / f"{i}.tokens", np.uint32), density.structure)
         np.testing.assert_allclose(np.load(tmp_path / f"{i}.npy"), again, rtol=1e-9, atol=1e-9)
-
-
-def test_each_scheme_is_short():
-    source = "".join((Path(__file__).parents[1] / "tomat" / "study" / f"{name}.py").read_text() for name in ("voxels", "schemes"))
-    classes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ClassDef)]
-    lengths = {node.name: node.end_lineno - node.lineno + 1 for node in classes}
-    assert len(lengths) >= 12 and max(lengths.values()) < 40, lengths
-    assert all(code_lines(node, source) <= 40 for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef))
 
 
 def test_schemes_are_described_by_registered_names():

@@ -17,16 +17,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from crystals import CODECS, read_rows, real_looking
+from crystals import CODECS, a_density, read_rows, with_any_sad
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pymatgen.core import Lattice, Structure
+from pymatgen.core import Structure
 
 from tomat.tokens.codecs import POSITIONS, PUBLISHED_DENSITY
-from tomat.density.core import Density, preparation
+from tomat.density.core import Density
 from tomat.io.remote import TomatError
 from tomat.tokens.patches import as_size, cut
-from tomat.atoms.sad import sad_density
 from tomat.dataset.verify import verify
 from tomat.dataset.meta import read_meta, row_of
 from tomat.dataset.parquet import SCHEMA, TokenizeConfig
@@ -38,26 +37,6 @@ from tomat.dataset.stream import ParquetRows
 from tomat.tokens.tokenizer import Tokenizer, tokenizer_from_dict
 
 TOMAT = Path(sys.executable).parent / "tomat"
-ELEMENTS = ("H", "Li", "O", "Na", "Fe", "Cs", "Au")  # all with a free atom
-
-
-@pytest.fixture(autouse=True)
-def quiet(monkeypatch):
-    monkeypatch.setenv("TOMAT_PROGRESS", "0")
-
-
-@preparation("free atoms, whatever their electrons")
-def with_free_atoms(density):
-    "Noise has no number of electrons that `with_sad` would accept."
-    return replace(density, sad=sad_density(density.structure, density.shape))
-
-
-def a_density(seed, id="", shape=(6, 7, 8), n_atoms=2):
-    "A skewed cell with atoms anywhere."
-    rng = np.random.default_rng(seed)
-    matrix = np.diag(rng.uniform(3, 9, 3)) + rng.uniform(-1.2, 1.2, (3, 3))
-    structure = Structure(Lattice(matrix), rng.choice(ELEMENTS, n_atoms).tolist(), rng.random((n_atoms, 3)))
-    return Density(real_looking(rng, shape).astype(np.float32), structure, id=id or f"m-{seed}")
 
 
 @cache
@@ -140,7 +119,7 @@ def test_published_rows_have_8192_tokens(tmp_path):
 def test_meta_counts_what_is_there(tmp_path):
     long = Density(np.ones((1, 1, 1200)), a_density(0).structure, id="long")
     huge = Density(np.full((4, 4, 4), 1e7), a_density(0).structure, id="huge")  # above the published range: all clipped
-    many = a_density(9, "many", n_atoms=60)
+    many = a_density(9, n_atoms=60, id="many")
     densities = [a_density(0), long, huge, many, a_density(1)]
     tok = tokenizer(pad_to=300)
     meta = tokenize(densities, tok, tmp_path / "rows", TokenizeConfig(5, seed=9, label="counted", rows_per_shard=20))
@@ -170,7 +149,7 @@ def test_rows_decode_to_the_patches_they_were_cut_from(tmp_path_factory, layout,
     """Any codec, layout, cell and patch; grids smaller than the patch among them. Read with pyarrow alone."""
     folder, density = tmp_path_factory.mktemp("rows"), a_density(seed, shape=shape, n_atoms=n_atoms)
     if target == "difference":
-        density = with_free_atoms(density)
+        density = with_any_sad(density)
     tok = tokenizer(layout, codec, size, target=target)
     tokenize([density], tok, folder / "rows", TokenizeConfig(3))
     table = pq.read_table(folder / "rows" / "rows-00000.parquet")
@@ -296,7 +275,7 @@ def test_a_damaged_shard_is_made_again(tmp_path, harm, when):
 
 @pytest.mark.parametrize("finished", [True, False])
 @pytest.mark.parametrize("other", [{"ids": ["m-0", "m-1"]}, {"ids": [f"m-{i}" for i in range(6)]}, {"seed": 1},
-                                   {"rows_per_shard": 4}, {"ids": ["m-3", "m-2", "m-1", "m-0"]}, {"prepare": with_free_atoms},
+                                   {"rows_per_shard": 4}, {"ids": ["m-3", "m-2", "m-1", "m-0"]}, {"prepare": with_any_sad},
                                    {"part": (0, 2)}], ids=str)
 def test_a_folder_belongs_to_one_job(tmp_path, other, finished):
     """Fewer or more materials, other settings: neither shrunk nor mixed, whole or not."""
@@ -441,7 +420,7 @@ def test_overwriting_takes_nothing_from_others(tmp_path, place):
     tokenize(densities, tokenizer(), out, TokenizeConfig(2))
     (out / "run").mkdir() if place == "a folder" else (out / "thesis.tex").write_text("x")
     before = contents(out)
-    with pytest.raises(TomatError, match="holds other things"):
+    with pytest.raises(TomatError, match="holds other files"):
         tokenize(densities[:1], tokenizer(), out, TokenizeConfig(2, overwrite=True))
     assert contents(out) == before and (place == "a file" or (out / "run").is_dir())
 
@@ -618,7 +597,7 @@ def test_a_disk_without_hard_links(tmp_path, monkeypatch):
         raise OSError(errno.ENOTSUP, "Operation not supported")
 
     monkeypatch.setattr(os, "link", refuse)
-    source = InMemory([a_density(1, "a")])
+    source = InMemory([a_density(1, id="a")])
     tokenizer = Tokenizer("framed", PUBLISHED_DENSITY, patch_size=3, pad_to=None)
     tokenize(source, tokenizer, tmp_path / "rows", TokenizeConfig(4))
     assert verify(tmp_path / "rows") == [] and not list((tmp_path / "rows").glob(".partial*"))

@@ -31,7 +31,11 @@ class Page(HTMLParser):
 
     def __init__(self, text: str) -> None:
         super().__init__()
-        self.links, self.loads, self.ids, self.no_alt, self.title = [], [], set(), [], ""
+        self.links: list[str] = []
+        self.loads: list[str] = []
+        self.ids: set[str] = set()
+        self.no_alt: list[str] = []
+        self.title = ""
         self._in_title = False
         self.feed(text)
 
@@ -55,7 +59,7 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     out = tmp_path_factory.mktemp("site") / "docs"
-    env = os.environ | {"TOMAT_PROGRESS": "0", "PYTHONPATH": str(ROOT)}
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(ROOT / "scripts" / "build_docs.py"), "--out", str(out)]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -213,7 +217,8 @@ def serious(page) -> list[str]:
             if fault["impact"] in ("serious", "critical") for node in fault["nodes"][:3]]
 
 
-LOOKED_AT = ["index.html", "tutorial.html", "api/density.core.html", "03_tokens/01_codecs.html", "results/fidelity.html", "howto/row_format.html",
+LOOKED_AT = ["index.html", "tutorial.html", "api/density.core.html", "03_tokens/01_codecs.html", "results/fidelity.html",
+             "howto/row_format.html",
              *(f"dashboard/{name}.html" for name in ("densities", "fidelity", "training", "evaluation"))]
 
 

@@ -22,11 +22,6 @@ from tomat.density.convert import store_all
 from tomat.density.store import RawStore, write_store
 
 
-@pytest.fixture(autouse=True)
-def quiet(monkeypatch):
-    monkeypatch.setenv("TOMAT_PROGRESS", "0")
-
-
 @pytest.fixture
 def runs(tmp_path, three):
     "A folder of calculations, one CHGCAR each."
@@ -56,7 +51,7 @@ def test_sub_folders_with_dots_and_odd_names_are_read(runs, three):
     assert source.skipped == {} and all(source.read(id).id == id for id in source.ids)
 
 
-def test_what_is_not_read_is_told_with_its_reason(runs, three):
+def test_what_is_skipped_has_a_reason(runs, three):
     write_density(three[0], runs / "nested" / "relax" / "CHGCAR")
     for name in ("CHGCAR.1", "CHGCAR.2"):
         write_density(three[0], runs / "two" / name)
@@ -76,7 +71,7 @@ def test_what_is_not_read_is_told_with_its_reason(runs, three):
         "nested": "no CHGCAR of its own", "two": "several CHGCARs in it, none of them with that name alone"}
 
 
-def test_pipes_and_broken_links_are_passed_over(runs, three):
+def test_pipes_and_broken_links_are_skipped(runs, three):
     (runs / "pipes").mkdir()
     for name in ("p.cube", "p.json", "CHGCAR.p", "p.zarr", "p.txt", "pipes/CHGCAR", "m-1/CHGCAR.p"):
         os.mkfifo(runs / name)
@@ -96,7 +91,7 @@ def test_pipes_and_broken_links_are_passed_over(runs, three):
             open_source(runs / name).read(open_source(runs / name).ids[0])
 
 
-def test_names_that_are_no_text_are_passed_over(runs, three):
+def test_names_that_are_no_text_are_skipped(runs, three):
     def odd(name):
         return os.fsdecode(b"\xff" + name)
     for name in (odd(b".cube"), odd(b"/CHGCAR"), odd(b".zarr"), f"m-1/CHGCAR.{odd(b'')}"):
@@ -136,7 +131,7 @@ def test_a_chgcar_and_its_packed_copy_are_refused(runs, three):
             open_source(folder).ids  # noqa: B018
 
 
-def test_a_damaged_density_is_not_passed_over(runs, three):
+def test_a_damaged_density_is_not_skipped(runs, three):
     write_density(three[0], runs / "task.json")
     content = (runs / "task.json").read_bytes()
     (runs / "task.json").write_bytes(content[:len(content) // 2])
@@ -288,7 +283,8 @@ def test_a_run_that_is_killed_goes_on(tmp_path, three):
     """Two processes, and no time to tidy up."""
     for i in range(40):
         write_density(three[i % 3], tmp_path / "runs" / f"a{i:02}.json")
-    code = f"from tomat.density.convert import store_all; from tomat.density.source import Folder; store_all(Folder({str(tmp_path / 'runs')!r}), {str(tmp_path / 'store')!r}, 2)"
+    code = ("from tomat.density.convert import store_all; from tomat.density.source import Folder; "
+            f"store_all(Folder({str(tmp_path / 'runs')!r}), {str(tmp_path / 'store')!r}, 2)")
     running = subprocess.Popen([sys.executable, "-c", code])
     label = tmp_path / "store" / "label"
     while not label.is_dir() or len(list_folder(label)) < 5:
@@ -303,7 +299,7 @@ def test_a_run_that_is_killed_goes_on(tmp_path, three):
     assert tree(tmp_path / "store") == tree(tmp_path / "once")  # nothing unfinished lies about
 
 
-def test_sources_that_know_no_stamp_are_written_each_time(tmp_path, three, runs):
+def test_sources_without_version_tags_are_written_each_time(tmp_path, three, runs):
     store = tmp_path / "store"
     assert [store_all(InMemory(three), store) for _ in range(2)] == [3, 3]
     assert store_all(InMemory([doubled(one) for one in three]), store) == 3
@@ -341,7 +337,7 @@ def test_other_peoples_places_are_refused(tmp_path, runs, three):
     (tmp_path / "file").write_text("x")
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.tex").write_text("years of work")
-    for name, words in [("file", "is a file: give the name of a folder"), ("home", r"holds other things, thesis\.tex for one")]:
+    for name, words in [("file", "is a file: give the name of a folder"), ("home", r"holds other files, such as thesis\.tex")]:
         with pytest.raises(TomatError, match=rf"{name} {'' if name == 'file' else 'is a folder that '}{words}"):
             store_all(Folder(runs), tmp_path / name)
     assert list_folder(tmp_path / "home") == ["thesis.tex"]
@@ -385,9 +381,9 @@ def damage(root):
     chunk = root / "charge_density_total" / "c" / "0" / "0" / "0"
     chunk.unlink()
     yield
-    content, facts = chunk.read_bytes(), chunk.stat()
+    content, details = chunk.read_bytes(), chunk.stat()
     chunk.write_bytes(bytes(len(content)))
-    os.utime(chunk, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+    os.utime(chunk, ns=(details.st_atime_ns, details.st_mtime_ns))
     yield
     shutil.rmtree(root / "charge_density_total")
     yield
@@ -427,7 +423,7 @@ def test_what_a_stopped_run_left_is_looked_at(runs, tmp_path):
 def test_other_things_in_a_group_stay(runs, tmp_path):
     store_all(Folder(runs), tmp_path / "store")
     (tmp_path / "store" / "label" / "m-2.zarr" / "notes").write_text("mine")
-    with pytest.raises(TomatError, match=r"m-2\.zarr is a folder that holds other things, notes for one: .*\.$"):
+    with pytest.raises(TomatError, match=r"m-2\.zarr is a folder that holds other files, such as notes: .*\.$"):
         store_all(Folder(runs), tmp_path / "store")
     assert (tmp_path / "store" / "label" / "m-2.zarr" / "notes").read_text() == "mine"
 

@@ -80,11 +80,11 @@ def test_an_id_that_is_listed_twice_is_refused(tmp_path, three, name):
         with_file("split.json", '{"train": [0], "validation": [2, 1, 2]}').split("train")
 
 
-def test_a_store_is_called_by_its_place(tmp_path):
-    assert str(RawStore(tmp_path / "s")) == f"{RawStore('s3://b/s')}".replace("s3://b", str(tmp_path))
+def test_a_store_is_named_by_its_path(tmp_path):
+    assert str(RawStore(tmp_path / "s")) == str(tmp_path / "s") and str(RawStore("s3://b/s")) == "s3://b/s"
 
 
-def test_a_stamp_is_another_once_a_material_is_written_anew(tmp_path, three):
+def test_a_version_tag_changes_when_a_material_is_rewritten(tmp_path, three):
     write_store(three, {}, tmp_path / "s")
     store = RawStore(tmp_path / "s")
     before = {id: store.version_tag(id) for id in store.ids}
@@ -119,7 +119,7 @@ def test_a_store_in_s3(s3, three, name):
 
 def test_other_things_in_a_bucket_stay(s3, three):
     write_text(f"{s3}/thesis.tex", "years of work")
-    with pytest.raises(TomatError, match="holds other things"):
+    with pytest.raises(TomatError, match="holds other files"):
         write_store(three, {}, s3)
     assert list_folder(s3) == ["thesis.tex"]
 
@@ -133,7 +133,7 @@ def test_other_things_beside_a_store_stay(tmp_path, three):
     (tmp_path / "photos" / "label").mkdir(parents=True)
     (tmp_path / "photos" / "label" / "1.png").write_text("")
     for name in ("s", "photos"):
-        with pytest.raises(TomatError, match=rf"{name} is a folder that holds other things, {'other' if name == 's' else 'label'}"):
+        with pytest.raises(TomatError, match=rf"{name} is a folder that holds other files, {'other' if name == 's' else 'label'}"):
             write_store(three, {}, tmp_path / name)
     assert list_folder(tmp_path / "photos" / "label") == ["1.png"] and (tmp_path / "s" / "other").is_dir()
 

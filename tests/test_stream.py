@@ -9,7 +9,7 @@ import sys
 import time
 from collections import Counter
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
 
@@ -18,13 +18,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from crystals import CODECS, noise, quick, real_looking
+import crystals
+from crystals import CODECS, noise, quick, with_any_sad
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pymatgen.core import Lattice, Structure
 from torch.utils.data import DataLoader
 
-from tomat.density.core import AXIS_PERMUTATIONS, Density
+from tomat.density.core import AXIS_PERMUTATIONS
 from tomat.io.remote import TomatError
 from tomat.io.files import md5_of, write_json
 from tomat.tokens.patches import cut
@@ -39,18 +39,7 @@ from tomat.dataset.fresh import FreshPatches, PatchConfig, streamable
 from tomat.tokens.tokenizer import Tokenizer
 
 turns = st.sampled_from(AXIS_PERMUTATIONS)
-
-
-@pytest.fixture(autouse=True)
-def quiet(monkeypatch):
-    monkeypatch.setenv("TOMAT_PROGRESS", "0")
-
-
-def a_density(seed, shape=(4, 3, 5), n_atoms=2):
-    rng = np.random.default_rng(seed)
-    lattice = Lattice(np.diag(rng.uniform(3, 6, 3)) + rng.uniform(-0.8, 0.8, (3, 3)))
-    structure = Structure(lattice, rng.choice(["Li", "O", "Fe"], n_atoms).tolist(), rng.random((n_atoms, 3)))
-    return Density(real_looking(rng, shape).astype(np.float32), structure, id=f"m-{seed}")
+a_density = partial(crystals.a_density, shape=(4, 3, 5))
 
 
 class InMemory:
@@ -72,7 +61,7 @@ def tokenizer(size=2, pad_to=None, codec="two_token_9_12", target="total", layou
 
 @cache
 def seven():
-    return InMemory(a_density(seed, (4, 3, 5 + seed), 1 + seed % 3) for seed in range(7))
+    return InMemory(a_density(seed, shape=(4, 3, 5 + seed), n_atoms=1 + seed % 3) for seed in range(7))
 
 
 def fresh_patches(store, ids, tok, seed=42, window=1024, epochs=None, kind=FreshPatches, **config):
@@ -120,13 +109,9 @@ def test_a_turn_moves_everything_together(seed, turn, then):
 @settings(quick, max_examples=12)
 @given(seed=st.integers(0, 10**6), turn=turns)
 def test_free_atoms_of_a_turned_crystal_are_turned_free_atoms(seed, turn):
-    first = a_density(seed, (6, 7, 8), 3)
-    turned = with_free_atoms(first).permute_axes(*turn)
+    first = a_density(seed, shape=(6, 7, 8), n_atoms=3)
+    turned = with_any_sad(first).permute_axes(*turn)
     np.testing.assert_allclose(turned.sad, sad_density(turned.structure, turned.shape), rtol=1e-6, atol=1e-9)
-
-
-def with_free_atoms(density):
-    return replace(density, sad=sad_density(density.structure, density.shape))
 
 
 def test_turns_are_all_different_and_half_keep_the_handedness():
@@ -273,7 +258,7 @@ def test_a_stream_can_be_sent_to_a_process_that_was_not_forked():
 
 def test_a_store_that_was_read_before_is_read_by_workers(tmp_path):
     "Zarr and its threads are alive in the parent when the workers are forked."
-    densities = [replace(a_density(seed, (5, 6, 7)), id=f"m-{seed}") for seed in range(4)]
+    densities = [a_density(seed, shape=(5, 6, 7)) for seed in range(4)]
     write_store(densities, {"train": [d.id for d in densities]}, tmp_path / "store")
     store = RawStore(tmp_path / "store")
     stream = fresh_patches(store, store.split("train"), tokenizer(), patches=6, window=8, epochs=2)
@@ -418,7 +403,7 @@ for n, batch in enumerate(batches):
 
 
 def test_killed_and_started_again_the_next_thousand_rows_are_the_same(tmp_path):
-    densities = [replace(a_density(seed, (5, 6, 7)), id=f"m-{seed}") for seed in range(9)]
+    densities = [a_density(seed, shape=(5, 6, 7)) for seed in range(9)]
     write_store(densities, {"train": [d.id for d in densities]}, tmp_path / "store")
     store = RawStore(tmp_path / "store")
     stream = fresh_patches(store, store.ids, tokenizer(), permute_axes=True, patches=16, window=64)

@@ -230,6 +230,7 @@ def test_no_network_is_one_sentence(pair, tmp_path, monkeypatch, capfd):
     assert "\n" not in str(raised.value) and capfd.readouterr().err == ""
 
 
+@pytest.mark.filterwarnings("ignore:Sending a large body:ResourceWarning")  # aiohttp's, about gcsfs
 def test_files_in_a_bucket_of_google(gcs):
     "What `tomat.io.files` promises of every store holds for this one."
     write_json(f"{gcs}/a/x.json", {"a": 1})

@@ -34,7 +34,7 @@ def tokenizer(layout, codec, size, pad_to=None):
     return Tokenizer(layout, CODECS[codec], patch_size=size, pad_to=pad_to)
 
 
-def crystal(rng, shape, n_atoms):
+def special_crystal(rng, shape, n_atoms):
     "A skewed cell; half of the coordinates on special places, voxels and cell borders among them."
     matrix = np.diag(rng.uniform(3, 20, 3)) + rng.uniform(-1.2, 1.2, (3, 3))
     special = np.array([0, 1 / 3, 0.25, 0.5, 2 / 3, 1, -1e-17, 0.1, *(i / shape[0] for i in range(shape[0]))])
@@ -42,8 +42,8 @@ def crystal(rng, shape, n_atoms):
     return Structure(Lattice(matrix), rng.integers(1, 119, n_atoms).tolist(), frac)
 
 
-def a_density(rng, shape, n_atoms):
-    return Density(real_looking(rng, shape), crystal(rng, shape, n_atoms))
+def special_density(rng, shape, n_atoms):
+    return Density(real_looking(rng, shape), special_crystal(rng, shape, n_atoms))
 
 
 side = st.integers(1, 6)
@@ -58,7 +58,7 @@ codecs = st.sampled_from(sorted(CODECS))
 @given(layouts, codecs, shapes, sizes, st.one_of(st.integers(1, 200), st.sampled_from([1, 200])), seeds)
 def test_a_row_decodes_to_what_went_in_within_the_codecs_bounds(layout, codec, shape, size, n_atoms, seed):
     rng = np.random.default_rng(seed)
-    density, tok = a_density(rng, shape, n_atoms), tokenizer(layout, codec, size)
+    density, tok = special_density(rng, shape, n_atoms), tokenizer(layout, codec, size)
     offsets = random_offsets(shape, 3, rng)
     ids_NxL, _ = tok.encode(density, offsets)
     assert ids_NxL.dtype == np.int32 and ids_NxL.shape == (3, tok.row_length(n_atoms))
@@ -80,7 +80,7 @@ def test_a_row_decodes_to_what_went_in_within_the_codecs_bounds(layout, codec, s
 @given(shapes, sizes, st.integers(1, 30), seeds, st.tuples(*[st.integers(-40, 40)] * 3))
 def test_a_whole_grid_step_does_not_change_a_framed_row(shape, size, n_atoms, seed, steps):
     rng = np.random.default_rng(seed)
-    density, tok = a_density(rng, shape, n_atoms), tokenizer("framed", "two_token_9_12", size)
+    density, tok = special_density(rng, shape, n_atoms), tokenizer("framed", "two_token_9_12", size)
     offsets = random_offsets(shape, 4, rng)
     rolled, _ = tok.encode(density.rolled(steps), offsets + steps)
     assert np.array_equal(rolled, tok.encode(density, offsets)[0])
@@ -158,7 +158,7 @@ def sample_row(layout, seed=0, size=3):
     rng = np.random.default_rng(seed)
     length = tokenizer(layout, "two_token_9_12", size).row_length(3)
     tok = tokenizer(layout, "two_token_9_12", size, length + 3)
-    density = a_density(rng, (7, 8, 9), 3)
+    density = special_density(rng, (7, 8, 9), 3)
     return tok, tok.encode(density, random_offsets((7, 8, 9), 1, rng))[0][0]
 
 
@@ -232,7 +232,7 @@ def test_a_lost_or_doubled_token_is_refused(layout, seed, data):
 def test_any_legal_density_tokens_decode(layout, codec, size, seed):
     rng = np.random.default_rng(seed)
     tok = tokenizer(layout, codec, size)
-    prompt_L = tok.prompt(crystal(rng, (9, 9, 9), 2), (9, 9, 9), random_offsets((9, 9, 9), 1, rng))[0]
+    prompt_L = tok.prompt(special_crystal(rng, (9, 9, 9), 2), (9, 9, 9), random_offsets((9, 9, 9), 1, rng))[0]
     free = [rng.integers(*tok.legal_ids(place)) for place in range(tok.n_density_tokens)]
     row = tok.decode(np.array([*prompt_L, *free, tok.vocab.id("DENS_END"), tok.vocab.id("EOS")]))
     assert row.values.shape == as_size(size) and np.isfinite(row.values).all()
@@ -241,7 +241,7 @@ def test_any_legal_density_tokens_decode(layout, codec, size, seed):
 @pytest.mark.parametrize("layout", ["anchored", "framed"])
 def test_the_prompt_is_the_rows_beginning_and_sees_no_density(layout):
     rng = np.random.default_rng(5)
-    density, tok = a_density(rng, (7, 8, 9), 6), tokenizer(layout, "two_token_9_12", 4)
+    density, tok = special_density(rng, (7, 8, 9), 6), tokenizer(layout, "two_token_9_12", 4)
     offsets = random_offsets(density.shape, 5, rng)
     prompt_NxL = tok.prompt(density.structure, density.shape, offsets)
     assert prompt_NxL.shape == (5, tok.prompt_length(6))
@@ -269,7 +269,7 @@ def test_an_atom_just_below_the_patchs_corner_stands_on_it():
     ("raise it or cut smaller patches", 1, (4, 4, 4), {"patch_size": 20}),
 ])
 def test_what_a_row_cannot_hold_is_refused(mend, n, shape, kwargs):
-    structure = crystal(np.random.default_rng(0), (4, 4, 4), n)
+    structure = special_crystal(np.random.default_rng(0), (4, 4, 4), n)
     with pytest.raises(TomatError, match=mend):
         Tokenizer("framed", PUBLISHED_DENSITY, **kwargs).prompt(structure, shape, [(0, 0, 0)])
 
@@ -293,7 +293,7 @@ def test_rows_without_a_unit_are_in_electrons():
 @given(layouts, codecs, shapes, seeds)
 def test_rows_in_electrons_per_volume_decode_to_the_density(layout, codec, shape, seed):
     rng = np.random.default_rng(seed)
-    density, tok = a_density(rng, shape, 2), replace(tokenizer(layout, codec, 3), unit=RHO)
+    density, tok = special_density(rng, shape, 2), replace(tokenizer(layout, codec, 3), unit=RHO)
     offsets = random_offsets(shape, 2, rng)
     for ids_L, patch in zip(tok.encode(density, offsets)[0], cut(density.rho, offsets, 3), strict=True):
         assert (np.abs(tok.decode(ids_L).values - patch) <= CODECS[codec].bound(patch)).all()

@@ -9,17 +9,18 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
-from crystals import read_rows
 import torch
+import crystals
+from crystals import limited, read_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pymatgen.core import Lattice, Structure
+from small_models import SMALL
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tomat.models.loss
@@ -28,7 +29,6 @@ from tomat.train import loop
 from tomat.tokens.codecs import PUBLISHED_DENSITY
 from tomat.tokens.levels import fit_levels
 from tomat.train.cost import Placement, dry_run, largest_micro_batch, memory_estimate
-from tomat.density.core import Density
 from tomat.dataset.held_out import validation_rows, micro_batches, train_and_val
 from tomat.io.remote import TomatError
 from tomat.train.probe import ProbeTrainConfig, train_probe
@@ -47,29 +47,19 @@ from tomat.dataset.stream import Batches, ParquetRows
 from tomat.tokens.tokenizer import Tokenizer
 from tomat.train.causal import CausalTask, train
 
-SMALL = ModelSize(width=32, layers=2, heads=2, mlp=64, kv_heads=1)
 LEVELS = fit_levels(np.random.default_rng(7).lognormal(0, 2, 20_000), 64)
 TOKENIZER = Tokenizer("framed", LEVELS, patch_size=2, pad_to=None)
 CONFIG = TrainConfig(steps=40, batch_size=2, warmup=5, seed=11, val_seqs=5, eval_every=8)
 RUN_CONFIG = RunConfig(save_every=3)
+a_density = partial(crystals.a_density, positive=True)
 
 
-@pytest.fixture(autouse=True)
-def alone(monkeypatch):
-    "One thread, so that sums come in one order; no progress bars; a model of a size for tests."
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    monkeypatch.setenv("TOMAT_PROGRESS", "0")
-    monkeypatch.setitem(MODELS, "nano", SMALL)
-    yield
-    torch.set_num_threads(threads)
-
-
-def a_density(seed, shape=(6, 7, 8), n_atoms=2):
-    rng = np.random.default_rng(seed)
-    matrix = np.diag(rng.uniform(3, 9, 3)) + rng.uniform(-1.2, 1.2, (3, 3))
-    structure = Structure(Lattice(matrix), rng.choice(["Li", "O", "Na", "Fe"], n_atoms).tolist(), rng.random((n_atoms, 3)))
-    return Density(rng.lognormal(0, 2, shape).astype(np.float32), structure, id=f"m-{seed}")
+@pytest.fixture(autouse=True, scope="module")
+def small_nano(one_thread):
+    "One thread, and a model of a size for tests."
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(MODELS, "nano", SMALL)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -83,11 +73,7 @@ def rows(tmp_path_factory):
 @pytest.fixture(scope="module")
 def whole(rows, tmp_path_factory):
     "A run that nobody disturbed."
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TOMAT_PROGRESS", "0")
-        patch.setitem(MODELS, "nano", SMALL)
-        return train(rows, tmp_path_factory.mktemp("whole") / "run", CONFIG, RUN_CONFIG).parent
+    return train(rows, tmp_path_factory.mktemp("whole") / "run", CONFIG, RUN_CONFIG).parent
 
 
 def timeless(run):
@@ -130,7 +116,7 @@ if "RANK" in os.environ:
 
 def started(*jobs, processes=1):
     "Runs, one after the other, in a process of their own, or in several: each (rows, out, config, run_config)."
-    env = os.environ | {"TOMAT_PROGRESS": "0", "OMP_NUM_THREADS": "1"}
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
     many = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
     program = jobs[0][1].parent / "program.py"
     program.write_text(PROGRAM)
@@ -155,10 +141,7 @@ LONG = replace(CONFIG, steps=160)
 
 @pytest.fixture(scope="module")
 def whole_long(rows, tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TOMAT_PROGRESS", "0")
-        patch.setitem(MODELS, "nano", SMALL)
-        return train(rows, tmp_path_factory.mktemp("long") / "run", LONG, RUN_CONFIG).parent
+    return train(rows, tmp_path_factory.mktemp("long") / "run", LONG, RUN_CONFIG).parent
 
 
 def test_a_killed_run_goes_on_bit_for_bit(rows, whole_long, tmp_path):
@@ -218,17 +201,6 @@ def test_the_last_states_stay(whole, rows, tmp_path):
     assert [state.name for state in states_in(tmp_path / "run")] == ["step-00000004", "step-00000006", "step-00000007"]
 
 
-@contextmanager
-def limited(size):
-    "No file may grow beyond `size` bytes, as on a full disk."
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 def test_a_full_disk_leaves_the_state_before(rows, tmp_path, monkeypatch, whole):
     """The disk is full from step 9 on: the state of step 6 is whole, the run goes on from it to the same numbers."""
     update = loop.update
@@ -238,11 +210,10 @@ def test_a_full_disk_leaves_the_state_before(rows, tmp_path, monkeypatch, whole)
         return update(run)
     monkeypatch.setattr(loop, "update", filling)
     now, words = resource.getrlimit(resource.RLIMIT_FSIZE)[0], r"step-00000006, is complete\.$"
-    with limited(now), pytest.raises(TomatError, match=words) as err:
+    with limited(resource.RLIMIT_FSIZE, now), pytest.raises(TomatError, match=words) as err:
         train(rows, tmp_path / "run", CONFIG, RUN_CONFIG)
     assert "step-00000009" in str(err.value) and "\n" not in str(err.value)
     monkeypatch.undo()
-    monkeypatch.setitem(MODELS, "nano", SMALL)
     assert [s.name for s in states_in(tmp_path / "run")] == ["step-00000003", "step-00000006"]
     assert not list(tmp_path.rglob(".partial-*"))
     train(rows, tmp_path / "run", CONFIG, RUN_CONFIG)
@@ -250,7 +221,7 @@ def test_a_full_disk_leaves_the_state_before(rows, tmp_path, monkeypatch, whole)
 
 
 def test_a_full_disk_at_the_first_save_promises_nothing(rows, tmp_path):
-    with limited(60_000), pytest.raises(TomatError, match="free some space") as err:
+    with limited(resource.RLIMIT_FSIZE, 60_000), pytest.raises(TomatError, match="free some space") as err:
         train(rows, tmp_path / "run", replace(CONFIG, val_seqs=0), RUN_CONFIG)
     assert "complete" not in str(err.value) and states_in(tmp_path / "run") == []
 
@@ -463,8 +434,8 @@ def test_the_best_model_is_kept_and_the_callback_is_called(rows, tmp_path):
     block, _ = validation_rows(validation, CONFIG.val_seqs)
     learner, ids = LossModule(model, objective_of(TOKENIZER)), block.ids.long()
     with torch.no_grad():
-        places = learner.positions(ids)
-        assert learner(ids, places).item() / len(places) == pytest.approx(scores[best]["loss"], rel=1e-5)
+        positions = learner.positions(ids)
+        assert learner(ids, positions).item() / len(positions) == pytest.approx(scores[best]["loss"], rel=1e-5)
 
 
 def test_a_loss_that_is_no_number_names_its_rows(rows, tmp_path, monkeypatch):
@@ -481,7 +452,6 @@ def test_a_loss_that_is_no_number_names_its_rows(rows, tmp_path, monkeypatch):
     assert [row["offset"] for row in bad["rows"]] == block.offsets.tolist()
     assert len(read_log(tmp_path / "run")) == bad["step"] - 1
     monkeypatch.undo()
-    monkeypatch.setitem(MODELS, "nano", SMALL)
     if not states_in(tmp_path / "run"):
         train(rows, tmp_path / "run", replace(CONFIG, steps=3), RUN_CONFIG)  # what failed at once can be begun anew
 
@@ -508,7 +478,7 @@ def test_a_loss_in_chunks_is_the_plain_loss(tokens, n_ids, at_once, emd, seed):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
-def test_the_distance_is_the_mean_error_of_a_draw():
+def test_the_earth_movers_distance_is_the_mean_error_of_a_draw():
     generator = torch.Generator().manual_seed(0)
     logits, values, target = torch.randn(1, 50, generator=generator), torch.randn(50, generator=generator), torch.tensor([7])
     draws = torch.multinomial(logits.softmax(1)[0], 200_000, replacement=True, generator=generator)
@@ -522,14 +492,15 @@ def test_a_mixture_is_shares_of_both(tokens, n_ids, emd, seed):
     rng = np.random.default_rng(seed)
     logits, values, target = rng.normal(size=(tokens, n_ids)), rng.normal(size=n_ids), rng.integers(n_ids, size=tokens)
     shares = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
-    surprise = -np.log(shares[np.arange(tokens), target]).sum()
+    cross_entropy = -np.log(shares[np.arange(tokens), target]).sum()
     distance = (shares * np.abs(values - values[target, None])).sum()
     found = loss_sum(torch.from_numpy(logits), torch.from_numpy(target), emd, torch.from_numpy(values).float())
-    assert found.item() == pytest.approx((1 - emd) * surprise + emd * distance, rel=1e-5, abs=1e-5)
+    assert found.item() == pytest.approx((1 - emd) * cross_entropy + emd * distance, rel=1e-5, abs=1e-5)
 
 
 def test_padding_does_not_change_the_loss(rows):
-    learner, ids = LossModule(make_model(SMALL, TOKENIZER.vocab), objective_of(TOKENIZER)), torch.tensor(read_rows(rows).ids[0]).long()
+    learner = LossModule(make_model(SMALL, TOKENIZER.vocab), objective_of(TOKENIZER))
+    ids = torch.tensor(read_rows(rows).ids[0]).long()
     short, long = ids[None], torch.nn.functional.pad(ids[None], (0, 30))
     assert len(learner.positions(short)) == len(learner.positions(long)) == 8
     assert learner(short, learner.positions(short)).item() == pytest.approx(learner(long, learner.positions(long)).item(), rel=1e-5)
@@ -616,7 +587,8 @@ def test_one_line_on_the_terminal_lives(rows, tmp_path, monkeypatch, capsys):
 
 def test_runs_of_both_kinds_stand_in_one_list(whole, tmp_path):
     """A probe network counts no FLOPs; a folder of another program is passed over."""
-    store, tiny = sample_store(), ProbeConfig(width=8, n_layers=1, atom_channels=(4, 2, 2), voxel_channels=(4, 2, 2), readout_width=16)
+    store = sample_store()
+    tiny = ProbeConfig(width=8, n_layers=1, atom_channels=(4, 2, 2), voxel_channels=(4, 2, 2), readout_width=16)
     fit = ProbeTrainConfig(model=tiny, steps=3, materials=2, voxels=20, kept=300, warmup=2, levels=16)
     shutil.copytree(whole, tmp_path / "causal")
     train_probe(store, store.split("train")[:2], tmp_path / "parallel", fit)

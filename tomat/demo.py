@@ -63,9 +63,7 @@ def demo_causal(store: RawStore,     # densities in the parts train and validati
     training = [store.read(id) for id in track(store.split("train"), "read", unit="materials")]
     tokenize(training, demo_tokenizer(training, config), out / "rows",
              TokenizeConfig(config.patches, seed=config.seed, label="demo", overwrite=True))
-    causal = load_predictor(train(out / "rows", out / "run", config.causal), strategy=config.strategy)
-    assert isinstance(causal, CausalPredictor)
-    return causal
+    return load_predictor(train(out / "rows", out / "run", config.causal), strategy=config.strategy)
 
 # %% ../nbs/11_commands/01_demo.ipynb #2bbcc0e3
 def demo_probe(store: RawStore,     # densities in the parts train and validation

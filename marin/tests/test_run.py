@@ -13,20 +13,20 @@ LAST = "states/step-19"  # Levanter counts steps from 0
 
 
 def journal(run):
-    "What W&B was told of a run: its facts, its configuration, and its lines."
+    "The log of a run at W&B: its metadata, its configuration, and its lines."
     (path,) = (run / "wandb").glob(f"offline-run-*/run-{run.name}.wandb")
     done = subprocess.run([sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(path)], capture_output=True, text=True)
     records = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    told = next(record["run"] for record in records if record["type"] == "run")
+    metadata = next(record["run"] for record in records if record["type"] == "run")
     config = {name: value for record in records if record["type"] == "config" for name, value in record["config"]["update"].items()}
-    return told, config, [record["history"]["item"] for record in records if record["type"] == "history"]
+    return metadata, config, [record["history"]["item"] for record in records if record["type"] == "history"]
 
 
 def test_twenty_steps(runs, whole):
     found = losses(whole)
     assert [step for step, kind in found if kind == "loss"] == list(range(1, 21))
-    assert [step for step, kind in found if kind == "held-out loss"] == [10, 20]
-    assert float(found[20, "loss"]) < float(found[1, "loss"]) - 1 and float(found[20, "held-out loss"]) < 8
+    assert [step for step, kind in found if kind == "validation loss"] == [10, 20]
+    assert float(found[20, "loss"]) < float(found[1, "loss"]) - 1 and float(found[20, "validation loss"]) < 8
     assert "508,992 parameters, rows of 256 tokens, 1 devices in 1 processes, from step 0" in whole
     out = runs.place / "runs" / "whole"
     assert {path.name for path in out.iterdir()} == {"run.json", "logs", "states", "model"}
@@ -34,7 +34,16 @@ def test_twenty_steps(runs, whole):
     assert {path.name for path in runs.place.iterdir()} == {"runs"}
 
 
+def as_before(run_json):
+    "Write a run.json as an earlier version did."
+    written = json.loads(run_json.read_text())
+    names = ("model", "seed", "steps", "batch_size", "val_seqs", "eval_every", "emd")
+    knobs = {"label": "small", "results_label": run_json.parent.name, "lr": 0.0, "precision": "f32"}
+    run_json.write_text(json.dumps({"knobs": knobs | {name: written["config"][name] for name in names}, "data": written["data"]}))
+
+
 def test_killed_and_started_again_it_prints_the_same_losses(runs, whole):
+    "Also where an earlier version wrote run.json."
     process = runs.start("killed", SAVE_STEPS=4)
     before = ""
     for line in process.stdout:
@@ -44,7 +53,9 @@ def test_killed_and_started_again_it_prints_the_same_losses(runs, whole):
     process.kill()
     before += process.stdout.read()
     assert process.wait() == -9 and losses(before).items() <= losses(whole).items()
+    as_before(runs.place / "runs" / "killed" / "run.json")
     after = runs.run("killed", SAVE_STEPS=4)
+    assert "runs/killed was begun by an earlier version" in after
     first = min(step for step, _ in losses(after))
     assert 5 <= first <= 14 and f"from step {first - 1}\n" in after
     assert losses(before) | losses(after) == losses(whole) and losses(after).items() <= losses(whole).items()
@@ -52,7 +63,7 @@ def test_killed_and_started_again_it_prints_the_same_losses(runs, whole):
 
 def test_two_processes_have_the_losses_of_one(runs, whole):
     "Each takes half of every batch, and that in two pieces."
-    first, second = runs.together("two", ROWS_AT_ONCE=2)
+    first, second = runs.together("two", MICRO_BATCH=2)
     assert "2 devices in 2 processes" in first and not losses(second)
     ours, theirs = ({key: float(loss) for key, loss in losses(printed).items()} for printed in (whole, first))
     assert ours.keys() == theirs.keys()
@@ -61,11 +72,12 @@ def test_two_processes_have_the_losses_of_one(runs, whole):
 
 
 def test_the_library_reads_the_export(runs, whole, torch_says, tmp_path):
-    _, _, said = torch_says
-    assert said["loss"] == pytest.approx(float(losses(whole)[20, "held-out loss"]), abs=1e-5)
+    found = torch_says[2]
+    assert found["loss"] == pytest.approx(float(losses(whole)[20, "validation loss"]), abs=1e-5)
     model = runs.place / "runs" / "whole" / "model"
-    told = json.loads((model / "tomat.json").read_text())["training"]
-    assert told["held_out_loss"] == pytest.approx(said["loss"], abs=1e-5) and told["step"] == 20 and told["data"] == "small"
+    training = json.loads((model / "tomat.json").read_text())["training"]
+    assert training["held_out_loss"] == pytest.approx(found["loss"], abs=1e-5)
+    assert training["step"] == 20 and training["data"] == "small"
     cell = tmp_path / "POSCAR"
     cell.write_text("Al\n4.05\n0 .5 .5\n.5 0 .5\n.5 .5 0\nAl\n1\ndirect\n0 0 0\n")
     tomat("predict", cell, "--checkpoint", model, "--grid", 4, 4, 4, "--out", tmp_path / "CHGCAR")
@@ -80,9 +92,10 @@ def test_logits_are_those_of_torch(runs, torch_says):
     from levanter.layers.attention import AttentionMask
     from levanter.models.qwen import Qwen3LMHeadModel
     from tomat_marin.network import config_of
-    from tomat_marin.plan import MODELS
-    ids, logits, _ = torch_says
-    blank = Qwen3LMHeadModel.init(hax.Axis("vocab", logits.shape[-1]), config_of(MODELS["tiny"], 256), key=jax.random.PRNGKey(0))
+    from tomat.models.sizes import model_size
+    ids, logits, *_ = torch_says
+    vocab, key = hax.Axis("vocab", logits.shape[-1]), jax.random.PRNGKey(0)
+    blank = Qwen3LMHeadModel.init(vocab, config_of(model_size("tiny"), 256), key=key)
     with hax.partitioning.set_mesh(jax.make_mesh((1,), ("data",))):
         model = load_checkpoint(blank, str(runs.place / "runs" / "whole" / LAST), subpath="model")
     tokens = hax.named(ids.astype(np.int32), ("batch", "position"))
@@ -93,16 +106,16 @@ def test_logits_are_those_of_torch(runs, torch_says):
 def test_earth_movers_distance_in_bf16(runs, tmp_path):
     "The library computes the same mixture, in four-byte numbers."
     rows = tokenized(tmp_path / "levels", "fp16_1token", 8, 2)
-    printed = runs.run("emd", LABEL=rows, STEPS=2, VAL_SEQS=4, EMD=0.5, PRECISION="bf16", LR=1e-4, WANDB_MODE="offline")
+    printed = runs.run("emd", LABEL=rows, STEPS=2, VAL_SEQS=4, EMD=0.5, BF16="true", LR=1e-4, WANDB_MODE="offline")
     tomat(runs.place / "runs/emd/model", rows, 4, 0.5, tmp_path / "said.npz", python=[str(MARIN / "tests" / "torch_side.py")])
-    said = json.loads(str(np.load(tmp_path / "said.npz")["facts"]))
-    assert float(losses(printed)[2, "held-out loss"]) == pytest.approx(said["loss"], rel=5e-3)
+    found = json.loads(str(np.load(tmp_path / "said.npz")["found"]))
+    assert float(losses(printed)[2, "validation loss"]) == pytest.approx(found["loss"], rel=5e-3)
     assert {path.name for path in runs.place.iterdir()} == {"runs"}
-    told, config, lines = journal(runs.place / "runs" / "emd")
-    assert told["run_group"] == str(rows) and sorted(told["tags"]) == ["cpu:1", "levanter", "tiny"]
+    metadata, config, lines = journal(runs.place / "runs" / "emd")
+    assert metadata["run_group"] == str(rows) and sorted(metadata["tags"]) == ["cpu:1", "levanter", "tiny"]
     plan = config["tomat"]
     meta = json.loads((rows / "meta.json").read_text())
-    assert plan["knobs"]["model"] == "tiny" and plan["data"]["tokenizer"] == meta["tokenizer"]
+    assert plan["config"]["model"] == "tiny" and plan["data"]["tokenizer"] == meta["tokenizer"]
     assert [line["step"] for line in lines] == [1, 2] and lines[1]["val.loss"] == float(lines[1]["val.loss"])
     assert [line["tokens"] for line in lines] == [round(n * meta["tokens"] / meta["rows"]) for n in (8, 16)]
     assert lines[1]["padded"] == plan["tokens, padded"] == 16 * plan["tokens a row"] and lines[1]["flops"] == plan["FLOPs"]
@@ -112,17 +125,17 @@ def test_earth_movers_distance_in_bf16(runs, tmp_path):
 def test_a_finished_run_is_left_as_it_is(runs, whole, monkeypatch):
     from tomat_marin.plan import plan
     from tomat_marin.run import train
-    for key, value in {**runs.knobs, "RESULTS_LABEL": "whole"}.items():
+    for key, value in {**runs.variables, "RESULTS_LABEL": "whole"}.items():
         monkeypatch.setenv(f"TOMAT_{key}", str(value))
     monkeypatch.chdir(runs.place)
     before = (runs.place / "runs/whole/model/tomat.json").stat().st_mtime_ns
     assert train(plan()) == "runs/whole/model" and (runs.place / "runs/whole/model/tomat.json").stat().st_mtime_ns == before
 
 
-def test_a_dry_run_says_what_is_run(runs, whole):
-    said = json.loads(runs.run("whole", "--dry-run"))
-    assert {key: said[key] for key in ("knobs", "data")} == json.loads((runs.place / "runs" / "whole" / "run.json").read_text())
-    assert f"{said['parameters']:,} parameters" in whole
+def test_a_dry_run_describes_the_run(runs, whole):
+    about = json.loads(runs.run("whole", "--dry-run"))
+    assert {key: about[key] for key in ("config", "data")} == json.loads((runs.place / "runs" / "whole" / "run.json").read_text())
+    assert f"{about['parameters']:,} parameters" in whole
 
 
 def test_an_error_is_one_sentence(runs):

@@ -1,7 +1,7 @@
 """Levanter's AdamW with the learning rates of `tomat train`."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from tomat.train.optim import learning_rate
 @dataclass(frozen=True)
 class Adam(AdamConfig):
     "AdamW whose learning rate of each step comes from `tomat.train.optim.learning_rate`."
-    config: TrainConfig = TrainConfig()
+    config: TrainConfig = field(default_factory=TrainConfig)
 
     @classmethod
     def of(cls, config: TrainConfig) -> "Adam":

@@ -9,8 +9,8 @@ from typing import Any
 
 from tomat.dataset.meta import read_meta, tokenizer_of
 from tomat.dataset.order import RowIndex, RowOrder, row_index
-from tomat.io.files import exists, is_name, read_json, write_json
-from tomat.io.remote import TomatError, is_remote
+from tomat.io.files import is_name, read_json, write_json
+from tomat.io.remote import TomatError, exists, is_remote
 from tomat.io.settings import setting
 from tomat.models.sizes import OTHER_NAMES, ModelSize, flops_per_token, model_size, n_parameters
 from tomat.tokens.tokenizer import Tokenizer

@@ -65,8 +65,8 @@ def codecs(sums: Mapping[Any, Histogram], single: list[tuple[Histogram, float]])
     for target, unit in FIELDS:
         for objective in ("l1", "l2"):
             for n in LEVELS:
-                facts = base | {"objective": objective, "levels": n, "target": target, "unit": unit}
-                yield facts, fit_histogram(sums[target, unit], n, objective)
+                row = base | {"objective": objective, "levels": n, "target": target, "unit": unit}
+                yield row, fit_histogram(sums[target, unit], n, objective)
     for n in LEVELS:
         yield base | {"weights": "materials", "levels": n}, by_material(single, n)
     yield base | {"weights": "sizes", "levels": LEVELS[-1]}, many_sizes(sums["total", TOTAL])
@@ -75,15 +75,15 @@ def codecs(sums: Mapping[Any, Histogram], single: list[tuple[Histogram, float]])
         yield base | {"codec": name, "weights": "", "objective": "", "levels": codec.top + 1}, codec
 
 
-def measured(facts: Row, codec: Codec, samples: list[tuple[str, Density]]) -> Iterator[Row]:
+def measured(row: Row, codec: Codec, samples: list[tuple[str, Density]]) -> Iterator[Row]:
     "Quantisation error of each material with the field that the codec was fitted to."
     for kind, density in samples:
-        if facts["target"] == "difference" and kind != "validation":
-            continue  # free atoms fit densities of their own setups only
-        if kind == "supercell" and (facts["levels"] != LEVELS[-1] or facts["objective"] != "l1"):
+        if row["target"] == "difference" and kind != "validation":
+            continue  # the packaged atoms fit densities of their own setups only
+        if kind == "supercell" and (row["levels"] != LEVELS[-1] or row["objective"] != "l1"):
             continue
-        score = quantisation_error(density, codec, facts["target"], facts["unit"])
-        yield facts | {"kind": kind, "material": score.id, "formula": density.formula, "nmae": f"{score.nmae:.4g}",
+        score = quantisation_error(density, codec, row["target"], row["unit"])
+        yield row | {"kind": kind, "material": score.id, "formula": density.formula, "nmae": f"{score.nmae:.4g}",
                        "clipped": score.clipped, "voxels": score.voxels, "volume": f"{score.volume:.5g}"}
 
 
@@ -147,7 +147,7 @@ def main() -> None:
     write_table(out / "deciles.csv", deciles(validation, fits))
     write_table(out / "rounds.csv", from_equal_steps(sums["total", TOTAL], validation))
     every = track(list(codecs(sums, single)), "measure", unit="codecs")
-    write_table(out / "floors.csv", (row for facts, codec in every for row in measured(facts, codec, samples)))
+    write_table(out / "floors.csv", (line for row, codec in every for line in measured(row, codec, samples)))
 
 
 if __name__ == "__main__":

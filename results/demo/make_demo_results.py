@@ -23,8 +23,8 @@ def main() -> None:
         found = read_json(f"{folder}/scores.json")
         kept = {name: found[name] for name in ("summary", "materials", "skipped", "notes")}
         write_json(RESULTS / "scores.json", kept)
-        predictor = load_predictor(f"{folder}/parallel/model")
-        png = slices_png(true, {"parallel": predictor.predict(true.structure, true.shape)})
+        predictor = load_predictor(f"{folder}/probe/model")
+        png = slices_png(true, {"probe": predictor.predict(true.structure, true.shape)})
     with atomic_write(RESULTS / "slices.png") as aside:
         aside.write_bytes(png)
     print(f"wrote {RESULTS / 'scores.json'} and {RESULTS / 'slices.png'}")

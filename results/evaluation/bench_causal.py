@@ -1,6 +1,6 @@
 """How much faster `causal` decodes in batches with a cache than patch by patch without one, on the same patches, in one run.
 
-    python results/evaluation/bench_causal.py [--model nano] [--patch-size 4] [--patches 64] [--singly 2] [--threads 1] [--repeats 3] [--json]
+    python results/evaluation/bench_causal.py [--model nano] [--patch-size 4] [--patches 64] [--singly 2] [--threads 1] [--json]
 
 Without a cache every token reads its whole row anew, so a few patches show its speed; both ways write the same tokens.
 Each way is timed several times and the fastest counts; beside the speed-up of the clock stands that of the processor's time,
@@ -52,8 +52,8 @@ def without_cache(model: Qwen3ForCausalLM,
     rows = []
     for prompt in prompts_NxL:
         ids_1xL = torch.from_numpy(prompt.astype(np.int64))[None]
-        for place in range(tokenizer.n_density_tokens):
-            low, high = tokenizer.legal_ids(place)
+        for position in range(tokenizer.n_density_tokens):
+            low, high = tokenizer.legal_ids(position)
             logits_1xV = model(ids_1xL, use_cache=False, logits_to_keep=1).logits[:, -1, low:high]
             ids_1xL = torch.cat([ids_1xL, logits_1xV.argmax(-1, keepdim=True) + low], dim=1)
         rows.append(ids_1xL[0, len(prompt):].numpy())

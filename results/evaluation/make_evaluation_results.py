@@ -4,8 +4,8 @@
     python results/evaluation/make_evaluation_results.py evaluate STORE RUN
     python results/evaluation/make_evaluation_results.py options STORE RUN [--materials 6]
 
-train: rows of the part train (difference to the free atoms, fitted levels, patches as in the demo), then the nano model on one
-thread. evaluate: both decoders on whole grids of the part validation; each has a folder of its own in RUN/scores, so a new
+train: rows of the part train as in the demo (difference to the sum of atomic densities, fitted levels), then the nano model on
+one thread. evaluate: both decoders on whole grids of the part validation; each has a folder of its own in RUN/scores, so a new
 packaged checkpoint costs only its own predictions. options: overlapping patches, and predictions averaged over the six orders of
 the lattice vectors, on the materials with the smallest grids. A run that was stopped goes on.
 """
@@ -32,12 +32,13 @@ from tomat.prediction.evaluate import evaluate
 from tomat.io.files import write_json, write_text
 from tomat.density.metrics import nmae
 from tomat.train.config import TrainConfig
+from tomat.models.causal import load_checkpoint
 from tomat.prediction.causal import CausalPredictor
 from tomat.prediction.predictors import ProbePredictor, load_predictor
 from tomat.prediction.core import Predictor
 from tomat.io.progress import track
 from tomat.atoms.sad import with_sad
-from tomat.prediction.report import scores_csv, summary
+from tomat.prediction.report import evaluation_summary, scores_csv
 from tomat.train.log import read_log
 from tomat.prediction.scores import Score, seam
 from tomat.dataset.meta import read_meta
@@ -50,6 +51,7 @@ from tomat.tokens.tokenizer import Tokenizer
 from tomat.train.causal import train
 
 RESULTS = Path(__file__).resolve().parent
+COMMAND = "python results/evaluation/make_evaluation_results.py"
 DEMO = DemoConfig()
 PATCHES = 32  # rows a material
 
@@ -76,30 +78,28 @@ def tokenizer_for(store: RawStore) -> Tokenizer:
 def make_causal(store: RawStore, run: Path, steps: int) -> None:
     rows, config = run / "rows", TrainConfig(steps=steps, batch_size=8, lr=4e-3)
     if not (rows / "meta.json").exists():
-        config = TokenizeConfig(PATCHES, seed=DEMO.seed, label="train", prepare=with_sad)
-        tokenize(store, tokenizer_for(store), rows, config, store.split("train"))
+        patches = TokenizeConfig(PATCHES, seed=DEMO.seed, label="train", prepare=with_sad)
+        tokenize(store, tokenizer_for(store), rows, patches, store.split("train"))
     start = process_time()
     train(rows, run / "causal", config)
-    spent = process_time() - start  # of this call: a run that went on says too little
+    spent = process_time() - start  # of this call: too little for a run that was resumed
     log, meta = read_log(run / "causal"), read_meta(rows)
     losses = [line["loss"] for line in log]
     write_json(RESULTS / "train.json", rounded({
-        "command": "python results/evaluation/make_evaluation_results.py train STORE RUN", **asdict(config), "patch_size": DEMO.patch_size,
+        "command": f"{COMMAND} train STORE RUN", **config.written(), "patch_size": DEMO.patch_size,
         "levels": DEMO.levels, "materials": len(meta["materials"]), "rows": meta["rows"], "rows_read": steps * config.batch_size,
         "tokens_read": log[-1]["tokens"], "loss_first": losses[0], "loss_last_100": float(np.mean(losses[-100:])),
         "seconds": sum(line["time"]["seconds"] for line in log), "cpu_seconds": spent, "threads": torch.get_num_threads()}))
 
 
 def causal_of(run: Path) -> CausalPredictor:
-    causal = load_predictor(run / "causal" / "model", choose=DEMO.choose)
-    assert isinstance(causal, CausalPredictor)
-    return causal
+    return CausalPredictor(*load_checkpoint(run / "causal" / "model"), DEMO.strategy)
 
 
 def make_scores(store: RawStore, run: Path) -> None:
     packaged = load_predictor()
     assert isinstance(packaged, ProbePredictor)
-    predictors: dict[str, Predictor] = {"parallel": packaged, "causal": causal_of(run)}
+    predictors: dict[str, Predictor] = {"probe": packaged, "causal": causal_of(run)}
     ids, skipped = store.split("validation"), dict[str, str]()
     found: dict[str, dict[str, Score]] = {id: {} for id in ids}
     for name, predictor in predictors.items():
@@ -108,14 +108,14 @@ def make_scores(store: RawStore, run: Path) -> None:
         for line in result.scores:
             found[line.id].setdefault(line.entry, Score(**rounded(asdict(line))))
     scores = [line for lines in found.values() for line in lines.values()]
-    facts = packaged.model.training_metadata
+    metadata = packaged.model.training_metadata
     write_text(RESULTS / "scores.csv", scores_csv(scores))
     write_json(RESULTS / "summary.json", rounded({
-        "command": "python results/evaluation/make_evaluation_results.py evaluate STORE RUN", "skipped": skipped,
-        "parallel": {"materials": len(facts["materials"]), "weights": packaged.identity()["weights"],
-                     **{key: facts[key] for key in ("steps", "seconds", "parameters")}},
-        "threads": torch.get_num_threads(), "entries": summary(scores)}))
-    for entry, means in summary(scores).items():
+        "command": f"{COMMAND} evaluate STORE RUN", "skipped": skipped,
+        "probe": {"materials": len(metadata["materials"]), "weights": packaged.identity()["weights"],
+                     **{key: metadata[key] for key in ("steps", "seconds", "parameters")}},
+        "threads": torch.get_num_threads(), "entries": evaluation_summary(scores)}))
+    for entry, means in evaluation_summary(scores).items():
         print(f"{entry:30} {100 * means['nmae']['mean']:.3f} %")
 
 
@@ -136,7 +136,7 @@ def in_order(predictor: Predictor,
 def make_options(store: RawStore, run: Path, materials: int) -> None:
     everything = (with_sad(store.read(id)) for id in store.split("validation"))
     densities = sorted(everything, key=lambda d: d.values.size)[:materials]
-    causal, parallel = causal_of(run), load_predictor()
+    causal, probe = causal_of(run), load_predictor()
     lines: list[dict[str, Any]] = []
     def add(id: str, setting: str, total_xyz: np.ndarray, seconds: float, jump: float | None = None) -> None:
         lines.append(rounded({"id": id, "setting": setting, "nmae": nmae(total_xyz, by_id[id].total), "seam": jump,
@@ -149,7 +149,7 @@ def make_options(store: RawStore, run: Path, materials: int) -> None:
             assert made.borders is not None
             add(d.id, f"causal, overlap {overlap}", made.density.total, perf_counter() - start,
                 seam(made.density.total - d.total, made.borders))
-        for name, predictor in (("causal", causal), ("parallel", parallel)):
+        for name, predictor in (("causal", causal), ("probe", probe)):
             start, totals = perf_counter(), []
             for order in permutations(range(3)):
                 totals.append(in_order(predictor, d.structure, d.shape, order))

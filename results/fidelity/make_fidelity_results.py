@@ -4,7 +4,8 @@
 
 Writes store.csv.gz and vasp.csv.gz (the sweeps, one line a material and scheme), materials.csv (what the materials are) and
 run.json (how long it took, and how many materials a start that was stopped had measured before).  First it fits 16,384 levels
-to the training part, for the density and for its difference to the free atoms.  Takes about eight minutes on two free cores.
+to the training part, for the density and for its difference to the sum of atomic densities.  Takes about eight minutes on two
+free cores.
 Stopped and started again, it goes on in the table where it was.
 """
 import argparse

@@ -1,6 +1,6 @@
-"""Voxels a second and peak memory of a whole prediction, sum of free atoms included, from small grids to large ones.
+"""Voxels a second and peak memory of a whole prediction, sum of atomic densities included, from small grids to large ones.
 
-    python results/probe/bench_predict.py [--grids 32 64 96 128 160] [--threads 2] [--repeats 3] [--checkpoint DIR] [--out FILE.json]
+    python results/probe/bench_predict.py [--grids 32 64 96 128 160] [--threads 2] [--repeats 3] [--out FILE.json]
 
 Three crystals: nickel aluminide, whose cell is repeated as the grid grows, so that the spacing of the voxels stays that of real
 data; and strontium titanate and corundum, of 5 and 10 atoms, on 64³. Every line has a process of its own: its peak memory is
@@ -105,8 +105,8 @@ def main() -> int:
     print(f"{whole['command']}: {whole['seconds']:.2f} s, CPU {whole['cpu_seconds']:.2f} s")
     if args.out:
         from tomat.io.files import write_json
-        said = f"python results/probe/bench_predict.py --grids {' '.join(map(str, args.grids))} --threads {args.threads}"
-        write_json(args.out, {"command": said, "threads": args.threads, "cores": os.cpu_count(), "load": os.getloadavg(),
+        shown = f"python results/probe/bench_predict.py --grids {' '.join(map(str, args.grids))} --threads {args.threads}"
+        write_json(args.out, {"command": shown, "threads": args.threads, "cores": os.cpu_count(), "load": os.getloadavg(),
                               "results": rows, "whole_command": whole})
     return 0
 

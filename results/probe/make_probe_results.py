@@ -6,7 +6,7 @@
     python results/probe/make_probe_results.py evaluate STORE
     python results/probe/make_probe_results.py curve STORE RUNS --steps 800
 
-calibrate: a run on four fifths of the training split, measured on the whole grids of the rest, the chemical systems of held_out.csv.
+calibrate: a run on four fifths of the training split, measured on the whole grids of the materials of held_out.csv.
 It finds the factor of the expected errors (pass it to train) and the best way to make electrons exact: held_out.json and
 electrons.csv. train: the checkpoint, from all of the training split; a stopped run is resumed. package: copy it to
 tomat/data/probe. evaluate: the packaged checkpoint on the whole grids of the validation split, as a user predicts them:
@@ -192,14 +192,15 @@ def evaluate(store: RawStore) -> None:
 
 def card(summary: dict[str, Any], rows: list[dict[str, Any]], elements: list[str]) -> str:
     "The model card: card.md with the numbers of the validation set."
-    ours, sad = (" | ".join(f"{how([row[key] for row in rows]):.2%}" for how in (np.mean, np.median, max)) for key in ("nmae", "sad"))
+    ours, sad = (" | ".join(f"{how([row[key] for row in rows]):.2%}" for how in (np.mean, np.median, max))
+                 for key in ("nmae", "sad"))
     kinds = "\n".join(f"| {kind} | {x['materials']} | {x['nmae_mean']:.2%} | {x['sad_mean']:.2%} |"
                       for kind, x in summary["classes"].items())
     worst = ", ".join(f"{row['formula']} ({row['nmae']:.2%})" for row in sorted(rows, key=lambda row: -row["nmae"])[:5])
     low, high = (how(row["inside_90"] for row in rows) for how in (min, max))
     text = read_text(RESULTS / "card.md").format(
         summary=summary, minutes=summary["training"]["cpu_seconds"] / 60, ours=ours, sad=sad, kinds=kinds, worst=worst, low=low,
-        high=high, few=RARE, rare=", ".join(summary["rare_elements"]), elements=" ".join(elements))
+        high=high, few=RARE, rare=", ".join(s for s in elements if s in summary["rare_elements"]), elements=" ".join(elements))
     return text.replace("%", " %")
 
 

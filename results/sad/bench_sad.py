@@ -1,4 +1,4 @@
-"""The sum of free atoms: does it agree with stored ones, how long does it take, and what do fitted atoms gain?
+"""The sum of atomic densities (SAD): its agreement with stored sums, its time, and the gain of fitted atoms.
 
     python results/sad/bench_sad.py STORE VASP_FILE… [--out results/sad]
 
@@ -174,7 +174,7 @@ def learning(validation: list[Density], parts: list[FitSums]) -> list[Row]:
 
 
 def half_fitted(density: Density) -> float:
-    "Fitted to some voxels of a file, judged by the others: what spheres can hold of this very density."
+    "NMAE of atoms that were fitted to other voxels of the same file: the least that a sum of spheres can reach here."
     n = min(6000, density.values.size // 2)
     atoms = solve(sums_of(density, n))
     chosen = fits.material_rng(0, density.id).choice(density.values.size, n, replace=False)

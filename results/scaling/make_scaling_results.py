@@ -1,6 +1,6 @@
 """Measure what forecasts need: the seconds that tokenizing takes, and the held-out loss of four small models.
 
-    OMP_NUM_THREADS=1 python results/scaling/make_scaling_results.py STORE --out results/scaling [--only rates sizes] [--work FOLDER]
+    OMP_NUM_THREADS=1 python results/scaling/make_scaling_results.py STORE [--only rates sizes] [--work FOLDER]
 
 tokenize_rates.csv: CPU seconds for one shard of one material, read, cut and written, by voxels and rows, the best of three.
 Materials are those of STORE, every eighth, and repetitions of some, so that grids reach four million voxels.
@@ -66,15 +66,15 @@ def rates(store: RawStore) -> list[dict[str, Any]]:
     "Lines of tokenize_rates.csv."
     tokenizer, lines = Tokenizer("anchored", PUBLISHED_DENSITY), list[dict[str, Any]]()
     with tempfile.TemporaryDirectory() as folder:
-        for place in track(list(groups(store, folder)), "rates", unit="materials"):
-            source = Folder(place)
+        for path in track(list(groups(store, folder)), "rates", unit="materials"):
+            source = Folder(path)
             for n in (8, 32, 128):
                 seconds = []
                 for _ in range(3):
                     start = process_time()
-                    tables, facts = shard_rows(source.read, source.ids, tokenizer, TokenizeConfig(n))
+                    tables, notes = shard_rows(source.read, source.ids, tokenizer, TokenizeConfig(n))
                     if tables:
-                        write_shard(tables, facts, f"{folder}/rows.parquet", durable=False)
+                        write_shard(tables, notes, f"{folder}/rows.parquet", durable=False)
                     seconds.append(process_time() - start)
                 if tables:
                     voxels = source.read(source.ids[0]).total.size

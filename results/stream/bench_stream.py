@@ -148,8 +148,7 @@ def main() -> int:
                      "all_tokens_per_s": [round(r[way]["tokens_per_s"]) for r in repeats],
                      "tokens": repeats[0][way]["tokens"]} for way in repeats[0]}
     opponent = max((way for way in results if not way.startswith(("fresh", "shards"))), key=lambda w: results[w]["tokens_per_s"])
-    command = f"python results/stream/bench_stream.py STORE --workers {args.workers} --batch {args.batch} --patches {args.patches}" \
-              f" --repeats {args.repeats} --json"
+    command = " ".join(["python results/stream/bench_stream.py STORE", *sys.argv[2:]])
     report: dict[str, Any] = {"command": command, "materials": len(store.ids), "workers": args.workers, "cores": os.cpu_count(),
               "load_before": [round(x, 2) for x in load], "needed_tokens_per_s": NEEDED * 1_000_000, "results": results,
               "fastest_other": opponent,

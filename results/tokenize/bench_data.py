@@ -114,8 +114,7 @@ def main() -> int:
               f"{r['rows_per_s']:,.0f} rows/s ({r['tokens_per_s'] / 1e6:.1f} M tokens/s); disk and zstd alone "
               f"{r['limit_rows_per_s']:,.0f} rows/s; ratio {r['share_of_limit']:.2f}; target {'reached' if reached else 'missed'}")
     if args.out:
-        patches = " ".join(map(str, args.patches))
-        command = f"python results/tokenize/bench_data.py STORE --workers {args.workers} --patches {patches} --repeats {args.repeats}"
+        command = " ".join(["python results/tokenize/bench_data.py STORE", *sys.argv[2:]])
         write_json(args.out, {"command": command, "cores": os.cpu_count(), "load": os.getloadavg(), "results": results})
     return 0
 

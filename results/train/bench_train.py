@@ -32,7 +32,7 @@ import torch
 import tomat.train.cost
 import tomat.train.causal
 from tomat.tokens.codecs import PUBLISHED_DENSITY
-from tomat.train.cost import memory_estimate, peak_of, row_flops
+from tomat.train.cost import Placement, memory_estimate, peak_of, row_flops
 from tomat.io.remote import TomatError
 from tomat.io.files import write_json
 from tomat.models.causal import make_model
@@ -129,9 +129,9 @@ def compare(name: str, rows: str, args: argparse.Namespace, peak: float) -> dict
             break
     found["plain transformers"] = plain | {"rows_at_once": at_once}
     if CUDA:
-        estimate = memory_estimate(size, TOKENIZER.vocab.size, batch, 5568, True, device="cuda")
+        estimate = memory_estimate(size, TOKENIZER.vocab.size, batch, 5568, Placement(bf16=True, device="cuda"))
         found["memory_estimate_gb"] = round(estimate["all"] / 1e9, 2)
-        found["tomat, all rows at once"] = measured(lambda: our_steps(rows, config, replace(setup, rows_at_once=batch)), peak, skip)
+        found["tomat, all rows at once"] = measured(lambda: our_steps(rows, config, replace(setup, micro_batch=batch)), peak, skip)
     if "first_loss" in plain:
         found["ratio_all_tokens"], found["ratio"] = (
             round(found[way]["tokens_per_s_real"] / plain["tokens_per_s_real"], 3) for way in ("tomat, all tokens", "tomat"))

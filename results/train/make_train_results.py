@@ -1,14 +1,14 @@
 """Train `nano` on four rows, for an epoch at several learning rates, and on rows shuffled more or less; write the curves.
 
-    OMP_NUM_THREADS=1 python results/train/make_train_results.py STORE --out results/train
+    OMP_NUM_THREADS=1 python results/train/make_train_results.py STORE
 
 overfit.csv: four rows of one material, every step.
 sweep.csv: one epoch of the training part of STORE at each learning rate, every step, the held-out loss
 twelve times.
 order.csv: the demo's language model on the packaged sample, with rows shuffled among some materials or among all.
 Rows of the first two are framed and hold patches of 4 voxels a side, 8 of every training material and 4 of every validation
-material; their tokens say the difference to the sum of free atoms in 256 levels fitted to the training part. The loss is on
-density tokens. One thread; `--only order` makes one file.
+material; their tokens encode the difference to the sum of atomic densities, in 256 levels fitted to the training part. The loss
+is on density tokens. One thread; `--only order` makes one file.
 """
 import argparse
 import os
@@ -85,7 +85,7 @@ def order(folder: str) -> list[dict[str, Any]]:
     training, validation = ([store.read(id) for id in store.split(part)] for part in ("train", "validation"))
     tokenizer = demo_tokenizer(training, demo)
     tokenize(training, tokenizer, f"{folder}/demo", TokenizeConfig(demo.patches, seed=demo.seed, label="demo"))
-    tokenize(judge, tokenizer, f"{folder}/judge", TokenizeConfig(8, seed=demo.seed, label="judge"))
+    tokenize(validation, tokenizer, f"{folder}/validation", TokenizeConfig(8, seed=demo.seed, label="validation"))
     for seed in SEEDS:
         for window in WINDOWS:
             config = replace(demo.causal, steps=300, window=window, seed=seed, eval_every=300)
@@ -94,7 +94,7 @@ def order(folder: str) -> list[dict[str, Any]]:
             start = time.process_time()
             model = train(f"{folder}/demo", f"{folder}/{seed}-{window}", config, val=f"{folder}/validation")
             seconds = time.process_time() - start
-            causal, last = load_predictor(model, choose=demo.choose), read_log(model.parent)[-1]
+            causal, last = load_predictor(model, strategy=demo.strategy), read_log(model.parent)[-1]
             errors = [nmae(causal.predict(true.structure, true.shape).density.total, true.total) for true in validation]
             lines.append({"seed": seed, "window": window, "rows": config.steps * config.batch_size, "materials": len(training),
                           "materials_seen": len(seen), "val_loss": f"{last['val']['loss']:.5f}",

@@ -90,8 +90,8 @@ export async function evaluation(element) {
   const rows = await load("evaluation");
   if (!rows.length) { element.replaceChildren(make("p", {}, "There are no scores in results/.")); return; }
   const entries = [...new Set(rows.map((row) => row.entry))], kinds = [...new Set(rows.map((row) => row.kind))].sort();
-  const rest = entries.filter((entry) => !/free atoms/.test(entry));
-  const state = { entry: rest.find((e) => /parallel/.test(e)) ?? rest[0], against: entries.find((e) => /free atoms/.test(e)) ?? entries[0], sort: 4, up: false };
+  const rest = entries.filter((entry) => !/SAD|free atoms/.test(entry));
+  const state = { entry: rest.find((e) => /probe|parallel/.test(e)) ?? rest[0], against: entries.find((e) => /SAD|free atoms/.test(e)) ?? entries[0], sort: 4, up: false };
   const duel = figureBox("Error of one entry against another, a point a material"), classes = figureBox("Errors by chemical class");
   const said = make("p", { class: "said", "aria-live": "polite" }), list = make("div", { class: "scroll", tabindex: "0" });
   const pairs = () => {

@@ -85,8 +85,7 @@ class FitSums:
     charge2: float = 0.0                        # Σ electrons²
     materials: Mapping[str, int] | None = None  # element → number of materials with it; "" → of all
 
-    def __add__(self, other: "FitSums") -> "FitSums":
-        return add_up([self, other])
+
 
 def add_up(parts: Iterable[FitSums],  # one or more
            ) -> FitSums:

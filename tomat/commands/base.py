@@ -29,7 +29,7 @@ Copies = Annotated[int, typer.Option("--workers", help="Number of files that are
 
 # %% ../../nbs/11_commands/02_base.ipynb #8264a6ae
 OLD_OPTIONS = {"--spread": "--expected-error", "--choose": "--strategy",
-               "--judge": "--eval-store", "--judge-materials": "--eval-materials"}
+               "--judge": "--eval-store", "--judge-materials": "--eval-materials"}  # reads old files: scripts with old names
 
 class Command(TyperCommand):
     "A command that also takes options by their old names."
@@ -61,7 +61,7 @@ def n_processes(workers: int | None,  # option --workers
 # %% ../../nbs/11_commands/02_base.ipynb #5e1dbfe7
 def opened(name: str,  # path, URL or ids, as on the command line
            ) -> "Source":
-    "The source with this name; standard error says which of its files are left out, and why."
+    "The source with this name; standard error says which of its files are skipped, and why."
     from tomat.density.source import open_source
     source = open_source(name)
     reasons: dict[str, list[str]] = {}
@@ -69,7 +69,7 @@ def opened(name: str,  # path, URL or ids, as on the command line
         reasons.setdefault(why, []).append(file)
     for why, files in reasons.items():
         more = f" and {len(files) - 3} others" if len(files) > 3 else ""
-        print(f"tomat: passed over in {name}, {why}: {', '.join(files[:3])}{more}", file=sys.stderr)
+        print(f"tomat: skipped in {name}, {why}: {', '.join(files[:3])}{more}", file=sys.stderr)
     return source
 
 # %% ../../nbs/11_commands/02_base.ipynb #e18537a1

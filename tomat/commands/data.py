@@ -136,19 +136,16 @@ def rows_summary(meta: dict[str, Any],  # meta.json of a data set
 
 def tokenize(source: Annotated[str, typer.Argument(help="A raw store, a folder of CHGCARs, one density file, or mp-ids.")],
              out: Annotated[str, typer.Option(help="Folder to write.")],
-             label: Annotated[str, typer.Option(
-                 help="Name of the data set; one of settings.ini brings its options along.")] = "",
+             label: Annotated[str, typer.Option(help="Name of the data set; one of settings.ini brings its options.")] = "",
              split: Annotated[str | None, typer.Option(help="Part of the store: train, validation, all.")] = None,
              materials: Annotated[int | None, typer.Option(help="Number of materials, from the beginning of the part.")] = None,
              patches_per_material: Annotated[int | None, typer.Option(help="Rows for each material.  [default: 32]")] = None,
              patch_size: Annotated[int | None, typer.Option(help="Side of a patch, voxels.  [default: 14]")] = None,
              density_codec: Annotated[str | None, typer.Option(
-                 help="Codec: tomol_3byte, two_token_9_12, fp16_1token, or an .npz of fitted levels.  "
-                      "[default: two_token_9_12]")] = None,
+                 help="tomol_3byte, two_token_9_12, fp16_1token, or an .npz of fitted levels.  [default: two_token_9_12]")] = None,
              layout: Annotated[str | None, typer.Option(
                  help="Row layout: framed (new data) or anchored (as published).  [default: framed]")] = None,
-             pad_to: Annotated[int | None, typer.Option(
-                 help="Length of every row, tokens; 0: no padding.  [default: 8192]")] = None,
+             pad_to: Annotated[int | None, typer.Option(help="Length of a row, tokens; 0: no padding.  [default: 8192]")] = None,
              target: Annotated[str | None, typer.Option(
                  help="Density that tokens encode: total, or its difference to the sum of atomic densities.  "
                       "[default: total]")] = None,

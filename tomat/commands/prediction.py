@@ -51,16 +51,16 @@ def predict(structures: Annotated[list[str], typer.Argument(help="POSCAR, CIF or
     """
     from tomat.prediction.batch import plan_tasks, run_tasks
     from tomat.prediction.predictors import load_predictor
-    tasks, passed_over = plan_tasks(structures, out, grid, expected_error, picture, format)
-    for name, why in passed_over.items():
-        print(f"tomat: passed over {name}: {why}", file=sys.stderr)
+    tasks, skipped = plan_tasks(structures, out, grid, expected_error, picture, format)
+    for name, why in skipped.items():
+        print(f"tomat: skipped {name}: {why}", file=sys.stderr)
     predictor = load_predictor(checkpoint, strategy=strategy, overlap=overlap)
     results = []
     for result in run_tasks(tasks, predictor):
         warn_of_new_elements(result)
         results.append(result)
     if as_json:
-        print_result({"predicted": results, "passed over": passed_over}, True)
+        print_result({"predicted": results, "passed over": skipped}, True)
 
 # %% ../../nbs/11_commands/06_prediction.ipynb #1c25ed3c
 def predictors_from(checkpoints: list[str],  # [NAME=]FOLDER; none: the packaged one

@@ -26,9 +26,8 @@ import pyarrow.parquet as pq
 from ..density.core import Density, preparation_name
 from ..density.source import material_rng
 from ..io.fetch import has_md5
-from ..io.remote import TomatError, is_remote
 from ..io.files import atomic_write, md5_of, open_binary
-from ..io.remote import client_errors, details, remote_fs
+from ..io.remote import TomatError, client_errors, details, is_remote, remote_fs
 from ..tokens.patches import random_offsets
 from ..tokens.tokenizer import Tokenizer
 

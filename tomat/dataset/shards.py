@@ -21,10 +21,9 @@ from .meta import OWN_FILES, SHARD_FORM, has_form, is_part
 from .parquet import TokenizeConfig, density_checksum, hash_of, is_intact, read_footer, shard_rows, write_shard
 from ..density.core import Density
 from ..density.source import InMemory, Source
-from ..io.remote import TomatError, exists, is_remote, list_folder
 from ..io.files import atomic_write, check_folder, make_durable, read_json, write_json
 from ..io.progress import in_order, track
-from ..io.remote import client_errors, remote_fs
+from ..io.remote import TomatError, client_errors, exists, is_remote, list_folder, remote_fs
 from ..tokens.tokenizer import Tokenizer
 
 # %% ../../nbs/04_dataset/03_shards.ipynb #1dfcf419

@@ -20,9 +20,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from .meta import check_intact, read_meta, tokenizer_of
 from .order import RowOrder, padded_ids, row_index
-from .meta import read_meta
-from .meta import check_intact, tokenizer_of
 from ..io.remote import TomatError
 from ..tokens.tokenizer import Tokenizer
 

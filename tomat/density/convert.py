@@ -7,12 +7,13 @@ __all__ = ['Entry', 'store_all']
 
 # %% ../../nbs/01_density/08_convert.ipynb #c003d557
 import re
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from .formats import known_format, read_density, write_density
-from .source import Source, in_threads
+from .source import Source, threaded_map
 from .store import STORE_NAMES, RawStore, add_id, index_files, split_by_system, write_store
 from .zarr_group import group_version_tag
 from ..io.remote import TomatError, exists, kind_of, list_folder
@@ -52,13 +53,6 @@ def _entries_before(root: str,                    # of the store
     return {id: entry(id, tag) for id, tag in tags.items()}
 
 # %% ../../nbs/01_density/08_convert.ipynb #29aeb102
-def _is_readable(path: str) -> bool:
-    try:
-        read_density(path)
-    except TomatError:
-        return False
-    return True
-
 def _store_one(source: Source,
                root: str,                      # of the store
                job: tuple[str, Entry | None],  # id of a material, and its entry before the work
@@ -68,8 +62,9 @@ def _store_one(source: Source,
     path = f"{root}/label/{id}.zarr"
     if entry and exists(f"{path}/zarr.json"):
         digest = group_version_tag(path, content=True)
-        if entry["written"] == digest or (entry["written"] is None and _is_readable(path)):
-            return False, digest
+        with suppress(TomatError):  # from `read_density`, for a damaged group
+            if entry["written"] == digest or (entry["written"] is None and read_density(path)):
+                return False, digest
     write_density(source.read(id), path)
     return True, group_version_tag(path, content=True)
 
@@ -94,7 +89,7 @@ def store_all(source: Source,
         raise TomatError(f"{root} is a name for one density, and {source} makes a store of many: name a folder, or a .zip file.")
     files, origins = index_files(numbers, splits, root), _origins(root, ids)
     version_tag = getattr(source, "version_tag", lambda id: None)  # densities in memory have none
-    tags = dict(zip(ids, in_threads(version_tag, ids), strict=True))
+    tags = dict(zip(ids, threaded_map(version_tag, ids), strict=True))
     before = _entries_before(root, tags, origins)
     write_json(f"{root}/{_ORIGINS}", origins | before)
     done = list(track(in_order(partial(_store_one, source, root), before.items(), workers), "convert", len(ids), "materials"))

@@ -101,7 +101,7 @@ def _opened(path: str | Path,  # local, s3:// or gs://
             raise TomatError(f"{path}: {err}") from err
 
 def _check_exists(path: str | Path) -> None:
-    "Raise `TomatError` for a missing file whose name has no known format; the others are missed when they are read."
+    "Raise `TomatError` for a missing file whose name has no known format; reading reports the others."
     if known_format(path) is None and not exists(path):
         raise TomatError(f"{path} does not exist: check the name.")
 

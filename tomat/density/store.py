@@ -27,7 +27,7 @@ from .zarr_group import group_version_tag, pack_folder, read_group, write_group,
 from .formats import read_density
 
 # %% ../../nbs/01_density/06_store.ipynb #fc1b087a
-_IDS, _SPLIT, _SPLITS = "mp_filelist.txt", "split.json", "split*.json"
+_ID_LIST, _SPLIT, _SPLITS = "mp_filelist.txt", "split.json", "split*.json"
 
 def _check_unique(ids: Sequence[str],
                   listed_in: str,  # the file that lists them
@@ -57,10 +57,10 @@ class RawStore:
         "The open archive, and the folder in it that holds the list of ids."
         with open_binary(self.root) as file, unpacking(self.root):
             packed = zipfile.ZipFile(file)
-            lists = [n for n in packed.namelist() if n.split("/")[-1] == _IDS]
+            lists = [n for n in packed.namelist() if n.split("/")[-1] == _ID_LIST]
             if not lists:
-                raise TomatError(f"{self.root} has no {_IDS}: give a raw store.")
-            yield packed, min(lists, key=len).removesuffix(_IDS)
+                raise TomatError(f"{self.root} has no {_ID_LIST}: give a raw store.")
+            yield packed, min(lists, key=len).removesuffix(_ID_LIST)
 
     def _text(self, pattern: str,  # of a file's name, with * for any characters
               ) -> tuple[str, str] | None:
@@ -76,8 +76,8 @@ class RawStore:
     @cached_property
     def ids(self) -> list[str]:
         "All materials, in the order of the list."
-        if (listed := self._text(_IDS)) is None:
-            raise TomatError(f"{self.root} has no file {_IDS}: give a raw store.")
+        if (listed := self._text(_ID_LIST)) is None:
+            raise TomatError(f"{self.root} has no file {_ID_LIST}: give a raw store.")
         path, text = listed
         _check_unique(text.split(), path)
         return text.split()
@@ -94,7 +94,7 @@ class RawStore:
                 raise IndexError("an index below 0")
             parts = {part: [self.ids[i] for i in indices] for part, indices in listed.items()}
         except (json.JSONDecodeError, IndexError, TypeError, AttributeError) as err:
-            raise TomatError(f"the split of {self.root} does not fit its {_IDS}, copy both again: {err}.") from err
+            raise TomatError(f"the split of {self.root} does not fit its {_ID_LIST}, copy both again: {err}.") from err
         for part, ids in parts.items():
             _check_unique(ids, f"the part {part!r} in {path}")
         return parts
@@ -116,7 +116,7 @@ class RawStore:
         with self._archive() as (packed, base):
             entries = zip_entries(packed, f"{base}label/{id}.zarr/")
         if not entries:
-            raise TomatError(f"{self.root} holds no material {id!r}: its {_IDS} names what it holds.")
+            raise TomatError(f"{self.root} holds no material {id!r}: its {_ID_LIST} lists the ids.")
         try:
             return read_group(entries, id)
         except TomatError as err:
@@ -152,7 +152,7 @@ def index_files(numbers: Mapping[str, int],           # id → index in the list
     if missing := sorted({id for part in splits.values() for id in part} - numbers.keys()):
         raise TomatError(f"the split of {root} names {', '.join(missing)}, which it does not hold: leave them out.")
     parts = {part: [numbers[id] for id in ids] for part, ids in splits.items()}
-    return ({_SPLIT: json.dumps(parts, sort_keys=True) + "\n"} if splits else {}) | {_IDS: "\n".join(numbers) + "\n"}
+    return ({_SPLIT: json.dumps(parts, sort_keys=True) + "\n"} if splits else {}) | {_ID_LIST: "\n".join(numbers) + "\n"}
 
 # %% ../../nbs/01_density/06_store.ipynb #321cc095
 def split_by_system(systems: Mapping[str, str],  # id → chemical system, such as "Mg-O"
@@ -203,7 +203,7 @@ def is_store(path: str | Path,  # any path; local, s3:// or gs://
     "Whether `path` is a folder or a zip file with a list of ids in it; False for what is missing or broken."
     store = RawStore(path)
     if not store._zipped:
-        return exists(store._path(_IDS))
+        return exists(store._path(_ID_LIST))
     try:
         with store._archive():
             return True

@@ -121,7 +121,7 @@ def check_writable(path: str,  # file or Zarr group
                    ) -> None:
     "Raise `TomatError` where a result could not be written; leaves nothing behind."
     if kind_of(path) == "folder" and not (path.lower().endswith(".zarr") and exists(f"{path}/zarr.json")) and list_folder(path):
-        raise TomatError(f"{path} is a folder that holds other things: give another name, or remove it.")
+        raise TomatError(f"{path} is a folder that holds other files: give another name, or remove it.")
     with suppress(_Discard), atomic_write(path) as partial:
         partial.touch()
         raise _Discard
@@ -275,8 +275,8 @@ def run_tasks(tasks: Sequence[PredictionTask],  # of `plan_tasks`
               ) -> Iterator[dict[str, Any]]:  # name, grid, electrons, expected NMAE, seconds, …, ready for JSON
     "Predict and write one after the other; a density is on disk when its summary comes out."
     if not predictor.gives_error and any(task.expected_error for task in tasks):
-        raise TomatError("The expected error cannot be written: this checkpoint has two tokens for each value, and gives none. "
-                         "Leave it out, or use another checkpoint.")
+        raise TomatError("This checkpoint gives no expected error, because it has two tokens for each value: leave the expected "
+                         "error out, or use another checkpoint.")
     items: Iterable[PredictionTask] = track(tasks, "predict", unit="structures") if len(tasks) > 1 else tasks
     for task in items:
         start = perf_counter()

@@ -9,12 +9,11 @@ __all__ = ['sad_of', 'reference', 'CausalPredictor', 'codec_floor', 'teacher_for
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
 from pymatgen.core import Structure
-from transformers import Qwen3ForCausalLM
 
 from ..atoms.sad import sad_density
 from ..density.core import RHO, Density
@@ -25,6 +24,9 @@ from .core import Prediction, check_crystal, finish, weights_digest
 from .decoding import DecodingStrategy, Written, best_strategy, free_run, patch_values
 from ..tokens.patches import cover, stitch
 from ..tokens.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from transformers import Qwen3ForCausalLM
 
 # %% ../../nbs/07_prediction/03_causal.ipynb #2b43bc04
 def sad_of(true: Density,  # a density with its SAD
@@ -47,7 +49,7 @@ def reference(true: Density,            # the converged density
 @dataclass(frozen=True, eq=False)
 class CausalPredictor:
     "A language model that writes a density token by token."
-    model: Qwen3ForCausalLM
+    model: "Qwen3ForCausalLM"
     tokenizer: Tokenizer             # the model's own
     strategy: str = ""               # one of STRATEGIES; "": `best_strategy`
     overlap: int = 0                 # voxels that neighbouring patches share and average

@@ -9,7 +9,7 @@ __all__ = ['Entry', 'Draw', 'sad_prediction', 'copied', 'entries_of', 'score_mat
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -26,7 +26,7 @@ from ..io.progress import track
 from .batch import check_writable
 from .causal import reference, sad_of
 from .core import Prediction, Predictor
-from .scores import Score, entry_name, read_score, regions, score
+from .scores import Score, entry_name, regions, score
 
 # %% ../../nbs/07_prediction/07_evaluate.ipynb #40c381cb
 def sad_prediction(true: Density,  # a density with its SAD
@@ -96,8 +96,9 @@ def _read_scores(path: str,                # scores of one material
         return None
     if header["drawn"] and not kept.get("drawn"):
         return None
-    scores = [read_score(line) for line in kept["scores"]]
-    renamed = [replace(s, entry=s.entry if s.entry in entries else entry_name(s.entry)) for s in scores if s is not None]
+    names = {part.name for part in fields(Score)}
+    scores = [Score(**{**line, "shape": tuple(line["shape"])}) for line in kept["scores"] if set(line) == names]
+    renamed = [s if s.entry in entries else replace(s, entry=entry_name(s.entry)) for s in scores]
     return renamed if [s.entry for s in renamed] == list(entries) else None
 
 # %% ../../nbs/07_prediction/07_evaluate.ipynb #afa4c691

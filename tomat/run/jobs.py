@@ -80,7 +80,7 @@ def _materials(source: str,     # a raw store, or another name that `open_source
     found = open_source(source)
     ids = list(found.split(split))
     if materials < 0 or len(ids) < max(1, materials):
-        raise TomatError(f"{source} has {len(ids)} materials in its part {split!r} and {max(1, materials)} are asked for: set "
+        raise TomatError(f"{source} has {len(ids)} materials in its part {split!r} and {max(1, materials)} are needed: set "
                          "--materials.")
     return found, ids[:materials or None]
 

@@ -91,7 +91,7 @@ def density_app(checkpoint: str = "",  # a folder or URL that `tomat train` wrot
     "An application that answers a structure with its density."
     predictor = load_predictor(checkpoint or None)
     about = {"decoder": predictor.identity()["decoder"], "weights": predictor.identity()["weights"], "formats": list(ANSWERS),
-             "use": "POST a POSCAR, or a CIF with ?name=x.cif; grid=48,48,60 and format=cube choose the answer"}
+             "use": "POST a POSCAR, or a CIF with ?name=x.cif; grid=48,48,60 sets the grid, and format=cube the format"}
 
     def application(request: dict[str, Any], start: Start) -> Iterable[bytes]:
         method, path = request["REQUEST_METHOD"], request.get("PATH_INFO", "")

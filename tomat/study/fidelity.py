@@ -84,8 +84,8 @@ def _measured(id: str,       # of a material
               recipe: str,   # hash of columns and schemes
               ) -> str:  # file with the material's lines
     "Measure one material, unless its file is there."
-    stamp = source.stamp(id) if hasattr(source, "stamp") else density_checksum(source.read(id))
-    part = f"{folder}/{hash_of(recipe, id, stamp)}.csv"
+    tag = source.version_tag(id) if hasattr(source, "version_tag") else density_checksum(source.read(id))
+    part = f"{folder}/{hash_of(recipe, id, tag)}.csv"
     if not exists(part):
         try:
             lines = list(measure_all(source.read(id), schemes))

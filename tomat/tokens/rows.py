@@ -69,10 +69,7 @@ class Row:
 class _Cursor:
     "A position in a row, and the checks of the tokens that follow."
 
-    def __init__(self,
-                 vocab: Vocabulary,  # of the row
-                 ids_L: np.ndarray,  # the row
-                 ) -> None:
+    def __init__(self, vocab: Vocabulary, ids_L: np.ndarray) -> None:
         if ids_L.ndim != 1 or not np.issubdtype(ids_L.dtype, np.integer):
             raise TomatError(f"A row is one line of integer ids, not {ids_L.dtype} of shape {ids_L.shape}.")
         self.vocab, self.ids, self.at = vocab, ids_L.astype(np.int64), 0
@@ -103,21 +100,17 @@ class _Cursor:
         self.at += n
         return local
 
-    def special(self,
-                name: str,  # BOS, GRID_END, …
-                ) -> None:
+    def special(self, name: str) -> None:
+        "Check that the next token is a special, such as GRID_END."
         token = self.vocab.id(name)
         self.take(1, [range(token, token + 1)])
 
-    def is_at(self,
-              name: str,  # of a special
-              ) -> bool:
+    def is_at(self, name: str) -> bool:
+        "Whether the next token is a special."
         return bool((self.ids[self.at:self.at + 1] == self.vocab.id(name)).any())
 
-    def until(self,
-              name: str,  # of a special
-              ) -> int:
-        "Number of tokens before the next `name`, or before the end of the row."
+    def until(self, name: str) -> int:
+        "Number of tokens before the next special of that name, or before the end of the row."
         return int(np.append(self.ids[self.at:] == self.vocab.id(name), True).argmax())
 
 # %% ../../nbs/03_tokens/06_rows.ipynb #d77c0376

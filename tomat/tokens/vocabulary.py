@@ -6,7 +6,8 @@
 __all__ = ['PAD', 'BOS', 'EOS', 'LAYOUTS', 'MAX_INTEGER', 'N_ELEMENTS', 'Vocabulary', 'row_text', 'save_hf']
 
 # %% ../../nbs/03_tokens/05_vocabulary.ipynb #6b329bc1
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -88,33 +89,19 @@ class Vocabulary:
         return tuple(range(int(a), int(a) + n) for a, n in zip(starts, codec.vocab_sizes, strict=True))
 
 # %% ../../nbs/03_tokens/05_vocabulary.ipynb #2e52fe2c
-def _lines(vocab: Vocabulary,   # of the row
-           ids: Sequence[int],  # one row
-           ) -> Iterator[list[int]]:
-    "Ids of each line: it ends behind a special that ends a block, and before one that begins a block."
-    line: list[int] = []
-    for token in ids:
-        kind = vocab.name(token).rpartition("_")[2] if token in vocab.blocks["special"] else ""
-        if kind and kind != "END" and line:
-            yield line
-            line = []
-        line.append(token)
-        if kind and kind != "START":
-            yield line
-            line = []
-    if line:
-        yield line
+# A line begins with every special but an END, and ends behind every special but a START.
+_LINE_BREAK = re.compile(r" (?=\[(?!\w+_END\]))|(?<=\])(?<!_START\]) ")
 
 def _line_text(words: list[str],  # of one block, with its brackets
                per_atom: int,     # position tokens of an atom
                full: bool,        # without leaving out words
                ) -> str:
-    if words[0] == "[POS_START]":
+    if words[:1] == ["[POS_START]"]:
         inner, end = (words[1:-1], words[-1:]) if words[-1] == "[POS_END]" else (words[1:], [])
         atoms = [f"({' '.join(inner[i:i + per_atom])})" for i in range(0, len(inner), per_atom)]
         words = [words[0], *(atoms if full or len(atoms) < 3 else [atoms[0], "…"]), *end]
     elif not full:
-        head = 7 if words[0] == "[DENS_START]" else 13
+        head = 7 if words[:1] == ["[DENS_START]"] else 13
         words = words if len(words) <= head + 4 else [*words[:head], "…", *words[-3:]]
     return " ".join(words)
 
@@ -124,7 +111,8 @@ def row_text(vocab: Vocabulary,    # of the row
              ) -> str:
     "The row as text, one block a line."
     per_atom = 3 * vocab.position_codec.tokens_per_value
-    texts = (_line_text([vocab.word(int(i)) for i in line], per_atom, full) for line in _lines(vocab, ids))
+    lines = _LINE_BREAK.split(" ".join(vocab.word(int(i)) for i in ids))
+    texts = (_line_text(line.split(), per_atom, full) for line in lines)
     shown: list[str] = []
     for text, same in groupby(texts):
         n = len(list(same))
