@@ -10,6 +10,7 @@ import sys
 import time
 from dataclasses import asdict, replace
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -385,13 +386,13 @@ def test_a_summary_is_means_medians_and_tails(result):
 
 def test_the_report_stands_alone_and_labels_everything(result, tmp_path):
     files = write_report(replace(result, folder=result.folder), "a <title>", ["a & b"], more=3)
-    page = open(files[0]).read()
+    page = Path(files[0]).read_text()
     assert "a &lt;title&gt;" in page and "a &amp; b" in page and not re.search(r"""(src|href)=["'](?!data:)""", page)
     assert page.count("<img") == 2 and page.count("<table") == 4  # one material is drawn, and one curve
     for line in result.scores:
         assert line.entry in page and line.id in page
     assert page.count('class="truth"') == 9  # three entries in three tables
-    written = json.loads(open(files[2]).read())
+    written = json.loads(Path(files[2]).read_text())
     assert written["more"] == 3 and written["title"] == "a <title>" and len(written["materials"]) == len(result.scores)
     assert written["summary"] == json.loads(json.dumps(evaluation_summary(result.scores)))
 

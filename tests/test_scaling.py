@@ -199,7 +199,7 @@ def test_tokenizing_is_dealt_out_as_it_is_done(n, machines, cores, seed):
 
 
 def test_measured_rates_explain_what_was_measured():
-    lines = list(csv.DictReader((ROOT / "results/scaling/tokenize_rates.csv").open()))
+    lines = list(csv.DictReader((ROOT / "results/scaling/tokenize_rates.csv").read_text().splitlines()))
     rates = fit_rates(lines)
     taken = np.array([float(line["cpu_seconds"]) for line in lines])
     found = np.array([rates.seconds(float(line["voxels"]), int(line["rows"])) for line in lines])
@@ -271,7 +271,7 @@ def test_an_offline_run_in_two_sittings_is_one_line(logged, offline, tmp_path, c
     arguments = [str(logged.parent), "--out", str(tmp_path / "runs.csv"), "--history", str(tmp_path / "steps.csv")]
     monkeypatch.setattr(sys, "argv", ["pull_wandb_runs.py", *arguments])
     assert program.main() == 0 and read_runs(tmp_path / "runs.csv") == [line]
-    steps = list(csv.DictReader((tmp_path / "steps.csv").open()))
+    steps = list(csv.DictReader((tmp_path / "steps.csv").read_text().splitlines()))
     assert [float(s["value"]) for s in steps if s["name"] == "val.loss"] == [4.4, 4.3]
     monkeypatch.setattr(sys, "argv", ["pull_wandb_runs.py", str(tmp_path), "--out", str(tmp_path / "runs.csv")])
     assert program.main() == 2 and "holds no run" in capsys.readouterr().err
@@ -331,7 +331,7 @@ def test_a_run_of_the_launcher_of_tpus_is_a_line(offline, monkeypatch, tmp_path,
     program, steps = script("pull_wandb_runs"), tmp_path / "steps.csv"
     monkeypatch.setattr(sys, "argv", ["pull_wandb_runs.py", "--out", str(tmp_path / "runs.csv"), "--history", str(steps)])
     assert program.main() == 0 and read_runs(tmp_path / "runs.csv") == [line]
-    assert {row["run"] for row in csv.DictReader(steps.open())} == {"tpu"}
+    assert {row["run"] for row in csv.DictReader(steps.read_text().splitlines())} == {"tpu"}
     said = capsys.readouterr()
     assert "1 runs in" in said.out and "3 left out" in said.out
     assert re.findall(r"^(?:The run|Run) \W?(\w+)", said.err, re.M) == ["dead", "other", "burst"]

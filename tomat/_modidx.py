@@ -501,6 +501,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'tomat.io.fetch': { 'tomat.io.fetch.Meter': ('10_io/fetch.html#meter', 'tomat/io/fetch.py'),
                                 'tomat.io.fetch.Meter.advance': ('10_io/fetch.html#meter.advance', 'tomat/io/fetch.py'),
                                 'tomat.io.fetch.Meter.expect': ('10_io/fetch.html#meter.expect', 'tomat/io/fetch.py'),
+                                'tomat.io.fetch.StoredObject': ('10_io/fetch.html#storedobject', 'tomat/io/fetch.py'),
                                 'tomat.io.fetch._check_ids': ('10_io/fetch.html#_check_ids', 'tomat/io/fetch.py'),
                                 'tomat.io.fetch._fetch_one': ('10_io/fetch.html#_fetch_one', 'tomat/io/fetch.py'),
                                 'tomat.io.fetch._is_there': ('10_io/fetch.html#_is_there', 'tomat/io/fetch.py'),

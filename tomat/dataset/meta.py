@@ -89,7 +89,7 @@ def tokenizer_of(path: str | Path,      # a folder of rows
     "The tokenizer that wrote a data set."
     try:
         tokenizer = tokenizer_from_dict(meta["tokenizer"])
-        tokenizer.vocab.names  # noqa: B018 - finds a tokenizer that cannot be made
+        tokenizer.vocab.names
     except TomatError as err:
         raise TomatError(f"{path}/meta.json: {err}") from err
     except (TypeError, ValueError, KeyError, AttributeError) as err:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ..io.fetch import Meter, download, has_md5, in_threads, pieces, stored_md5
+from ..io.fetch import Meter, StoredObject, download, has_md5, in_threads, pieces, stored_md5
 from .meta import has_form, is_part
 from ..io.remote import TomatError, client_errors, details, is_remote, remote_fs
 
@@ -148,7 +148,7 @@ def _copy(name: str,        # a path from the root
           ) -> None:
     "Copy one file."
     def get(target: Path) -> str:
-        return download(src.fs, src.key(name), src.files[name], target, meter, md5)
+        return download(StoredObject(src.fs, src.key(name), src.files[name]), target, meter, md5)
     if dst.local:
         get(Path(dst.key(name)))
     elif src.local and md5:

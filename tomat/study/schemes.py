@@ -42,7 +42,7 @@ def _wave_order(shape: Shape,                # of the grid
     own, mirror = (x * ny + y) + 0 * z, ((-x % nx) * ny + (-y % ny)) + 0 * z
     edge = (2 * z % nz == 0) & (own >= 0)  # planes that hold both of a pair
     real = edge & (own == mirror)
-    h, k, l = (np.where(i > n // 2, i - n, i) for i, n in ((x, nx), (y, ny), (z, nz)))  # noqa: E741
+    h, k, l = (np.where(i > n // 2, i - n, i) for i, n in ((x, nx), (y, ny), (z, nz)))
     g = np.array(metric).reshape(3, 3)
     g2 = g[0, 0] * h * h + g[1, 1] * k * k + g[2, 2] * l * l + 2 * (g[0, 1] * h * k + g[0, 2] * h * l + g[1, 2] * k * l)
     where = np.flatnonzero(~edge | (own <= mirror))

@@ -193,7 +193,7 @@ def histogram_of(items: Sequence[T],            # names of materials
     batches = [items[i:i + _BATCH] for i in range(0, len(items), _BATCH)]
     count = partial(_count, read=read, target=target, unit=unit, prepare=prepare)
     counted = zip(batches, in_order(count, batches, workers), strict=True)
-    shown = track(counted, "count", len(items), "materials", worth=lambda pair: len(pair[0]))
+    shown = track(counted, "count", len(items), "materials", units_of=lambda pair: len(pair[0]))
     return merge_histograms(part for _, part in shown)
 
 # %% ../../nbs/03_tokens/03_fit_codec.ipynb #83447565
