@@ -30,8 +30,10 @@ from nbdev.test import nb_test_cells
 
 LIMIT_S = 600  # of one cell
 FLOAT = re.compile(r"\d+\.\d+(?:e[-+]\d+)?|\d+e[-+]\d+")
-# What differs from run to run and says nothing: addresses of objects, names of temporary folders, and how wide a column is.
+# What says nothing to a reader: addresses of objects, names of temporary folders, digests and sizes of compressed files (those
+# of the next version of a package differ), and how wide a column is.
 NOISE = [(re.compile(r" at 0x[0-9a-f]{6,}"), ""), (re.compile(r"\S*\btmp[a-z0-9_]{8}\b"), "tmp"),
+         (re.compile(r"\b[0-9a-f]{32,64}\b"), "digest"), (re.compile(r"(?<='bytes': )\d+"), "size"),
          (re.compile(r"[ \t]+(?=\n|$)"), ""), (re.compile(r"(?<=\S)[ \t]+"), " "), (re.compile("[─═]+"), "─")]
 
 
@@ -67,6 +69,7 @@ def execute(path: Path) -> tuple[list[tuple[Any, list[dict[str, Any]]]], str]:
     for cell in nb_test_cells(path, flags.split() if isinstance(flags, str) else flags):
         ran.append((cell, cell.get("outputs", [])))
         shell.cell(cell, timeout=LIMIT_S)
+        cell.outputs = [out for out in cell.outputs if out.get("name") != "stderr"]  # warnings of packages belong on no page
         if shell.exc:
             return ran, f"cell {cell.idx_ + 1} ({cell.id}) failed:\n{''.join(format_exc(shell.exc))}"
     return ran, ""
@@ -74,21 +77,16 @@ def execute(path: Path) -> tuple[list[tuple[Any, list[dict[str, Any]]]], str]:
 
 def difference(cell: Any, saved: list[dict[str, Any]]) -> Iterator[str]:
     "Lines that say how what a cell prints differs from what is saved in it; none where it does not."
-    before, after = text_of(saved), text_of(pages(cell.outputs))
+    before, after = text_of(saved), text_of(cell.outputs)
     if "volatile" not in cell.directives_ and not same(before, after):
         yield f"cell {cell.idx_ + 1} ({cell.id}) prints something else than is saved in it:"
         yield from difflib.unified_diff(before.splitlines(), after.splitlines(), "saved", "now", lineterm="", n=1)
 
 
-def pages(outputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    "The outputs that belong on a page: standard error is for who runs it, such as warnings of the packages installed there."
-    return [out for out in outputs if out.get("name") != "stderr"]
-
-
 def save(path: Path, cells: list[Any]) -> None:
     "Write outputs into the file as it is now: a cell that was edited meanwhile keeps its own."
     notebook = json.loads(path.read_text(encoding="utf-8"))
-    new = {(cell.id, cell.source): pages(cell.outputs) for cell in cells}
+    new = {(cell.id, cell.source): cell.outputs for cell in cells}
     for cell in notebook["cells"]:
         if cell["cell_type"] == "code":
             cell["outputs"] = new.get((cell.get("id"), "".join(cell["source"])), cell["outputs"])

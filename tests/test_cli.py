@@ -876,7 +876,8 @@ def test_training_scores_free_running_predictions(tomat, tmp_path, made):
     assert tomat("train", made / "rows", "--out", tmp_path / "run", "--steps", 2, "--batch-size", 2, "--eval-every", 1,
                  "--judge", made / "store", "--judge-materials", 1).code == 0
     lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
-    assert len(lines) == 2 and all(line["val"]["nmae"] > 0 for line in lines)
+    scores = [line["val"]["nmae"] for line in lines if "val" in line]  # none for a density without electrons
+    assert len(lines) == 2 and scores and min(scores) > 0
 
 
 def test_fit_atoms(tomat, tmp_path):

@@ -355,7 +355,7 @@ def test_a_kill_loses_one_material_at_most(store, tmp_path):
     run = subprocess.Popen(line, stdout=subprocess.PIPE, text=True, env=quiet)
     assert run.stdout.readline() == run.stdout.readline() == "predicting\n"
     run.send_signal(signal.SIGKILL)
-    run.wait()
+    run.communicate()
     whole = [p.name for p in (tmp_path / "out/materials").iterdir() if not p.name.startswith(".")]
     assert whole == ["m-1.json"] and json.loads((tmp_path / "out/materials/m-1.json").read_text())["scores"]
 

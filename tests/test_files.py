@@ -257,7 +257,7 @@ def writer(target, kind, end):
 @pytest.mark.parametrize("kind", ["file", "folder"])
 def test_what_a_killed_run_left_is_swept_and_what_a_live_one_writes_is_not(tmp_path, kind):
     live = writer(tmp_path / "live", kind, "lives")
-    writer(tmp_path / "dead", kind, "dies").wait()
+    writer(tmp_path / "dead", kind, "dies").communicate()
     (tmp_path / ".partial-1234abcd-other").write_text("of a fetch that goes on there")
     write_text(tmp_path / "mine", "x")  # somebody is writing: nothing is swept
     assert len([name for name in os.listdir(tmp_path) if name.startswith(".partial-new-")]) == 2

@@ -87,6 +87,7 @@ def test_the_children_of_a_killed_parent_end(tmp_path, how):
     children = [int(run.stdout.readline()) for _ in range(2)]
     run.kill()
     run.wait()
+    run.stdout.close()
     deadline = time.monotonic() + 30
     while any(map(alive, children)):
         assert time.monotonic() < deadline, "a child lives on"

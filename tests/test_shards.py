@@ -179,7 +179,7 @@ def test_the_sample_through_the_shards(tmp_path):
         density = next(d for d in densities if d.id == rows.materials[number])
         patch = cut(density.total - density.sad, rows.offsets_Nx3[[number]], 4)[0]
         assert (np.abs(reader.decode(ids).values - patch) <= tok.density_codec.bound(patch)).all()
-    with pytest.raises(TomatError, match="it holds 15"):
+    with pytest.raises(TomatError, match="the data set holds 15"):
         row_of(tmp_path / "rows", 15)
 
 

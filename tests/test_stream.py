@@ -359,7 +359,7 @@ def test_a_material_that_does_not_fit_is_named_and_can_be_left_out():
 
 
 @pytest.mark.parametrize("arguments, words", [
-    ({"ids": []}, "needs rows"), ({"ids": ["m-0", "m-0"]}, "differ"), ({"patches": 0}, "at least one patch"),
+    ({"ids": []}, "needs rows"), ({"ids": ["m-0", "m-0"]}, "m-0 is listed twice"), ({"patches": 0}, "at least one patch"),
     ({"window": 0}, "a window")])
 def test_what_is_no_stream(arguments, words):
     with pytest.raises(TomatError, match=words):

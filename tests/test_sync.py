@@ -79,7 +79,7 @@ def test_a_flipped_bit_is_found_on_either_side(store, tmp_path, request):
     # what is flipped at the source is known by the manifest: from a disk, and from a store, whose MD5 is of the wrong bytes
     flip(f"{copy}/{name}")
     for there in (tmp_path / "elsewhere", f"{tmp_path}/other/"):
-        with pytest.raises(TomatError, match=rf"{copy}/{name} is not what its meta.json says: make that shard again"):
+        with pytest.raises(TomatError, match=rf"{copy}/{name} has another MD5 than its meta.json says: make that shard again"):
             sync(copy, there)
     assert not (tmp_path / "elsewhere").exists()
 
@@ -255,7 +255,7 @@ def test_a_larger_data_set_is_not_overlaid(tmp_path):
     """Its shards would stay beside a meta.json that does not name them, and be read with it by a pattern."""
     small, large = data_set(tmp_path / "small", shards=1), data_set(tmp_path / "large", shards=3, seed=1)
     before = files(large)
-    with pytest.raises(TomatError, match=r"large holds shards of a larger data set, rows-00001\.parquet for one"):
+    with pytest.raises(TomatError, match=r"large holds shards that .* lacks, such as rows-00001\.parquet"):
         sync(small, large)
     assert files(large) == before
     data_set(tmp_path / "parts", workers=2)

@@ -26,22 +26,22 @@ class Side:
     "A folder, local or remote, and its store's information about the files in it."
     fs: Any                           # an fsspec file system
     root: str                         # the folder in it
-    url: str                          # as the user gave it
-    files: dict[str, dict[str, Any]]  # path from the root → size, checksum, …
+    url: str                          # path or URL of the folder, as the user gave it
+    files: dict[str, dict[str, Any]]  # size, checksum, … of each file, by its path from the root
 
     @property
     def local(self) -> bool:
-        "Whether it lies on a disk of this machine."
+        "Whether the folder is on a disk of this machine."
         return "file" in self.fs.protocol
 
-    def key(self, name: str,  # a path from the root
+    def key(self, name: str,  # path of a file from the root
             ) -> str:
-        "The file's name for the file system."
+        "The path of a file in the file system."
         return f"{self.root}/{name}"
 
     def md5(self, name: str,  # a path from the root
             ) -> str:  # 32 hexadecimal digits
-        "The MD5 of a file's bytes, all of them read."
+        "The MD5 of a file, computed from its bytes."
         digest = hashlib.md5(usedforsecurity=False)
         with client_errors(f"{self.url}/{name}", "read"):
             for piece in pieces(self.fs, self.key(name), self.files[name]["size"]):
@@ -49,20 +49,20 @@ class Side:
         return digest.hexdigest()
 
     def agrees(self, name: str,          # a path from the root
-               md5: str,                 # what it should be
-               read: bool = True,        # False: ask the store, and read nothing that is remote
-               ) -> bool | None:  # None: not known
-        "Whether a file has this MD5, as its store says or by its bytes."
+               md5: str,                 # the expected MD5
+               read: bool = True,        # False: ask the store alone, and download nothing
+               ) -> bool | None:  # None: not known without reading
+        "Whether a file has this MD5, from its store's checksum or from its bytes."
         with client_errors(f"{self.url}/{name}", "read"):
             same = has_md5(self.fs, self.key(name), self.files[name], md5)
         return self.md5(name) == md5 if same is None and (read or self.local) else same
 
-def _side(path: str | Path,  # a folder that may not exist
+def _side(path: str | Path,  # a folder, local or remote, that may be missing
           ) -> Side:
     "A folder and the files in it; a folder that does not exist has none."
     url = str(path).rstrip("/") or "/"
     if url.startswith(("http://", "https://")):
-        raise TomatError(f"{url} is a web page: sync moves files between folders, s3:// and gs://.")
+        raise TomatError(f"{url} is a web page: give a folder, s3://… or gs://….")
     fs, root = remote_fs(url if is_remote(url) else str(Path(url).resolve()))
     with client_errors(url, "read"):
         try:
@@ -78,8 +78,8 @@ def _side(path: str | Path,  # a folder that may not exist
 _ROOTS = ("meta.json", "zarr.json")  # a folder is complete when it has one of these
 
 def _manifest(side: Side,  # the source
-              ) -> dict[str, str]:  # path from the root → MD5
-    "The MD5s in every `meta.json`."
+              ) -> dict[str, str]:  # MD5 of each shard, by its path from the root
+    "The MD5s in every `meta.json` of a folder; raises `TomatError` for a damaged one or a missing shard."
     md5s: dict[str, str] = {}
     for name in (n for n in side.files if PurePosixPath(n).name == "meta.json"):
         with client_errors(f"{side.url}/{name}", "read"):
@@ -92,61 +92,63 @@ def _manifest(side: Side,  # the source
         beside = any(n.endswith(".parquet") and n.removeprefix(folder).count("/") == 0 for n in side.files if n.startswith(folder))
         shards: Any = meta.get("shards", {}) if isinstance(meta, dict) else {}
         if not has_form(shards, [{"md5": str}]) or (beside and not shards):
-            raise TomatError(f"{side.url}/{name} is damaged, it does not give the MD5 of each shard: make the data set again.")
+            raise TomatError(f"{side.url}/{name} does not hold the MD5 of each shard: make the data set again.")
         md5s |= {folder + shard: entry["md5"] for shard, entry in shards.items()}
     if lacking := sorted(set(md5s) - set(side.files)):
-        raise TomatError(f"{side.url} lacks {lacking[0]}, which its meta.json names: make the data set whole first.")
+        raise TomatError(f"{side.url} lacks {lacking[0]}, which its meta.json lists: run `tomat tokenize` for the source again, "
+                         "or copy that shard to it.")
     return md5s
 
 # %% ../../nbs/04_dataset/09_sync.ipynb #ea00ad91
 def _source_md5(name: str,         # a path from the root
                 src: Side,         # the source
                 dst: Side,         # the destination
-                md5: str | None,   # in the manifest
-                ) -> str | None:  # None: not known before it is read
-    "The MD5 a copy should have; raises `TomatError` for a source that its manifest contradicts."
+                md5: str | None,   # MD5 in the manifest; None: not listed there
+                ) -> str | None:  # None: not known before the file is read
+    "The MD5 that a copy must have; raises `TomatError` for a source file that differs from its manifest."
     if md5 is None:
         same_size = dst.files.get(name, {}).get("size") == src.files[name]["size"]
         return stored_md5(src.fs, src.files[name]) or (src.md5(name) if src.local or same_size else None)
     if src.agrees(name, md5, read=False) is False:
-        raise TomatError(f"{src.url}/{name} is not what its meta.json says: make that shard again, or copy it from elsewhere.")
+        raise TomatError(f"{src.url}/{name} has another MD5 than its meta.json says: make that shard again, or copy it from "
+                         "elsewhere.")
     return md5
 
 def _compare(name: str,        # a path from the root
              meter: Meter,     # counts the bytes
              src: Side,        # the source
              dst: Side,        # the destination
-             md5: str | None,  # in the manifest
-             ) -> tuple[str | None, bool]:  # MD5 that a copy must have, where it is known; whether the file is there already
-    "Compare one file on both sides."
+             md5: str | None,  # MD5 in the manifest; None: not listed there
+             ) -> tuple[str | None, bool]:  # MD5 that a copy must have, if known; whether the destination has the file
+    "Compare one file on both sides; returns its MD5 and whether both are the same."
     size = src.files[name]["size"]
     found = _source_md5(name, src, dst, md5)
     same = dst.files.get(name, {}).get("size") == size and found is not None and bool(dst.agrees(name, found))
     meter.advance(size)
-    return (found if src.local else md5), same  # an ETag may not be an MD5: `download` sees to that
+    return (found if src.local else md5), same  # an ETag may not be an MD5: `download` handles that
 
 # %% ../../nbs/04_dataset/09_sync.ipynb #9db8a03b
-def _put(name: str,   # a path from the root
+def _put(name: str,   # path of the copy from the root
          path: Path,  # a local file
-         md5: str,    # of its bytes
-         dst: Side,   # a store
+         md5: str,    # MD5 of its bytes
+         dst: Side,   # the destination, a store
          ) -> None:
-    "Send a file and check the copy."
+    "Upload a file and check the copy; raises `TomatError` for a damaged copy, which is removed."
     key, url = dst.key(name), f"{dst.url}/{name}"
     with client_errors(url, "written"):
         dst.fs.put_file(str(path), key)
         dst.files[name] = details(dst.fs, key) or {"size": None}
     if dst.files[name]["size"] != path.stat().st_size or not dst.agrees(name, md5):
         dst.fs.rm_file(key)
-        raise TomatError(f"{url} arrived damaged and is removed: run it again, and look at the source if that does not help.")
+        raise TomatError(f"{url} arrived damaged and was removed: run sync again, and check the network if that does not help.")
 
 def _copy(name: str,        # a path from the root
           meter: Meter,     # counts the bytes
           src: Side,        # the source
           dst: Side,        # the destination
-          md5: str | None,  # MD5 that the copy must have, where it is known
+          md5: str | None,  # MD5 that the copy must have, if known
           ) -> None:
-    "Copy one file."
+    "Copy one file and check the copy."
     def get(target: Path) -> str:
         return download(StoredObject(src.fs, src.key(name), src.files[name]), target, meter, md5)
     if dst.local:
@@ -160,9 +162,9 @@ def _copy(name: str,        # a path from the root
             _put(name, path, get(path), dst)
 
 # %% ../../nbs/04_dataset/09_sync.ipynb #83a439bd
-def _jobs(side: Side,
-          ) -> set[tuple[str, int]]:  # plan, and number of parts; 0 for what was not made in parts
-    "The data sets, or the parts of one, that a folder holds, finished or not; one that cannot be read is none."
+def _jobs(side: Side,  # the source or the destination
+          ) -> set[tuple[str, int]]:  # (plan, number of parts) of each job; 0 parts: not made in parts
+    "The jobs that made the data sets in a folder, finished or not; a meta.json that cannot be read is left out."
     jobs: set[tuple[str, int]] = set()
     for name in (n for n in side.files if re.fullmatch(r"(worker-\d+/)?(meta|unfinished)\.json", n)):
         with client_errors(f"{side.url}/{name}", "read"), suppress(ValueError, RecursionError):
@@ -186,19 +188,20 @@ def _check_pair(src: Side,  # the source
     strays = [name for name in dst.files.keys() - src.files.keys()
               if name.endswith(".parquet") and str(PurePosixPath(name).parent) in complete]
     if strays:
-        raise TomatError(f"{dst.url} holds shards of a larger data set, {min(strays)} for one: give another destination.")
+        raise TomatError(f"{dst.url} holds shards that {src.url} lacks, such as {min(strays)}: give another destination, "
+                         "or remove them.")
 
-def _rank(name: str,  # a path from the root
+def _rank(name: str,  # path of a file from the root
           ) -> int:
-    "0 for content, 1 for a file that makes a folder complete, 2 for the one of the root: the order of copying."
+    "Place in the order of copying: 0 for content, 1 for a file that makes a folder complete, 2 for that of the root."
     return (PurePosixPath(name).name in _ROOTS) + (name in _ROOTS)
 
 def sync(src: str | Path,      # a data set, or any folder: local, s3://… or gs://…
          dst: str | Path,      # the destination: the files of `src` come directly into it
-         check: bool = False,  # True: only compare; a difference is a `TomatError`
-         workers: int = 4,     # how many files at once
-         ) -> dict[str, int]:  # how many were copied and skipped, and the bytes that were copied
-    "Copy a folder's files with their MD5 checked on both ends; files that are there already are left alone."
+         check: bool = False,  # True: only compare, and raise `TomatError` for a difference
+         workers: int = 4,     # number of files that are copied at once
+         ) -> dict[str, int]:  # "copied" and "skipped" files, and "bytes" that were copied
+    "Copy a folder's files with their MD5 checked on both ends, and count them; files that are there already are skipped."
     here, there = _side(src), _side(dst)
     _check_pair(here, there)
     manifest, sizes = _manifest(here), {name: info["size"] for name, info in here.files.items()}

@@ -20,7 +20,7 @@ METALS = frozenset(element.symbol for element in Element if element.is_metal)
 
 def class_of(elements: Iterable[str],  # symbols, such as {"Na", "Cl"}
              ) -> str:  # one of CLASSES
-    "The chemical class of the compounds of some elements; the rules are the table of this page."
+    "Chemical class of a compound of these elements, by the table of rules above."
     present = set(elements)
     if present <= METALS:
         return "intermetallic"
@@ -38,11 +38,11 @@ def class_of(elements: Iterable[str],  # symbols, such as {"Na", "Cl"}
 # %% ../../nbs/01_density/10_classify.ipynb #7e70238f
 def classify(material: Structure | Composition | str,  # a crystal, its composition, or a formula such as "Fe2O3"
              ) -> str:  # one of CLASSES
-    "The chemical class of a material; raises `TomatError` where a name is no element's."
+    "The chemical class of a material; raises `TomatError` for a formula with an unknown element."
     try:
         composition = material.composition if isinstance(material, Structure) else Composition(material)
     except (ValueError, TypeError) as err:
-        raise TomatError(f"{material!r} is no formula: write one such as Fe2O3.") from err
+        raise TomatError(f"{material!r} is no formula: write a formula such as Fe2O3.") from err
     unknown = sorted(str(s) for s in composition if isinstance(s, DummySpecies))
     if unknown or not len(composition):
         raise TomatError(f"{material!r} cannot be classified: write a formula of elements such as Fe2O3.")

@@ -33,7 +33,7 @@ class Density:
     id: str = ""  # name of the material, such as a task id
     units: str = TOTAL  # TOTAL: density × cell volume, electrons; RHO: e/Å³
     spin: Mapping[str, np.ndarray] = field(default_factory=dict)  # "diff", or "diff_x", "diff_y", "diff_z"; as values
-    augmentation: Mapping[str, Mapping[int, np.ndarray]] = field(default_factory=dict)  # block → atom (from 1) → PAW
+    augmentation: Mapping[str, Mapping[int, np.ndarray]] = field(default_factory=dict)  # block → atom, from 1 → PAW occupancies
     moments: Mapping[str, np.ndarray] = field(default_factory=dict)  # spin block → (n_atoms,) numbers written before it
     sad: np.ndarray | None = None  # (nx, ny, nz) sum of atomic densities, in `units`
     metadata: Mapping[str, Any] = field(default_factory=dict)  # from the file it was read from; JSON types
@@ -80,12 +80,13 @@ class Density:
     def _with_grids(self, change: Callable[[np.ndarray], np.ndarray],  # applied to values, spin and SAD
                     **fields: Any,  # new values of other fields
                     ) -> "Density":
+        "The same density with every grid changed, and other fields replaced."
         sad = None if self.sad is None else change(self.sad)
         return replace(self, values=change(self.values), spin={k: change(v) for k, v in self.spin.items()}, sad=sad, **fields)
 
     def as_units(self, units: str,  # TOTAL or RHO
                  ) -> "Density":
-        "The same density in other units."
+        "The same density with all grids in these units."
         if units == self.units:
             return self
         factor = self.volume if units == TOTAL else 1 / self.volume
@@ -106,7 +107,7 @@ class Density:
         Nothing moves in space, so augmentation, moments and site properties, which refer to Cartesian axes, are kept.
         Half of the permutations give a left-handed cell, which VASP refuses; the first 24 of `AXIS_PERMUTATIONS` do not."""
         if sorted(axes) != [0, 1, 2] or len(flips) != 3:
-            raise TomatError(f"{tuple(axes)}, {tuple(flips)} is no permutation of axes: give an order of 0, 1, 2 and three flips.")
+            raise TomatError(f"axes {tuple(axes)}, flips {tuple(flips)}: give an order of 0, 1, 2 and three flips.")
         order, reversed_axes = list(axes), tuple(i for i in range(3) if flips[i])
         signs = np.where(flips, -1.0, 1.0)
         def permute(grid_xyz: np.ndarray) -> np.ndarray:
@@ -120,18 +121,18 @@ class Density:
         return self._with_grids(permute, structure=structure)
 
 # %% ../../nbs/01_density/01_core.ipynb #7974a94a
-def check_structure(structure: Structure,  # just read
-                    name: str,             # how an error calls it
+def check_structure(structure: Structure,  # a crystal, such as one just read from a file
+                    name: str,             # name of the crystal in an error
                     ) -> None:
     "Raise `TomatError` unless the cell has a volume, and atoms of real elements at finite coordinates."
     if not len(structure) or not structure.volume > 0 or not np.isfinite(structure.frac_coords).all():
-        raise TomatError(f"{name} has no atoms, no cell volume or a coordinate that is not finite: a density needs its structure.")
+        raise TomatError(f"{name} has no atoms, no cell volume or a coordinate that is not finite: correct the structure.")
     unknown = {str(s) for site in structure for s in site.species if isinstance(s, DummySpecies)}
     if unknown:
         raise TomatError(f"{name} names unknown elements {sorted(unknown)}: use the symbols of the periodic table.")
 
 # %% ../../nbs/01_density/01_core.ipynb #66e0d472
-def check_density(density: "Density",  # just made, or about to be written
+def check_density(density: "Density",  # a density, just made or about to be written
                   ) -> None:
     "Raise `TomatError` unless the arrays are finite and of one shape, and the structure is sound."
     shape = density.values.shape
@@ -139,18 +140,19 @@ def check_density(density: "Density",  # just made, or about to be written
     if density.units not in (TOTAL, RHO):
         raise TomatError(f"{name} has the unit {density.units!r}: give {TOTAL!r} or {RHO!r}.")
     if len(shape) != 3 or 0 in shape or not np.issubdtype(density.values.dtype, np.floating):
-        raise TomatError(f"{name} is {density.values.dtype} of shape {shape}: a density is real numbers on a 3-D grid.")
+        raise TomatError(f"{name} is {density.values.dtype} of shape {shape}: give real numbers on a 3-D grid.")
     check_structure(density.structure, name)
     blocks = {"the density": density.values, **density.spin} | ({} if density.sad is None else {"the SAD": density.sad})
     for block, grid_xyz in blocks.items():
         if grid_xyz.shape != shape:
-            raise TomatError(f"{block} of {name} is on a grid {grid_xyz.shape}, not {shape}: all blocks share one grid.")
+            raise TomatError(f"{block} of {name} is on a grid {grid_xyz.shape}, not {shape}: regrid it, all blocks share one grid.")
         with np.errstate(over="ignore", invalid="ignore"):
             finite = bool(np.isfinite(grid_xyz.sum()))  # one pass; a NaN or an infinity carries over into the sum
         if not finite and (n_bad := int(grid_xyz.size - np.isfinite(grid_xyz).sum())):
             raise TomatError(f"{block} of {name} holds {n_bad} NaN or infinite values: repeat the calculation or the copy.")
 
 # %% ../../nbs/01_density/01_core.ipynb #01902a8d
+# symbol → Pauling electronegativity; infinity for an element without
 _ELECTRONEGATIVITY = {element.symbol: element.data.get("X") or math.inf for element in Element}
 
 def formula_of(structure: Structure,  # any crystal
@@ -183,9 +185,11 @@ def plot_slice(values_xyz: np.ndarray,     # (nx, ny, nz) any scalar field on a 
 # %% ../../nbs/01_density/01_core.ipynb #c5e3acec
 def _handedness(permutation: tuple[tuple[int, ...], tuple[bool, ...]],  # (axes, flips)
                 ) -> int:  # 1, or -1 where a right-handed cell becomes a left-handed one
+    "Sign by which a permutation multiplies the triple product of the axes."
     axes, flips = permutation
     return round(float(np.linalg.det(np.eye(3)[list(axes)]))) * (-1) ** sum(flips)
 
+# all 48 pairs (axes, flips), as `Density.permute_axes` takes them; the 24 that keep a right-handed cell come first
 AXIS_PERMUTATIONS = tuple(sorted(product(permutations(range(3)), product((False, True), repeat=3)), key=_handedness, reverse=True))
 
 # %% ../../nbs/01_density/01_core.ipynb #8e21b6d4

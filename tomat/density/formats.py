@@ -31,8 +31,8 @@ class Format:
     "A file format: the names of its files, and its reader and writer for local paths."
     prefixes: tuple[str, ...]  # beginnings of a file's name, lower case
     suffixes: tuple[str, ...]  # endings of a file's name before .gz, lower case
-    read: Callable[[Path], Density]
-    write: Callable[[Density, Path], None]
+    read: Callable[[Path], Density]         # density in a local file or folder
+    write: Callable[[Density, Path], None]  # writes a local file or folder
     holds: str | None = None   # for a folder: regular expression of the names in it
 
 FORMATS = {
@@ -61,14 +61,14 @@ def format_of(path: str | Path,  # the file need not exist
     return key
 
 # %% ../../nbs/01_density/05_formats.ipynb #ef7d4871
-def is_utf8(name: str,  # of a file
+def is_utf8(name: str,  # a file's name
             ) -> bool:
     "Whether a file's name is text."
     return name.encode(errors="ignore").decode() == name
 
 def id_of(path: str | Path,  # local or remote
           ) -> str:
-    "Id of a material from its file's name; raises `TomatError` where that is not UTF-8."
+    "Id of a material from its file's name, or its folder's; raises `TomatError` where that is not UTF-8."
     name = Path(path).name
     for suffix in (".gz", ".zip", *(s for known in FORMATS.values() for s in known.suffixes)):
         name = name[:-len(suffix)] if name.lower().endswith(suffix) else name
@@ -79,9 +79,10 @@ def id_of(path: str | Path,  # local or remote
     return name
 
 # %% ../../nbs/01_density/05_formats.ipynb #6be8a9ce
-def _chosen_format(path: str | Path,    # the file to read or write
+def _chosen_format(path: str | Path,    # file to read or write
                    format: str | None,  # a key of `FORMATS`; None: by the file's name
                    ) -> Format:
+    "The format to use for a file; raises `TomatError` where there is none."
     if format is not None and format not in FORMATS:
         raise TomatError(f"{format!r} is no format that {path} can have: use one of {', '.join(FORMATS)}.")
     return FORMATS[format or format_of(path)]
@@ -101,7 +102,7 @@ def _opened(path: str | Path,  # local, s3:// or gs://
             raise TomatError(f"{path}: {err}") from err
 
 def _check_exists(path: str | Path) -> None:
-    "Raise `TomatError` for a missing file whose name has no known format; reading reports the others."
+    "Raise `TomatError` for a missing file of unknown format; reading reports a missing file of a known one."
     if known_format(path) is None and not exists(path):
         raise TomatError(f"{path} does not exist: check the name.")
 
@@ -129,6 +130,7 @@ def write_density(density: Density,           # the density to write
         known.write(density, aside)
 
 # %% ../../nbs/01_density/05_formats.ipynb #6571fb67
+# names of files with a structure; the sizes of a VASP grid, after a blank line
 _STRUCTURES = re.compile(r".*(poscar|contcar).*|.*\.(vasp|cif|mcif|json|yaml|xsf|cssr|res)|vasprun.*\.xml")
 _GRID_SIZES = re.compile(rb"\n[ \t]*\r?\n[ \t]*\d+[ \t]+\d+[ \t]+\d+[ \t]*\r?\n")
 
@@ -211,4 +213,4 @@ def density_info(density: Density,  # the density to describe
             "grid": list(density.shape), "spacing": list(density.spacing), "volume": density.volume,
             "electrons": density.n_electrons, "min": float(rho.min()), "max": float(rho.max()),
             "negative_share": float((rho < 0).mean()), "spin": list(density.spin),
-            "augmentation": bool(density.augmentation), "baseline": density.sad is not None}
+            "augmentation": bool(density.augmentation), "baseline": density.sad is not None}  # whether it holds a SAD

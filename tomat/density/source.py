@@ -34,19 +34,19 @@ class Source(Protocol):
 
     @property
     def ids(self) -> Sequence[str]:
-        "All materials."
+        "Ids of all materials."
 
     def split(self, name: str) -> Sequence[str]:
-        "The ids of one part; `all` for every one."
+        "Ids of the part of that name; the part `all` has every id."
 
     def read(self, id: str) -> Density:
-        "One material."
+        "The density of one material."
 
 class Unsplit:
     "Base of the sources that are not split."
 
     def split(self: Source,
-              name: str,  # of a part
+              name: str,  # name of a part
               ) -> Sequence[str]:
         "All ids, for the only part `all`."
         if name != "all":
@@ -78,7 +78,7 @@ class InMemory(Unsplit):
 
 # %% ../../nbs/01_density/07_source.ipynb #feedbbd3
 def material_rng(seed: int,  # common to all materials, such as a data set's seed
-                 id: str,    # of the material
+                 id: str,    # id of the material
                  ) -> np.random.Generator:
     "Random generator that depends on the seed and the material's id alone."
     digest = hashlib.sha256(id.encode()).digest()
@@ -90,9 +90,10 @@ _ANY_CHGCAR = re.compile(r"chgcar([._-].*)?", re.IGNORECASE)
 _PART = re.compile(r"aeccar|parchg", re.IGNORECASE)
 
 def _printable(name: str) -> str:
+    "A file's name as text that can be printed."
     return name if is_utf8(name) else ascii(name)
 
-def _unreadable(path: str,          # of a file or folder
+def _unreadable(path: str,          # a file or folder
                 is_folder: bool = False,
                 ) -> str:
     "Reason why a path cannot be read whatever its content, or \"\"."
@@ -100,10 +101,10 @@ def _unreadable(path: str,          # of a file or folder
         return "a name that is not UTF-8"
     return "" if is_folder or is_remote(path) or os.path.isfile(path) else "a pipe, a device or a broken link"
 
-def _inside(root: str,  # of the source
-            name: str,  # of a calculation's folder in it
+def _inside(root: str,  # folder of the source
+            name: str,  # name of a calculation's folder in it
             ) -> tuple[str, dict[str, str]]:  # path of its density or "", and skipped names → reasons
-    "The density of one calculation's folder."
+    "Path of the density in one calculation's folder, and reasons for the files that are skipped."
     found = [n for n, is_folder in entries(f"{root}/{name}").items() if not is_folder and _ANY_CHGCAR.fullmatch(n)]
     reasons = {n: _unreadable(f"{root}/{name}/{n}") for n in found}
     names = [n for n in found if not reasons[n]]
@@ -118,10 +119,10 @@ def _inside(root: str,  # of the source
     return f"{root}/{name}/{density}", skipped | {f"{name}/{n}": "beside a CHGCAR" for n in names if n != density}
 
 # %% ../../nbs/01_density/07_source.ipynb #feff98b6
-def _look_at(root: str,                # of the source
+def _look_at(root: str,                # folder of the source
              entry: tuple[str, bool],  # name in the folder, and whether it is a folder
              ) -> tuple[str, str, dict[str, str]]:  # id and path of a density or "", and skipped names → reasons
-    "The density at one entry of a folder."
+    "Id and path of the density at one entry of a folder, and reasons for the names that are skipped."
     name, is_folder = entry
     path = f"{root}/{name}"
     reason = _unreadable(path, is_folder or known_format(name) is None)
@@ -133,10 +134,10 @@ def _look_at(root: str,                # of the source
         reason = "no density by its first lines"
     return ("", "", {_printable(name): reason}) if reason else (id_of(path), path, {})
 
-def threaded_map(function: Callable[[T], R],
-               items: Sequence[T],
-               ) -> list[R]:  # in the order of the items
-    "Results of `function` for all items, 16 at a time, for questions to a remote store."
+def threaded_map(function: Callable[[T], R],  # called in threads, such as a request to a remote store
+                 items: Sequence[T],          # its arguments
+                 ) -> list[R]:  # in the order of the items
+    "Results of `function` for all items, 16 at a time."
     with ThreadPoolExecutor(16) as pool:
         return list(pool.map(function, items))
 
@@ -144,7 +145,7 @@ def threaded_map(function: Callable[[T], R],
 @dataclass(frozen=True)
 class Folder(Unsplit):
     "A source of the density files in a folder, local or remote, or of one file alone."
-    root: str | Path
+    root: str | Path  # a folder, a file or a Zarr group; local, s3:// or gs://
 
     def __str__(self) -> str:
         return str(self.root)
@@ -157,7 +158,7 @@ class Folder(Unsplit):
 
     @cached_property
     def _scan(self) -> tuple[dict[str, str], dict[str, str]]:
-        "Paths by id, and reasons by skipped name."
+        "Paths of the densities by id, and reasons by skipped name."
         root = str(self.root).rstrip("/")
         if self.single:
             return {id_of(root): root}, {}
@@ -190,7 +191,7 @@ class Folder(Unsplit):
 
     @property
     def skipped(self) -> dict[str, str]:
-        "Reason why a file or folder in it is not read, by name."
+        "Name of each file or folder that is not read → the reason."
         return self._scan[1]
 
     @property
@@ -208,9 +209,9 @@ class Folder(Unsplit):
 @dataclass(frozen=True)
 class Fetched(Unsplit):
     "A source of densities of the Materials Project, by task id."
-    ids: list[str]
-    base_url: str | None = None         # of a mirror; None: TOMAT_MP_BASE_URL, or the open bucket
-    cache: str | Path | None = None     # folder; None: the user's cache
+    ids: list[str]                      # task ids, such as mp-2680643
+    base_url: str | None = None         # URL of a mirror; None: TOMAT_MP_BASE_URL, or the open bucket
+    cache: str | Path | None = None     # folder of the downloads; None: the user's cache
 
     def __str__(self) -> str:
         return "a list of ids"
@@ -228,10 +229,10 @@ _LIST = re.compile(r".*\.(txt|list|ids)")
 
 def open_source(name: str | Path,  # a store, a folder, a file, ids with commas between them, or a list of ids
                 ) -> Source:
-    """The source of a name; raises `TomatError` where there is none.
+    """The source that a name stands for; raises `TomatError` where there is none.
 
     Ids, and the ids in a list, are fetched from `TOMAT_MP_BASE_URL` (s3://, gs://, https:// or a folder),
-    else from the Materials Project's open bucket. A folder or file that is called like an id comes first.
+    else from the Materials Project's open bucket. A folder or file whose name is an id is taken first.
     """
     text = str(name)
     kind = kind_of(text)

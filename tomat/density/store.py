@@ -29,11 +29,12 @@ from .formats import read_density
 # %% ../../nbs/01_density/06_store.ipynb #fc1b087a
 _ID_LIST, _SPLIT, _SPLITS = "mp_filelist.txt", "split.json", "split*.json"
 
-def _check_unique(ids: Sequence[str],
-                  listed_in: str,  # the file that lists them
+def _check_unique(ids: Sequence[str],  # as listed
+                  listed_in: str,      # the file that lists them
                   ) -> None:
+    "Raise `TomatError` where an id is listed twice."
     if twice := [id for id, n in Counter(ids).items() if n > 1]:
-        raise TomatError(f"{listed_in} lists {twice[0]} twice: take one of them out.")
+        raise TomatError(f"{listed_in} lists {twice[0]} twice: remove one of the two.")
 
 @dataclass(frozen=True)
 class RawStore:
@@ -47,7 +48,7 @@ class RawStore:
     def _zipped(self) -> bool:
         return str(self.root).lower().endswith(".zip")
 
-    def _path(self, name: str,  # of a file in the store
+    def _path(self, name: str,  # path of a file inside the store
               ) -> str:
         "Path of a file in the store; without a double slash, which an object store takes literally."
         return f"{str(self.root).rstrip('/')}/{name}"
@@ -62,9 +63,9 @@ class RawStore:
                 raise TomatError(f"{self.root} has no {_ID_LIST}: give a raw store.")
             yield packed, min(lists, key=len).removesuffix(_ID_LIST)
 
-    def _text(self, pattern: str,  # of a file's name, with * for any characters
+    def _text(self, pattern: str,  # name of a file, with * for any characters
               ) -> tuple[str, str] | None:
-        "Path and content of the file at the root that matches, of several the one with the shortest name."
+        "Path and content of the file in the root folder that matches, or None; of several the one with the shortest name."
         with self._archive() if self._zipped else nullcontext((None, "")) as (packed, base):
             names = list_folder(self.root) if packed is None else [n.removeprefix(base) for n in packed.namelist()]
             name = min((n for n in names if "/" not in n and fnmatchcase(n, pattern)), key=len, default=None)
@@ -75,7 +76,7 @@ class RawStore:
 
     @cached_property
     def ids(self) -> list[str]:
-        "All materials, in the order of the list."
+        "Ids of all materials, in the order of the list."
         if (listed := self._text(_ID_LIST)) is None:
             raise TomatError(f"{self.root} has no file {_ID_LIST}: give a raw store.")
         path, text = listed
@@ -110,7 +111,7 @@ class RawStore:
 
     def read(self, id: str,  # one of `ids`
              ) -> Density:
-        "One material."
+        "The density of one material."
         if not self._zipped:
             return read_density(self._path(f"label/{id}.zarr"), id=id)
         with self._archive() as (packed, base):
@@ -133,9 +134,9 @@ def sample_store() -> RawStore:
     return RawStore(str(files("tomat") / "data" / "sample.zip"))
 
 # %% ../../nbs/01_density/06_store.ipynb #268ce81c
-def add_id(id: str,                  # of a material
+def add_id(id: str,                  # id of a material
            numbers: dict[str, int],  # ids before it → index in the store's list; gets this id too
-           root: str | Path,         # of the store
+           root: str | Path,         # path of the store, for the message
            ) -> None:
     "Give a material the next index in a store's list; raises `TomatError` for an id that is no name, or is taken."
     if id in numbers or not is_name(id):
@@ -144,13 +145,13 @@ def add_id(id: str,                  # of a material
 
 def index_files(numbers: Mapping[str, int],           # id → index in the list
                 splits: Mapping[str, Sequence[str]],  # part → ids
-                root: str | Path,                     # of the store
-                ) -> dict[str, str]:  # name → content, in the order to write them: the list of ids makes it a store
+                root: str | Path,                     # path of the store, for messages
+                ) -> dict[str, str]:  # name → content, in the order to write them: the list of ids is last
     "The files beside the densities: the split, where there is one, and the list of ids."
     if not numbers:
-        raise TomatError(f"there is no density to store in {root}: give a source that has some.")
+        raise TomatError(f"there is no density to store in {root}: give a source that has densities.")
     if missing := sorted({id for part in splits.values() for id in part} - numbers.keys()):
-        raise TomatError(f"the split of {root} names {', '.join(missing)}, which it does not hold: leave them out.")
+        raise TomatError(f"the split of {root} names {', '.join(missing)}, which it does not hold: leave them out of the split.")
     parts = {part: [numbers[id] for id in ids] for part, ids in splits.items()}
     return ({_SPLIT: json.dumps(parts, sort_keys=True) + "\n"} if splits else {}) | {_ID_LIST: "\n".join(numbers) + "\n"}
 
@@ -160,12 +161,12 @@ def split_by_system(systems: Mapping[str, str],  # id → chemical system, such 
                     ) -> dict[str, list[str]]:   # the parts "train" and "validation"
     "Hold out whole chemical systems until they have as many materials as wanted; at least one system is left for training."
     if not 0 < held_out < len(systems):
-        raise TomatError(f"The share held out for validation is between 0 and 1, or a number below {len(systems)} materials, "
-                         f"not {held_out:g}.")
+        raise TomatError(f"Cannot hold out {held_out:g} for validation: give a share between 0 and 1, or a number of materials "
+                         f"below {len(systems)}.")
     names = sorted(set(systems.values()), key=lambda name: (zlib.crc32(name.encode()), name))
     if len(names) < 2:
         raise TomatError(f"A split needs two chemical systems or more, and all of these {len(systems)} materials are of "
-                         f"{', '.join(names)}: leave the share out.")
+                         f"{', '.join(names)}: give more materials, or hold none out.")
     sizes, validation = Counter(systems.values()), set[str]()
     for name in names[:-1]:
         if sum(sizes[one] for one in validation) < (held_out if held_out >= 1 else held_out * len(systems)):
@@ -200,7 +201,7 @@ def write_store(densities: Iterable[Density],         # each with an id of its o
 # %% ../../nbs/01_density/06_store.ipynb #41f8f016
 def is_store(path: str | Path,  # any path; local, s3:// or gs://
              ) -> bool:
-    "Whether `path` is a folder or a zip file with a list of ids in it; False for what is missing or broken."
+    "Whether `path` is a folder or a zip file with a list of ids in it; False for a missing or broken file."
     store = RawStore(path)
     if not store._zipped:
         return exists(store._path(_ID_LIST))

@@ -42,9 +42,9 @@ def _wave_order(shape: Shape,                # of the grid
     own, mirror = (x * ny + y) + 0 * z, ((-x % nx) * ny + (-y % ny)) + 0 * z
     edge = (2 * z % nz == 0) & (own >= 0)  # planes that hold both of a pair
     real = edge & (own == mirror)
-    h, k, l = (np.where(i > n // 2, i - n, i) for i, n in ((x, nx), (y, ny), (z, nz)))
+    h, k, m = (np.where(i > n // 2, i - n, i) for i, n in ((x, nx), (y, ny), (z, nz)))
     g = np.array(metric).reshape(3, 3)
-    g2 = g[0, 0] * h * h + g[1, 1] * k * k + g[2, 2] * l * l + 2 * (g[0, 1] * h * k + g[0, 2] * h * l + g[1, 2] * k * l)
+    g2 = g[0, 0] * h * h + g[1, 1] * k * k + g[2, 2] * m * m + 2 * (g[0, 1] * h * k + g[0, 2] * h * m + g[1, 2] * k * m)
     where = np.flatnonzero(~edge | (own <= mirror))
     step = g.trace() * 1e-9
     where = where[np.argsort(np.round(g2.ravel()[where] / step), kind="stable")]

@@ -199,7 +199,7 @@ def read_arrays(path: str | Path,           # .npz, local or remote
     "Arrays of an .npz file by name; raises `TomatError` for another file or a missing array."
     with local_copy(path) as local:
         try:
-            with np.load(local) as file:
+            with open(local, "rb") as whole, np.load(whole) as file:  # NumPy leaves a damaged file open
                 arrays = {key: file[key] for key in (*needed, *optional) if key in file}
         except (OSError, ValueError, EOFError, BadZipFile, AttributeError, TypeError, zlib.error, NotImplementedError) as err:
             raise TomatError(f"{path} is not an .npz file of numbers: copy it again, or write it again with tomat.") from err
