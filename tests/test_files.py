@@ -130,7 +130,7 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
 def test_a_place_without_a_name_is_refused(tmp_path, monkeypatch, name):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    with pytest.raises(TomatError, match="no name for something new"), atomic_write(name) as aside:
+    with pytest.raises(TomatError, match="cannot be the name of a new file"), atomic_write(name) as aside:
         make(aside, "zarr.json")
     assert tree(tmp_path) == ["here"]
 

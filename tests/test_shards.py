@@ -383,7 +383,7 @@ def test_other_densities_of_the_same_names_are_refused(tmp_path):
     for _ in ("unfinished", "finished"):
         before = contents(out)
         for others in (changed, moved):
-            with pytest.raises(TomatError, match="m-0 has another density"):
+            with pytest.raises(TomatError, match="m-0 has changed since the rows"):
                 tokenize(others, tokenizer(), out, TokenizeConfig(2, rows_per_shard=2))
         assert contents(out) == before
         tokenize(densities, tokenizer(), out, TokenizeConfig(2, rows_per_shard=2))

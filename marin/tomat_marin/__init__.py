@@ -1,1 +1,1 @@
-"""Training tomat on TPUs with Levanter, apart from the library: another Python, no torch."""
+"""Training of tomat's language model on TPUs with Levanter; needs Python 3.12 and no PyTorch."""

@@ -1,4 +1,4 @@
-"""Levanter's Qwen3 in our sizes, and its loss on density tokens: cross-entropy, earth mover's distance, or a mixture."""
+"""Levanter's Qwen3 in the sizes of tomat, and its loss on density tokens: cross-entropy, earth mover's distance, or a mixture."""
 
 import math
 from dataclasses import dataclass
@@ -16,11 +16,11 @@ from tomat.models.sizes import ModelSize
 from tomat.tokens.vocabulary import PAD, Vocabulary
 from tomat.tokens.tokenizer import Tokenizer
 
-CHUNK = 512  # tokens of each row whose logits are in memory at once
+CHUNK = 512  # largest number of tokens of each row whose logits are in memory at once
 
 
-def config_of(size: ModelSize,
-              length: int,  # of a row, tokens
+def config_of(size: ModelSize,  # shape of the network
+              length: int,      # number of tokens of a row
               ) -> Qwen3Config:
     "Levanter's configuration of the network that `tomat.models.causal.qwen3_config` describes."
     return Qwen3Config(
@@ -28,18 +28,22 @@ def config_of(size: ModelSize,
         num_kv_heads=size.kv_heads or size.heads, head_dim=size.head_dim, tie_word_embeddings=True, layer_norm_epsilon=1e-6)
 
 
-def _rank_code(n: int, Embed: hax.Axis, seed: int, scale: float = 16.0) -> jax.Array:  # (n, width)
-    "Smooth features of a number's rank, as `tomat.models.causal.rank_code` (other random frequencies)."
+def _rank_code(n: int,           # number of consecutive ids
+               Embed: hax.Axis,  # axis of the embedding's width
+               seed: int,        # seed of the frequencies
+               scale: float = 16.0,  # standard deviation of the frequencies, radians over all n ids
+               ) -> jax.Array:  # (n, width)
+    "Fourier features of the rank as in `tomat.models.causal.rank_code`, with other random frequencies."
     frequencies = scale * np.random.default_rng(seed).standard_normal(Embed.size // 2)
     phase_nxw = jnp.linspace(0, 1, n)[:, None] * jnp.asarray(frequencies, jnp.float32)
     return 2**0.5 * jnp.concatenate([jnp.sin(phase_nxw), jnp.cos(phase_nxw)], axis=1)
 
 
 def fresh(config: Qwen3Config,
-          vocab: Vocabulary,  # the ids it reads and writes
-          key: jax.Array,     # of the random numbers
+          vocab: Vocabulary,  # ids that the network reads and writes
+          key: jax.Array,     # key of the random numbers
           ) -> Qwen3LMHeadModel:
-    "A model whose embeddings start as `tomat train`'s do: small, and numbers as neighbours."
+    "An untrained model, whose embeddings are similar for neighbouring numbers, as in `tomat train`."
     model_key, embedding_key = jax.random.split(key)
     model = Qwen3LMHeadModel.init(hax.Axis("vocab", vocab.size), config, key=model_key)
     scale = config.initializer_range
@@ -52,25 +56,25 @@ def fresh(config: Qwen3Config,
 
 @dataclass(frozen=True, eq=False)
 class Objective:
-    "The loss of a model."
-    counted: range                      # ids whose prediction counts; no other id gets a logit
-    emd: float = 0.0                    # share of the earth mover's distance; the rest is cross-entropy
-    values_V: np.ndarray | None = None  # (V,) the density of each counted id, for the distance
+    "The tokens that are in a loss, and the kind of the loss."
+    counted: range                      # V ids of the tokens in the loss; no other id gets a logit
+    emd: float = 0.0                    # share of the earth mover's distance, 0 to 1; the rest is cross-entropy
+    values_V: np.ndarray | None = None  # (V,) density of each id in the codec's unit; None: no earth mover's distance
 
 
-def objective_of(tokenizer: Tokenizer,
-                 emd: float,  # share of the earth mover's distance
+def objective_of(tokenizer: Tokenizer,  # tokenizer of the data
+                 emd: float,            # share of the earth mover's distance, 0 to 1
                  ) -> Objective:
-    "The loss on density tokens."
+    "The objective on density tokens."
     values_V = tokenizer.density_codec.values_of_ids().astype(np.float32) if emd else None
     return Objective(tokenizer.vocab.blocks["density"], emd, values_V)
 
 
-def token_losses(logits_BxCxV: jax.Array,  # of the counted ids, four-byte numbers
-                 target_BxC: jax.Array,    # the true ones, from 0
+def token_losses(logits_BxCxV: jax.Array,  # (B, C, V) float32 logits of the objective's ids
+                 target_BxC: jax.Array,    # (B, C) index of the true id among them
                  objective: Objective,
                  ) -> jax.Array:  # (B, C)
-    "Cross-entropy in nats, earth mover's distance Σ p·|ρ_level - ρ| in the density's unit, or a mixture."
+    "For each token cross-entropy in nats, earth mover's distance Σ p·|ρ_level - ρ| in the codec's unit, or a mixture."
     losses = jnp.zeros(target_BxC.shape)
     if objective.emd < 1:
         right = jnp.take_along_axis(logits_BxCxV, target_BxC[..., None], axis=-1)[..., 0]
@@ -83,10 +87,10 @@ def token_losses(logits_BxCxV: jax.Array,  # of the counted ids, four-byte numbe
 
 
 def loss_and_count(model: Qwen3LMHeadModel,
-                   ids: hax.NamedArray,  # (batch, position) rows, PAD behind them
+                   ids: hax.NamedArray,  # (batch, position) ids of rows, PAD at their end
                    objective: Objective,
-                   ) -> tuple[jax.Array, jax.Array]:  # sum over the counted tokens, and how many there are
-    "The loss of every density token given the true tokens before it. PAD is not predicted, and attention does not reach it."
+                   ) -> tuple[jax.Array, jax.Array]:  # () sum of the losses; () number of tokens in it
+    "The sum of the losses of density tokens, each given the true tokens before it, and their number."
     hidden, _ = split_activations(model.activations(ids, AttentionMask.causal(), key=None))
     hidden_BxLxW = hidden.rearrange(("batch", "position", model.Embed)).array
     counted = objective.counted

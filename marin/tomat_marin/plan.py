@@ -1,4 +1,4 @@
-"""A run: its settings, its data and its folder. Nothing here needs JAX, so a dry run costs nothing."""
+"""The settings, the data and the folder of a run. Nothing here needs JAX, so a dry run works without it."""
 
 import os
 import shlex
@@ -16,24 +16,24 @@ from tomat.models.sizes import OTHER_NAMES, ModelSize, flops_per_token, model_si
 from tomat.tokens.tokenizer import Tokenizer
 from tomat.train.config import RunConfig, TrainConfig, check_options, config_from, from_variables, option
 
-LANES = 128  # rows are as long as a multiple of this, for the attention of TPUs
+LANES = 128  # the number of tokens of a row is rounded up to a multiple of this, for the attention of TPUs
 
 
 @dataclass(frozen=True)
 class TpuConfig:
     "Settings that only this launcher has."
-    label: str = option("", "Data set: its name in the token store, or a folder of rows.")
-    results_label: str = option("", "Name of the run; LABEL-MODEL-seedSEED if not given.")
-    save_minutes: float = option(15.0, "Minutes between two saved states that replace each other.", above=0, most=1e6)
-    save_steps: int = option(10_000, "Steps between two saved states that stay.", least=1)
+    label: str = option("", "Name of the data set in the token store, or a folder of rows.")
+    results_label: str = option("", "Name of the run; empty: LABEL-MODEL-seedSEED.")
+    save_minutes: float = option(15.0, "Minutes between two saved states, of which the newest are kept.", above=0, most=1e6)
+    save_steps: int = option(10_000, "Steps between two saved states that are never deleted.", least=1)
 
     def __post_init__(self) -> None:
         check_options(self)
         if not self.label:
             raise TomatError("TOMAT_LABEL names no data set: give a label of the token store, or a folder of rows.")
         if not is_name(self.results_label):
-            raise TomatError(f"The run would be called {self.results_label!r}: set TOMAT_RESULTS_LABEL to a plain name of letters, "
-                             "digits and _ . + - that begins with a letter or a digit.")
+            raise TomatError(f"The name of the run would be {self.results_label!r}: set TOMAT_RESULTS_LABEL to a plain name of "
+                             "letters, digits and _ . + - that begins with a letter or a digit.")
 
 
 FIXED = {"loss_on": "density tokens alone count in the loss", "optimizer": "AdamW is the only optimiser",
@@ -42,18 +42,18 @@ FIXED = {"loss_on": "density tokens alone count in the loss", "optimizer": "Adam
 
 
 def check_levanter(config: TrainConfig, run_config: RunConfig) -> None:
-    "Raise `TomatError` for the first setting of `tomat train` that Levanter cannot follow."
+    "Raise `TomatError` for a setting of `tomat train` that Levanter does not support."
     for part in (config, run_config):
         for field in fields(part):
             if field.name in FIXED and (value := getattr(part, field.name)) != field.default:
-                raise TomatError(f"{field.name} is {value!r}, and with Levanter it can only be {field.default!r}: "
-                                 f"{FIXED[field.name]}.")
+                raise TomatError(f"{field.name} is {value!r}, and with Levanter it can only be {field.default!r}, remove "
+                                 f"TOMAT_{field.name.upper()}: {FIXED[field.name]}.")
     if config.seed >= 2**31:
-        raise TomatError(f"seed must be below 2147483648 with Levanter, got {config.seed}.")
+        raise TomatError(f"seed must be below 2147483648 with Levanter, got {config.seed}: set TOMAT_SEED to a smaller number.")
 
 
 def settings() -> tuple[TrainConfig, RunConfig, TpuConfig]:
-    "The settings in the TOMAT_* variables."
+    "The settings that the TOMAT_* variables hold; raises `TomatError` for a wrong value."
     variables, precisions = dict(os.environ), {"": "", "bf16": "true", "f32": "false"}
     if variables.get("TOMAT_ROWS_AT_ONCE") == "-1":  # earlier name and value of an automatic TOMAT_MICRO_BATCH
         variables["TOMAT_ROWS_AT_ONCE"] = "0"
@@ -61,7 +61,7 @@ def settings() -> tuple[TrainConfig, RunConfig, TpuConfig]:
     if precision not in precisions:
         raise TomatError(f"TOMAT_PRECISION is {precision!r}: set TOMAT_BF16 to true or false.")
     variables.setdefault("TOMAT_BF16", precisions[precision])
-    config, run_config = (from_variables(kind, environ=variables) for kind in (TrainConfig, RunConfig))
+    config, run_config = from_variables(TrainConfig, environ=variables), from_variables(RunConfig, environ=variables)
     check_levanter(config, run_config)
     config = replace(config, model=OTHER_NAMES.get(config.model, config.model))
     name = f"{Path(variables.get('TOMAT_LABEL', '')).name}-{config.model}-seed{config.seed}"
@@ -85,12 +85,12 @@ class Plan:
     config: TrainConfig
     run_config: RunConfig
     tpu: TpuConfig
-    data: str                 # folder of rows
-    out: str                  # folder of the run
-    meta: dict[str, Any]      # the data's meta.json
-    tokenizer: Tokenizer
-    index: RowIndex
-    first_val: int            # the first unit of the held-out materials; as many as there are units: none is held out
+    data: str                 # folder of rows, local or remote
+    out: str                  # folder of the run, local or remote
+    meta: dict[str, Any]      # content of the data's meta.json
+    tokenizer: Tokenizer      # tokenizer of the data
+    index: RowIndex           # row groups of the data, the units of the order
+    first_val: int            # index of the first unit of the held-out materials; the number of units: none is held out
 
     @property
     def size(self) -> ModelSize:
@@ -107,36 +107,40 @@ class Plan:
         keys = ("label", "seed", "rows", "tokens", "tokenizer")
         return {"config": self.config.written(), "data": {key: self.meta[key] for key in keys}}
 
-    def order(self, units: range) -> RowOrder:
-        "The order of some units' rows, as in `tomat train`."
+    def order(self, units: range,  # indices of units
+              ) -> RowOrder:
+        "The order of the rows of some units, as in `tomat train`."
         return RowOrder(self.index.counts, self.config.seed, self.config.window).subset(units)
 
     @property
     def train_units(self) -> range:
+        "Indices of the units that the run trains on."
         return range(self.first_val)
 
     @property
     def val_units(self) -> range:
+        "Indices of the units of the held-out materials."
         return range(self.first_val, len(self.index.groups))
 
     @cached_property
     def length(self) -> int:
-        "Tokens of a row as the model reads it, PAD included: rows of one material are equally long."
+        "The number of tokens of every row, PAD included: that of the longest material, rounded up to a multiple of LANES."
         return -(-max(group.length for group in self.index.groups) // LANES) * LANES
 
     @cached_property
     def row_flops(self) -> int:
-        "FLOPs to train on such a row."
+        "The FLOPs to train on one row of `length` tokens."
         return round(flops_per_token(self.size, self.tokenizer.vocab.size, self.length) * self.length)
 
-    def counters(self, step: int) -> dict[str, int]:
-        "Amounts read after so many steps, under the names of `tomat train`; `tokens` takes rows to be as long as their mean."
+    def counters(self, step: int,  # number of steps done
+                 ) -> dict[str, int]:
+        "Tokens and FLOPs after these steps, under the names of `tomat train`; `tokens` is computed from the mean row."
         rows = step * self.config.batch_size
         return {"step": step, "tokens": round(rows * self.meta["tokens"] / self.meta["rows"]), "padded": rows * self.length,
                 "flops": rows * self.row_flops}
 
     def about(self) -> dict[str, Any]:
-        "What the run will take, for people."
+        "The run in numbers, as the dry run prints it."
         n_ids, last, counts = self.tokenizer.vocab.size, self.counters(self.config.steps), self.index.counts
         rows, held_out = int(counts[:self.first_val].sum()), int(counts[self.first_val:].sum())
         return {**self.metadata, "from": self.data, "to": self.out, "run": asdict(self.run_config) | asdict(self.tpu),
@@ -146,8 +150,10 @@ class Plan:
                 "FLOPs": last["flops"], "epochs": self.config.steps * self.config.batch_size / rows}
 
 
-def check_share(config: TrainConfig, run_config: RunConfig, devices: int = 1) -> None:
-    "Raise `TomatError` for a batch that so many devices cannot share."
+def check_share(config: TrainConfig, run_config: RunConfig,
+                devices: int = 1,  # number of devices
+                ) -> None:
+    "Raise `TomatError` for a batch that the devices cannot share evenly."
     rows = max(1, run_config.micro_batch)
     if config.batch_size % (devices * rows):
         raise TomatError(f"batch_size is {config.batch_size}: give a multiple of {devices * rows}, which is the number of devices, "
@@ -155,7 +161,7 @@ def check_share(config: TrainConfig, run_config: RunConfig, devices: int = 1) ->
 
 
 def plan() -> Plan:
-    "The run that the variables describe; raises `TomatError` where its data is missing or its settings do not fit."
+    "The run that the variables describe; raises `TomatError` if its data is missing or its settings do not fit the data."
     config, run_config, tpu = settings()
     check_share(config, run_config)
     data = data_folder(tpu)
@@ -163,15 +169,16 @@ def plan() -> Plan:
     tokenizer, index = tokenizer_of(data, meta), row_index(data, meta)
     if config.emd and tokenizer.density_codec.tokens_per_value != 1:
         raise TomatError(f"emd is {config.emd}, and the earth mover's distance needs one token a value: "
-                         f"{tokenizer.density_codec.name} writes {tokenizer.density_codec.tokens_per_value}.")
+                         f"{tokenizer.density_codec.name} writes {tokenizer.density_codec.tokens_per_value}. Set TOMAT_EMD to 0, "
+                         "or tokenize with a fitted codec.")
     first_val = index.last_materials(config.val_seqs) if config.val_seqs else len(index.groups)
     return Plan(config, run_config, tpu, data, run_folder(tpu), meta, tokenizer, index, first_val)
 
 
-def _as_now(written: dict[str, Any],  # a run.json
-            plan: Plan,
-            ) -> dict[str, Any]:  # what `plan` would write if it is the same run
-    "A run.json as runs write it now; reads old files, which hold `knobs`."
+def _as_now(written: dict[str, Any],  # content of a run.json of any version
+            plan: Plan,               # the run to compare it with
+            ) -> dict[str, Any]:  # equal to `plan.metadata` for the same run
+    "The content of a run.json in the present form; reads old files, which hold `knobs`."
     if "knobs" not in written:  # reads old files
         return written
     old = dict(written["knobs"])  # reads old files
@@ -182,9 +189,9 @@ def _as_now(written: dict[str, Any],  # a run.json
 
 
 def open_run_dir(plan: Plan,
-                 writes: bool,  # whether this process writes run.json
+                 writes: bool,  # True: this process writes run.json
                  ) -> bool:  # False for a run of an earlier version, whose rows came in another order
-    "Begin or resume a run's folder; raises `TomatError` for the folder of another run."
+    "Open the folder of a new or a resumed run; raises `TomatError` for the folder of another run."
     path = f"{plan.out}/run.json"
     if not exists(path):
         if writes:
@@ -200,8 +207,9 @@ HOST = "--enable-extra-resources --no-sync --cpu 32 --memory 64GB --disk 50GB"
 COMMAND = "sh marin/environment.sh .venv-tpu tpu && .venv-tpu/bin/python marin/train_tomat_tpu.py"
 
 
-def iris_line(cluster: str) -> str:
-    "The `iris job run` line of the run that the variables describe, on the TPUs of the settings; the data is not read."
+def iris_line(cluster: str,  # name of the cluster for iris
+              ) -> str:
+    "The `iris job run` command for the run that the variables describe, on the TPUs of the settings; does not read the data."
     config, run_config, tpu = settings()
     check_share(config, run_config)
     stores, tpu_type = ("token_store", "checkpoint_store"), setting("tpu_type")

@@ -1,4 +1,4 @@
-"""Rows of the shards of `tomat tokenize` as a data set of Levanter's, in the order of `tomat train`."""
+"""Rows of the shards of `tomat tokenize` as a data set for Levanter, in the order of `tomat train`."""
 
 import asyncio
 from collections.abc import Sequence
@@ -13,14 +13,14 @@ from tomat.io.remote import TomatError
 
 
 class OrderedRows(AsyncDataset[hax.NamedArray]):
-    "Rows by their number in an order, each (position,) int32 with PAD behind; a row group is read at a time."
+    "Rows by their number in an order, each (position,) int32 ids with PAD at the end; reads whole row groups."
 
     def __init__(self,
-                 index: RowIndex,
-                 units: Sequence[int],    # of the index: the units of the order
-                 order: RowOrder,
-                 Pos: hax.Axis,           # tokens of a row
-                 n: int | None = None,    # rows until the end; None: without end
+                 index: RowIndex,         # row groups of the data set
+                 units: Sequence[int],    # for each unit of the order its index in `index.groups`
+                 order: RowOrder,         # order of the rows of these units
+                 Pos: hax.Axis,           # axis of a row's tokens
+                 n: int | None = None,    # number of rows; None: without end
                  ) -> None:
         self.index, self.units, self.order, self.Pos, self.n = index, units, order, Pos, n
         self.table = lru_cache(maxsize=min(1024, max(64, 2 * order.units_per_window)))(self._table)
@@ -30,16 +30,19 @@ class OrderedRows(AsyncDataset[hax.NamedArray]):
 
     async def async_len(self) -> int:
         if self.n is None:
-            raise TomatError("An endless data set has no length.")
+            raise TomatError("This data set has no end, so it has no length: give OrderedRows the number of rows n.")
         return self.n
 
-    def _table(self, unit: int) -> np.ndarray:  # (N, L) int32
-        "All rows of a unit of the order."
+    def _table(self, unit: int,  # index of a unit in the order
+               ) -> np.ndarray:  # (N, L) int32 ids
+        "All rows of a unit."
         number = self.units[unit]
         table = self.index.read(number, ["input_ids"])
         return padded_ids(table, np.arange(table.num_rows), self.Pos.size)
 
-    async def get_batch(self, indices: Sequence[int]) -> Sequence[hax.NamedArray]:
+    async def get_batch(self, indices: Sequence[int],  # numbers of rows in the order
+                        ) -> Sequence[hax.NamedArray]:
+        "The rows with these numbers."
         unit_m, row_m = (numbers.tolist() for numbers in self.order.at(indices))
         needed = sorted(set(unit_m))
         tables = dict(zip(needed, await asyncio.gather(*(asyncio.to_thread(self.table, unit) for unit in needed)), strict=True))

@@ -1,4 +1,4 @@
-"""A run with Levanter's trainer: rows in, states on the way, a checkpoint for `tomat predict` at the end."""
+"""A run with Levanter's trainer, which saves states and ends with a checkpoint for `tomat predict`."""
 
 import datetime
 import os
@@ -39,30 +39,31 @@ from tomat_marin.rows import OrderedRows
 
 
 def distributed_config() -> DistributedConfig:
-    "On Iris, Slurm and TPU pods Levanter finds the other processes itself; elsewhere JAX's own variables name them."
+    "The settings by which processes find each other: Levanter's own on Iris, Slurm and TPU pods, else JAX's variables."
     address = os.environ.get("JAX_COORDINATOR_ADDRESS")
     if not address or "IRIS_TASK_ID" in os.environ:
         return DistributedConfig()
-    if os.environ.get("JAX_PLATFORMS") == "cpu":  # else two processes may order their collectives differently, and gloo fails
+    if os.environ.get("JAX_PLATFORMS") == "cpu":  # otherwise two processes may order their collectives differently, and gloo fails
         os.environ["XLA_FLAGS"] = f"--xla_cpu_enable_concurrency_optimized_scheduler=false {os.environ.get('XLA_FLAGS', '')}"
     return DistributedConfig(address, int(os.environ["JAX_NUM_PROCESSES"]), int(os.environ["JAX_PROCESS_ID"]))
 
 
 def _local(plan: Plan) -> Path:
-    "The folder for files that have to be local: the run's folder, if that is local."
+    "A folder for files that must be local: the run's folder if that is local, else a temporary one."
     folder = Path(tempfile.gettempdir(), "tomat-marin", plan.tpu.results_label) if is_remote(plan.out) else Path(plan.out)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
-def device_name(kind: str,  # as JAX calls it
+def device_name(kind: str,  # name of the device in JAX, such as `TPU v6 lite`
                 ) -> str:
-    "`v6e` of `TPU v6 lite`, `H100` of `NVIDIA H100 80GB HBM3`: as `tomat.train.cost.PEAKS` has them."
+    "The short name of a device, as in `tomat.train.cost.PEAKS`: `v6e` for `TPU v6 lite`, `H100` for `NVIDIA H100 80GB HBM3`."
     name = re.split(r"-| \d+ ?GB", re.sub(r"^(TPU|NVIDIA) (GeForce )?", "", kind).replace(" lite", "e"))[0]
     return {"v5": "v5p"}.get(name, name)
 
 
 def _tracker(plan: Plan) -> TrackerConfig:
+    "The settings of W&B, or of no tracker for `wandb_mode` `disabled`."
     mode = setting("wandb_mode", "offline")
     if mode == "disabled":
         return NoopConfig()
@@ -88,16 +89,16 @@ def trainer_config(plan: Plan) -> TrainerConfig:
 
 
 def say(line: str) -> None:
-    "Print in the first process."
+    "Print a line in the first process alone."
     if jax.process_index() == 0:
         print(line, flush=True)
 
 
 def validation(trainer: Trainer,
-               rows: OrderedRows,  # held out, with an end
+               rows: OrderedRows,  # validation rows, with an end
                objective: Objective,
                ) -> Callable[[Qwen3LMHeadModel], float]:
-    "A function from a model to its mean loss on validation rows."
+    "A function from a model to its mean loss per token on the validation rows."
     loader = trainer.data_loader(rows, trainer.EvalBatch)
 
     @named_jit(axis_resources=trainer.parameter_axis_mapping)
@@ -106,7 +107,7 @@ def validation(trainer: Trainer,
             return loss_and_count(trainer.mp.cast_to_compute(model), ids, objective)
 
     def mean_loss(model: Qwen3LMHeadModel) -> float:
-        scores = [tuple(map(float, score(model, ids))) for ids in loader]  # rows that fill the last batch have no counted token
+        scores = [tuple(map(float, score(model, ids))) for ids in loader]  # rows of PAD in the last batch have no token in the loss
         return sum(total for total, _ in scores) / sum(count for _, count in scores)
 
     return mean_loss
@@ -121,7 +122,7 @@ class LogHook:
 
     def __call__(self, info: StepInfo) -> None:
         step = info.next_step
-        if step == self.logged or not info.step_duration:  # the trainer calls its hooks once more at the end
+        if step == self.logged or not info.step_duration:  # the trainer calls its hooks a second time after the last step
             return
         self.logged, self.scores = step, {**self.scores, "step": step, "loss": float(info.loss)}
         last, per_step = step == self.config.steps, self.plan.counters(1)
@@ -137,9 +138,9 @@ class LogHook:
 
 def export(model: Qwen3LMHeadModel,
            plan: Plan,
-           scores: dict[str, Any],  # losses of the model
-           ) -> str:  # the folder, out/model
-    "Write weights as Hugging Face does, with the tokenizer and tomat.json; every process calls it, the first one writes."
+           scores: dict[str, Any],  # losses of the model, for tomat.json
+           ) -> str:  # folder of the checkpoint, out/model
+    "Write a checkpoint in the format of Hugging Face with the tokenizer and tomat.json; all processes must call it."
     folder, vocab_size = f"{plan.out}/model", plan.tokenizer.vocab.size
     more = {"architectures": ["Qwen3ForCausalLM"], "pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS,
             "max_position_embeddings": max(8192, model.config.max_seq_len)}
@@ -156,7 +157,7 @@ def export(model: Qwen3LMHeadModel,
 
 
 def _begin(plan: Plan) -> bool:  # False: the run is finished
-    "Begin or resume the run's folder."
+    "Open the folder of the run, and return whether there are steps left."
     check_share(plan.config, plan.run_config, jax.device_count())
     same_order = open_run_dir(plan, writes=jax.process_index() == 0)
     if exists(f"{plan.out}/model/tomat.json"):
@@ -167,8 +168,8 @@ def _begin(plan: Plan) -> bool:  # False: the run is finished
     return True
 
 
-def train(plan: Plan) -> str:  # the checkpoint, a folder
-    "Train, or resume a run that was stopped."
+def train(plan: Plan) -> str:  # folder of the checkpoint
+    "Train, or resume a run that was stopped; returns the folder of the checkpoint."
     if not _begin(plan):
         return f"{plan.out}/model"
     config, vocab = plan.config, plan.tokenizer.vocab
@@ -184,7 +185,7 @@ def train(plan: Plan) -> str:  # the checkpoint, a folder
         total, count = loss_and_count(model, ids, objective)
         return total / count
 
-    with Trainer(settings, Adam.of(config).build(config.steps), loss) as trainer:  # leaving waits until the last state is on disk
+    with Trainer(settings, Adam.of(config).build(config.steps), loss) as trainer:  # its end waits until the last state is on disk
         model_key, training_key = jax.random.split(jax.random.PRNGKey(config.seed))
         state = trainer.initial_state(training_key, model_init=lambda: fresh(model_config, vocab, model_key))
         say(f"{n_parameters(plan.size, vocab.size):,} parameters, rows of {Pos.size} tokens, {jax.device_count()} devices in "

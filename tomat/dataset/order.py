@@ -84,7 +84,7 @@ class RowOrder:
     def rows_per_epoch(self) -> int:
         return int(self.counts.sum())
 
-    def _plan(self, epoch: int,  # from 0
+    def _plan(self, epoch: int,  # number of the epoch, from 0
               ) -> tuple[np.ndarray, np.ndarray]:  # (U,) units in their order; (windows + 1,) first row of each window, and the end
         plan = self._plans.get(epoch)
         if plan is None:
@@ -101,7 +101,7 @@ class RowOrder:
         epoch, rest = divmod(row, self.rows_per_epoch)
         return epoch * self.windows_per_epoch + int(np.searchsorted(self._plan(epoch)[1], rest, side="right")) - 1
 
-    def bounds(self, window: int,  # from 0
+    def bounds(self, window: int,  # number of the window, from 0
                ) -> tuple[int, int]:  # numbers in the stream of its first row and of the first row after it
         epoch, k = divmod(window, self.windows_per_epoch)
         first, end = self._plan(epoch)[1][k:k + 2].tolist()

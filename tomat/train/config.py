@@ -151,10 +151,11 @@ def _options_of(kind: type) -> list[Parameter]:
             continue
         flag = f"--{one.name.replace('_', '-')}"
         names = [flag] if one.type is bool else [f"{flag}/--no-{flag[2:]}"] if isinstance(one.default, bool | None) else []
-        shown = Annotated[one.type, typer.Option(*names, help=one.metadata.get("help"))]
+        type_: Any = one.type
+        shown = Annotated[type_, typer.Option(*names, help=one.metadata.get("help"))]
         found.append(Parameter(one.name, Parameter.KEYWORD_ONLY, default=one.default, annotation=shown))
         for old in one.metadata.get("was", ()):
-            hidden = Annotated[one.type | None, typer.Option(hidden=True)]  # type: ignore[operator]
+            hidden = Annotated[type_ | None, typer.Option(hidden=True)]
             found.append(Parameter(old, Parameter.KEYWORD_ONLY, default=None, annotation=hidden))
     return found
 

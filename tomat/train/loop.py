@@ -36,10 +36,14 @@ class StepResult(NamedTuple):
 
 class Task(Protocol):
     "A network that learns, with its optimisers and its data; of several processes each has one."
-    config: Any                  # steps, peak_lr, warmup, schedule, clip, eval_every
-    model: nn.Module
     optimizers: list[Optimizer]
-    counts: tuple[str, ...]      # names of the running sums in the log
+
+    @property
+    def config(self) -> Any: ...               # steps, peak_lr, warmup, schedule, clip, eval_every
+    @property
+    def model(self) -> nn.Module: ...
+    @property
+    def counts(self) -> tuple[str, ...]: ...   # names of the running sums in the log
 
     def gradient(self, step: int) -> StepResult: ...        # of batch `step`, counted from 0
     def updated(self, step: int) -> None: ...                # after the optimisers' step
