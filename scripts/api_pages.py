@@ -48,7 +48,7 @@ def reading_order(root: Path = ROOT) -> list[str]:
 def modules_of(package: Path = ROOT / "tomat") -> list[Module]:
     "The modules that notebooks export, in reading order; those of notebooks outside the sidebar come last."
     found = []
-    for path in package.rglob("*.py"):
+    for path in package.rglob("[!_]*.py"):
         source = path.read_text(encoding="utf-8")
         if match := EXPORTED_FROM.search(source):
             name = ".".join(path.relative_to(package).with_suffix("").parts)

@@ -314,7 +314,7 @@ def test_counts_are_checked(place, wrong):
 
 
 @pytest.mark.parametrize("wrong, sentence", [
-    ({"options": "steps"}, "no option 'steps', or not without a value"), ({"options": "clip=-1"}, "clip must be above 0"),
+    ({"options": "steps"}, "no option 'steps', or its value is missing"), ({"options": "clip=-1"}, "clip must be above 0"),
     ({"options": "warmup=-4"}, "warmup must be at least 0"), ({"options": "emd=2"}, "emd must be at most 1"),
     ({"options": "emd=nan"}, "emd must be a finite number"), ({"options": "val_seqs=-3"}, "val_seqs must be at least 0"),
     ({"gpu": "A100:8", "options": "batch_size=3"}, "without work"),

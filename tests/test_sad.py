@@ -181,7 +181,7 @@ def test_a_structure_without_a_sum_is_refused(structure, words):
 
 @pytest.mark.parametrize("shape", [(0, 4, 4), (4, 4), (-1, 4, 4)])
 def test_a_shape_that_is_no_grid_is_refused(shape):
-    with pytest.raises(TomatError, match="no grid"):
+    with pytest.raises(TomatError, match="no shape of a grid"):
         sad_density(crystal(np.random.default_rng(0)), shape)
 
 

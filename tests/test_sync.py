@@ -207,7 +207,7 @@ def test_what_makes_no_sense_is_refused(s3, tmp_path):
         assert "\n" not in str(raised.value)
     assert sync(f"{s3}/set", f"{s3}/settle")["copied"] == 1
     (source / "rows-00001.parquet").unlink()
-    with pytest.raises(TomatError, match=r"source lacks rows-00001.parquet, which its meta.json names"):
+    with pytest.raises(TomatError, match=r"source lacks rows-00001.parquet, which its meta.json lists"):
         sync(source, tmp_path / "copy")
     (source / "meta.json").write_text("{")
     with pytest.raises(TomatError, match=r"meta\.json is not valid JSON"):

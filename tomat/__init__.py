@@ -28,4 +28,5 @@ def __getattr__(name: str) -> Any:
     return getattr(import_module(f"tomat.{module}"), attribute)
 
 def __dir__() -> list[str]:
+    "All names, the public ones too."
     return [*globals(), *_PUBLIC]

@@ -46,7 +46,7 @@ class Neighbours:
     count_N: np.ndarray     # (N,) number of pairs of each point
 
 def find_neighbours(points_Nx3: np.ndarray,     # (N, 3) points in the cell, Å; fastest where they lie close together
-                    images: Images,             # of `periodic_images`, which sets the cutoff
+                    images: Images,             # atoms and images, from `periodic_images`, with the cutoff
                     skip_self: bool = False,    # leave out neighbours within 0.01 Å, such as an atom itself
                     dtype: Any = np.float32,    # number type of the vectors
                     ) -> Neighbours:

@@ -153,7 +153,7 @@ def _add_plane(waves_xyz: np.ndarray,        # (nx, ny, nz) complex, changed in 
                ) -> None:
     "Add the waves (h, k, l) of all k and l, folded into the grid."
     nx, ny, nz = waves_xyz.shape
-    k, l = orders[1][:, None], orders[2][None]
+    k, l = orders[1][:, None], orders[2][None]  # noqa: E741  Miller indices
     g2_kl = metric[0, 0] * h**2 + metric[1, 1] * k**2 + metric[2, 2] * l**2
     g2_kl = g2_kl + 2 * (metric[0, 1] * h * k + metric[0, 2] * h * l + metric[1, 2] * k * l)
     inside = np.flatnonzero(g2_kl <= G_MAX**2)
@@ -197,7 +197,7 @@ def valence_electrons(structure: Structure,  # a crystal
 
 # %% ../../nbs/02_atoms/01_sad.ipynb #dc0ffe35
 # The registered name reads old files: data sets from before names were registered hold it, wherever the function is now.
-@preparation("tomat.promolecule.with_promolecule")
+@preparation("tomat.promolecule.with_promolecule")  # reads old files: the name in data sets of 0.1.0
 def with_sad(density: Density,                # any density
              atoms: FreeAtoms | None = None,  # None: the packaged ones
              ) -> Density:

@@ -39,7 +39,7 @@ class Command(TyperCommand):
 
 # %% ../../nbs/11_commands/02_base.ipynb #e025d092
 def print_result(result: dict[str, Any],  # name → value, or list of values
-                 as_json: bool,           # JSON instead of a table
+                 as_json: bool,           # whether to print JSON instead of a table
                  ) -> None:
     "Print a result: a line for each entry, or JSON."
     if as_json:
@@ -54,14 +54,14 @@ def print_result(result: dict[str, Any],  # name → value, or list of values
 # %% ../../nbs/11_commands/02_base.ipynb #13c968c2
 def n_processes(workers: int | None,  # option --workers
                 ) -> int:
-    "The number of processes: as given, or one a core."
+    "The number of processes: the given one, or one for each core."
     from tomat.io.progress import n_cores
     return n_cores() if workers is None else workers
 
 # %% ../../nbs/11_commands/02_base.ipynb #5e1dbfe7
 def opened(name: str,  # path, URL or ids, as on the command line
            ) -> "Source":
-    "The source with this name; standard error says which of its files are skipped, and why."
+    "The source with this name; its skipped files and the reasons are printed on standard error."
     from tomat.density.source import open_source
     source = open_source(name)
     reasons: dict[str, list[str]] = {}
@@ -75,19 +75,19 @@ def opened(name: str,  # path, URL or ids, as on the command line
 # %% ../../nbs/11_commands/02_base.ipynb #e18537a1
 def part_of(source: "Source",
             split: str | None,  # option --split
-            default: str,       # part to take if none is given and the source has it
+            default: str,       # part to take if none is given
             ) -> str:
-    "The name of the part of a source to take; `all` where neither is there."
+    "The part of a source to take: the given one, the default if the source has it, else `all`."
     return split or (default if default in getattr(source, "splits", {}) else "all")
 
 def selected_ids(source: "Source",
                  split: str | None,            # option --split
-                 materials: int | None = None,  # option --materials: number of them, from the beginning; None: all
-                 label: str = "",              # data set whose settings ask for that number; "": the user does
+                 materials: int | None = None,  # option --materials: number of materials, from the beginning; None: all
+                 label: str = "",              # label of the data set that needs this number; "": the option needs it
                  ) -> list[str]:
     "The ids of the materials to take."
     if materials is not None and materials < 1:
-        raise TomatError(f"--materials is a number from 1 on, not {materials}.")
+        raise TomatError(f"--materials must be at least 1, got {materials}.")
     ids = list(source.split(part_of(source, split, "train")))
     if materials is not None and len(ids) < materials:
         wish = f"the data set {label} takes" if label else "you asked for"

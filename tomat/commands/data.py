@@ -38,14 +38,14 @@ def info(file: Annotated[str, typer.Argument(help="CHGCAR, cube, Materials Proje
 def convert(source: Annotated[str, typer.Argument(help="A density file, or a folder, bucket or list of many.")],
             target: Annotated[str, typer.Argument(help="File to write, with the format in its name; for many densities, a raw "
                                                        "store.")],
-            format: Annotated[str | None, typer.Option(help="Format of the file, if its name does not tell.")] = None,
-            validation: Annotated[float, typer.Option(min=0, max=0.99, help="Share of many materials to hold out, by chemical "
+            format: Annotated[str | None, typer.Option(help="Format of the file to write, if its name has no known suffix.")] = None,
+            validation: Annotated[float, typer.Option(min=0, max=0.99, help="Share of the materials to hold out, by chemical "
                                                                             "system.")] = 0,
             workers: Workers = None,
             ) -> None:
     """Convert a density between CHGCAR, cube, Materials Project JSON and Zarr, or a whole folder to a store of Zarr groups.
 
-    A material whose file has changed since is written again. With --validation the store gets the parts train and validation,
+    A material whose file has changed since the last call is written again. With --validation the store gets the parts train and validation,
     without a chemical system in common, for `tomat tokenize --split train` and others.
 
     Example: `tomat convert CHGCAR.gz NaCl.zarr`, `tomat convert calculations/ densities/ --validation 0.1`
@@ -67,7 +67,7 @@ def convert(source: Annotated[str, typer.Argument(help="A density file, or a fol
 
 # %% ../../nbs/11_commands/03_data.ipynb #8ab57bed
 def fetch(ids: Annotated[list[str], typer.Argument(help="Task ids such as mp-2680643, or a file that lists them.")],
-          out: Annotated[str | None, typer.Option(help="Folder to write; the cache if not given.")] = None,
+          out: Annotated[str | None, typer.Option(help="Folder for the densities; the cache if not given.")] = None,
           base_url: Annotated[str | None, typer.Option(help="Mirror to read from: s3://, gs://, https:// or a folder.")] = None,
           workers: Copies = 4,
           as_json: Json = False,
@@ -84,10 +84,10 @@ def fetch(ids: Annotated[list[str], typer.Argument(help="Task ids such as mp-268
 # %% ../../nbs/11_commands/03_data.ipynb #6a19636c
 def tokenizer_from(layout: str,
                    codec: str,          # name of a log codec, or an .npz of fitted levels with their target and unit
-                   patch_size: int,     # voxels
+                   patch_size: int,     # side of a patch, voxels
                    pad_to: int,         # length of a row, tokens; 0: no padding
                    target: str | None,  # "total" or "difference"; None: the codec's
-                   log_range: tuple[float, float] | None = None,  # of a log codec, powers of ten; None: as published
+                   log_range: tuple[float, float] | None = None,  # range of a log codec, log10 of the value; None: as published
                    ) -> "Tokenizer":
     "The tokenizer that options of the command line describe."
     from tomat.density.core import TOTAL
@@ -122,7 +122,7 @@ def part_from(text: str | None,  # option --worker, such as "3/16"
     if text is None:
         return None
     if not re.fullmatch("[0-9]+/[0-9]+", text):
-        raise TomatError(f"--worker is the number of a worker and how many there are, such as 3/16, not {text!r}.")
+        raise TomatError(f"--worker must be the number of a worker, from 0, and the number of workers, such as 3/16, got {text!r}.")
     number, _, parts = text.partition("/")
     return int(number), int(parts)
 
@@ -135,11 +135,11 @@ def rows_summary(meta: dict[str, Any],  # meta.json of a data set
             "clipped values": sum(clipped.values()), "materials with clipped values": list(clipped)[:20]}
 
 def tokenize(source: Annotated[str, typer.Argument(help="A raw store, a folder of CHGCARs, one density file, or mp-ids.")],
-             out: Annotated[str, typer.Option(help="Folder to write.")],
-             label: Annotated[str, typer.Option(help="Name of the data set; one of settings.ini brings its options.")] = "",
+             out: Annotated[str, typer.Option(help="Folder for the rows.")],
+             label: Annotated[str, typer.Option(help="Label of the data set; one of settings.ini sets the other options.")] = "",
              split: Annotated[str | None, typer.Option(help="Part of the store: train, validation, all.")] = None,
              materials: Annotated[int | None, typer.Option(help="Number of materials, from the beginning of the part.")] = None,
-             patches_per_material: Annotated[int | None, typer.Option(help="Rows for each material.  [default: 32]")] = None,
+             patches_per_material: Annotated[int | None, typer.Option(help="Number of rows for each material.  [default: 32]")] = None,
              patch_size: Annotated[int | None, typer.Option(help="Side of a patch, voxels.  [default: 14]")] = None,
              density_codec: Annotated[str | None, typer.Option(
                  help="tomol_3byte, two_token_9_12, fp16_1token, or an .npz of fitted levels.  [default: two_token_9_12]")] = None,
@@ -155,7 +155,7 @@ def tokenize(source: Annotated[str, typer.Argument(help="A raw store, a folder o
              overwrite: Annotated[bool, typer.Option(help="Replace an older data set in the folder.")] = False,
              as_json: Json = False,
              ) -> None:
-    """Cut patches out of densities and write them as rows of tokens, in Parquet shards. Started again, it goes on where it stopped.
+    """Cut patches out of densities and write them as rows of tokens, in Parquet shards. Started again, it resumes.
 
     Example: `tomat tokenize densities/ --split train --out rows/`,
     `tomat tokenize s3://bucket/densities --label val-full --worker 3/16 --out s3://bucket/rows`
@@ -180,7 +180,7 @@ def tokenize(source: Annotated[str, typer.Argument(help="A raw store, a folder o
     print_result(rows_summary(meta) | {"folder": out}, as_json)
 
 # %% ../../nbs/11_commands/03_data.ipynb #970858b9
-def verify(data: Annotated[str, typer.Argument(help="A folder of rows.")],
+def verify(data: Annotated[str, typer.Argument(help="Folder of rows to verify.")],
            workers: Workers = None,
            as_json: Json = False,
            ) -> None:

@@ -27,15 +27,15 @@ Split = Annotated[str | None, typer.Option(help="Part of the source to fit to.")
 HeldOut = Annotated[str, typer.Option(help="Part to score on, if the source has it.")]
 
 def fit_codec(source: Annotated[str, typer.Argument(help="A raw store, a folder of CHGCARs, or mp-ids.")],
-              out: Annotated[str, typer.Option(help="Levels to write, an .npz file.")],
+              out: Annotated[str, typer.Option(help="File for the levels, .npz.")],
               split: Split = None,
               held_out: HeldOut = "validation",
-              levels: Annotated[int, typer.Option(help="Number of levels, which is that of token ids.")] = 16384,
+              levels: Annotated[int, typer.Option(help="Number of levels, and so of token ids.")] = 16384,
               objective: Annotated[str, typer.Option(help="Error to minimise: l1 (mean, NMAE) or l2 (squared).")] = "l1",
               target: Target = "total",
               unit: Annotated[str, typer.Option(help="Unit of levels: electrons (density × volume), or e/Å³.")] = "electrons",
-              part: Annotated[list[str] | None, typer.Option(help="Histogram from elsewhere to add; may be repeated.")] = None,
-              save_histogram: Annotated[str | None, typer.Option(help="Histogram to write, for --part of another fit.")] = None,
+              part: Annotated[list[str] | None, typer.Option(help="Histogram file to add, from --save-histogram; may be repeated.")] = None,
+              save_histogram: Annotated[str | None, typer.Option(help="File for the histogram, for --part of another fit.")] = None,
               workers: Workers = None,
               as_json: Json = False,
               ) -> None:
@@ -67,7 +67,7 @@ def fit_codec(source: Annotated[str, typer.Argument(help="A raw store, a folder 
 # %% ../../nbs/11_commands/04_fits.ipynb #7e3522df
 def sad_errors(source: "Source",
                ids: Sequence[str],  # materials to score
-               atoms: "FreeAtoms",
+               atoms: "FreeAtoms",  # atoms to sum
                ) -> list[float]:
     "NMAE of the sum of atomic densities, for each material whose elements all have an atom."
     from tomat.atoms.sad import sad_density
@@ -77,7 +77,7 @@ def sad_errors(source: "Source",
 
 # %% ../../nbs/11_commands/04_fits.ipynb #8c90c2c3
 def fit_atoms(source: Annotated[str, typer.Argument(help="A raw store, a folder of CHGCARs, or mp-ids.")],
-              out: Annotated[str, typer.Option(help="Atoms to write, a .json file.")],
+              out: Annotated[str, typer.Option(help="File for the atoms, .json.")],
               split: Split = None,
               held_out: HeldOut = "validation",
               voxels: Annotated[int, typer.Option(min=100, help="Number of voxels drawn from each material.")] = 6000,
@@ -85,7 +85,7 @@ def fit_atoms(source: Annotated[str, typer.Argument(help="A raw store, a folder 
               workers: Workers = None,
               as_json: Json = False,
               ) -> None:
-    """Fit spherical atoms to the densities of a source. Their sum fits these densities better than that of free atoms does.
+    """Fit spherical atoms to the densities of a source. Their sum is closer to these densities than that of free atoms.
 
     Example: `tomat fit-atoms densities/ --split train --out atoms.json`
     """
@@ -110,20 +110,20 @@ def fit_atoms(source: Annotated[str, typer.Argument(help="A raw store, a folder 
 # %% ../../nbs/11_commands/04_fits.ipynb #768664ca
 def schemes_named(prefix: str,               # option --only
                   levels: list[str] | None,  # option --levels: .npz files
-                  ) -> "dict[str, Scheme]":
-    "The schemes, and those of fitted levels, whose name begins with the prefix."
+                  ) -> "dict[str, Scheme]":  # name → scheme
+    "The schemes, also of fitted levels, whose names begin with the prefix."
     from tomat.study.schemes import SCHEMES, fitted_schemes
     every = SCHEMES | {name: scheme for path in levels or [] for name, scheme in fitted_schemes(path).items()}
     if schemes := {name: scheme for name, scheme in every.items() if name.startswith(prefix)}:
         return schemes
     first = ", ".join(sorted({name.split("@")[0] for name in every}))
-    raise TomatError(f"No scheme's name begins with {prefix!r}: the first words are {first}.")
+    raise TomatError(f"No scheme's name begins with {prefix!r}: use the beginning of a name, such as {first}.")
 
 # %% ../../nbs/11_commands/04_fits.ipynb #2c251470
 def warn_of_empty(rows: list[dict[str, Any]],  # lines of the sweep
-                  table: str,                  # its file
+                  table: str,                  # file of the sweep
                   ) -> None:
-    "Standard error says why lines have no numbers; raises `TomatError` if none has any."
+    "Print the reasons of lines without numbers on standard error; raises `TomatError` if no line has numbers."
     from collections import Counter
     reasons = Counter(row["note"] for row in rows if row["note"])
     if len(reasons) and all(row["note"] for row in rows):
@@ -132,17 +132,17 @@ def warn_of_empty(rows: list[dict[str, Any]],  # lines of the sweep
         print(f"tomat: {n} lines without numbers: {reason}", file=sys.stderr)
 
 def fidelity(source: Annotated[str, typer.Argument(help="A raw store, a folder of CHGCARs, one density file, or mp-ids.")],
-             out: Annotated[str, typer.Option(help="Table to write, .csv or .csv.gz.")],
+             out: Annotated[str, typer.Option(help="File for the table, .csv or .csv.gz.")],
              split: Annotated[str, typer.Option(help="Part of the store: train, validation, all.")] = "all",
              materials: Annotated[int | None, typer.Option(help="Number of materials, from the beginning of the part.")] = None,
-             levels: Annotated[list[str] | None, typer.Option(help="Fitted levels (.npz) to measure too; may be repeated.")] = None,
+             levels: Annotated[list[str] | None, typer.Option(help="File of fitted levels (.npz) to measure too; may be repeated.")] = None,
              only: Annotated[str, typer.Option(help="Beginning of the names of schemes to measure, such as 'Δ table'.")] = "",
              workers: Workers = None,
              as_json: Json = False,
              ) -> None:
-    """Measure what each way of writing a density loses: voxels, waves, coarse grids, differences to the sum of atoms, patches.
+    """Measure the error of each way to write a density: voxels, waves, coarse grids, differences to the sum of atoms, patches.
 
-    The table has a line for each material and scheme. Started again, the sweep goes on where it stopped.
+    The table has a line for each material and scheme. Started again, the sweep resumes.
 
     Example: `tomat fidelity densities/ --out sweep.csv`, `tomat fidelity CHGCAR.gz --only fourier --out sweep.csv`
     """

@@ -23,29 +23,29 @@ if TYPE_CHECKING:
 # %% ../../nbs/11_commands/06_prediction.ipynb #bda7b560
 Strategy = Annotated[str | None, typer.Option(help="Decoding strategy of causal checkpoints: argmax, median or mean.")]
 
-def warn_of_new_elements(result: dict[str, Any],  # of one structure, from `tomat.prediction.batch.run_tasks`
+def warn_of_new_elements(result: dict[str, Any],  # metadata of a prediction, from `tomat.prediction.batch.run_tasks`
                          ) -> None:
-    "Standard error names the elements of a structure that the checkpoint was not trained on."
+    "Print a warning on standard error if the checkpoint was not trained on an element of the structure."
     if new := result["elements_never_seen"]:
         print(f"tomat: this checkpoint was not trained on {', '.join(new)}: do not trust the density of {result['name']} near "
               f"{'them' if len(new) > 1 else 'it'}.", file=sys.stderr)
 
 def predict(structures: Annotated[list[str], typer.Argument(help="POSCAR, CIF or density files, or folders of them.")],
-            out: Annotated[str, typer.Option(help="CHGCAR, cube, JSON or Zarr to write; for many structures, a folder.")],
+            out: Annotated[str, typer.Option(help="File to write: CHGCAR, cube, JSON or Zarr; for many structures, a folder.")],
             checkpoint: Annotated[str | None, typer.Option(
                 help="Folder that `tomat train` wrote, RUN/model; the packaged checkpoint if not given.")] = None,
             grid: Annotated[tuple[int, int, int] | None, typer.Option(
-                help="Points along a, b and c; if not given, those of a density file, else no more than 0.097 Å apart.")] = None,
+                help="Number of points along a, b and c; if not given, those of a density file, else no more than 0.097 Å apart.")] = None,
             expected_error: Annotated[str | None, typer.Option(
-                help="File (a folder for many) for the expected error of each voxel, or the Zarr group that --out names.")] = None,
-            picture: Annotated[str | None, typer.Option(help="File (.png) for slices of the density; a folder for many.")] = None,
+                help="File for the expected error of each voxel, or the Zarr group that --out names; a folder for many structures.")] = None,
+            picture: Annotated[str | None, typer.Option(help="File (.png) for slices of the density; a folder for many structures.")] = None,
             format: Annotated[str | None, typer.Option(
                 help="Format of many densities: chgcar, cube, mp-json or zarr.  [default: chgcar]")] = None,
             strategy: Strategy = None,
-            overlap: Annotated[int, typer.Option(help="Causal checkpoints: voxels that neighbouring patches share.")] = 0,
+            overlap: Annotated[int, typer.Option(help="Number of voxels that neighbouring patches share; for causal checkpoints.")] = 0,
             as_json: Json = False,
             ) -> None:
-    """Predict densities from structures alone, electrons exact, on whole grids.
+    """Predict densities from structures alone, on whole grids, with the exact number of electrons.
 
     Example: `tomat predict POSCAR --out CHGCAR`, `tomat predict cells/ --out densities/ --expected-error errors/`
     """
@@ -63,10 +63,10 @@ def predict(structures: Annotated[list[str], typer.Argument(help="POSCAR, CIF or
         print_result({"predicted": results, "passed over": skipped}, True)
 
 # %% ../../nbs/11_commands/06_prediction.ipynb #1c25ed3c
-def predictors_from(checkpoints: list[str],  # [NAME=]FOLDER; none: the packaged one
-                    strategy: str | None,    # of causal checkpoints; None: the best that each can do
-                    ) -> "dict[str, Predictor]":
-    "Name in the report → predictor."
+def predictors_from(checkpoints: list[str],  # [NAME=]FOLDER; empty: the packaged checkpoint
+                    strategy: str | None,    # decoding strategy of causal checkpoints; None: the best for each
+                    ) -> "dict[str, Predictor]":  # name in the report → predictor
+    "The predictors of several checkpoints; raises `TomatError` if two have the same name."
     from tomat.prediction.predictors import load_predictor
     found: dict[str, Predictor] = {}
     texts: list[str | None] = [*checkpoints] or [None]
@@ -80,8 +80,8 @@ def predictors_from(checkpoints: list[str],  # [NAME=]FOLDER; none: the packaged
     return found
 
 # %% ../../nbs/11_commands/06_prediction.ipynb #4e2f1a74
-def print_scores(entries: dict[str, dict[str, Any]],  # of `tomat.prediction.report.evaluation_summary`
-                 as_json: bool,
+def print_scores(entries: dict[str, dict[str, Any]],  # summary from `tomat.prediction.report.evaluation_summary`
+                 as_json: bool,  # whether to print JSON instead of a table
                  ) -> None:
     "Print the NMAE of each entry, and whether the entry reads the structure alone or the truth."
     if as_json:
@@ -94,7 +94,7 @@ def print_scores(entries: dict[str, dict[str, Any]],  # of `tomat.prediction.rep
 def evaluate(source: Annotated[str, typer.Argument(help="A raw store, a folder or a file of true densities.")],
              out: Annotated[str, typer.Option(help="Folder for the report, the tables and the scores of each material.")],
              checkpoint: Annotated[list[str] | None, typer.Option(
-                 help="[NAME=]FOLDER, may be repeated; the packaged checkpoint if not given.")] = None,
+                 help="Checkpoint, as [NAME=]FOLDER; may be repeated; the packaged checkpoint if not given.")] = None,
              split: Annotated[str | None, typer.Option(help="Part of the store.  [default: validation, or all]")] = None,
              strategy: Strategy = None,
              pictures: Annotated[int, typer.Option(help="Number of materials that the report draws.")] = 24,
@@ -102,7 +102,7 @@ def evaluate(source: Annotated[str, typer.Argument(help="A raw store, a folder o
              ) -> None:
     """Score predictions on whole grids, beside the sum of atomic densities, the codec, teacher forcing and the copied voxel.
 
-    Started again, it goes on where it stopped.
+    Started again, it resumes.
 
     Example: `tomat evaluate densities/ --split validation --checkpoint run/model --out scores/`
     """
@@ -112,7 +112,7 @@ def evaluate(source: Annotated[str, typer.Argument(help="A raw store, a folder o
     part = part_of(found, split, "validation")
     ids = list(found.split(part))
     if not ids:
-        raise TomatError(f"{source} has no material in its part {part!r}: choose another part.")
+        raise TomatError(f"{source} has no material in its part {part!r}: set --split to another part.")
     if not is_remote(out) and os.path.isfile(out):
         raise TomatError(f"{out} is a file: give the name of a folder.")
     result = evaluation.evaluate(found, ids, predictors_from(checkpoint or [], strategy), out, slices_png, pictures)
@@ -122,7 +122,7 @@ def evaluate(source: Annotated[str, typer.Argument(help="A raw store, a folder o
     print_scores(evaluation_summary(result.scores), as_json)
 
 # %% ../../nbs/11_commands/06_prediction.ipynb #b0eebbf0
-def demo(out: Annotated[str, typer.Option(help="Folder to write.")] = "demo-out",
+def demo(out: Annotated[str, typer.Option(help="Folder for rows, models, predictions and the report.")] = "demo-out",
          as_json: Json = False,
          ) -> None:
     """Tokenize, train, predict and score the packaged sample: a few minutes on two cores.

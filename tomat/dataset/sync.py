@@ -92,7 +92,7 @@ def _manifest(side: Side,  # the source
         beside = any(n.endswith(".parquet") and n.removeprefix(folder).count("/") == 0 for n in side.files if n.startswith(folder))
         shards: Any = meta.get("shards", {}) if isinstance(meta, dict) else {}
         if not has_form(shards, [{"md5": str}]) or (beside and not shards):
-            raise TomatError(f"{side.url}/{name} does not hold the MD5 of each shard: make the data set again.")
+            raise TomatError(f"{side.url}/{name} is damaged, it does not hold the MD5 of each shard: make the data set again.")
         md5s |= {folder + shard: entry["md5"] for shard, entry in shards.items()}
     if lacking := sorted(set(md5s) - set(side.files)):
         raise TomatError(f"{side.url} lacks {lacking[0]}, which its meta.json lists: run `tomat tokenize` for the source again, "

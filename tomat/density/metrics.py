@@ -17,7 +17,7 @@ from ..io.remote import TomatError
 
 # %% ../../nbs/01_density/09_metrics.ipynb #a119f400
 def _pair(predicted: np.ndarray,  # density, in any unit, of any shape
-          true: np.ndarray,       # the same shape and unit
+          true: np.ndarray,       # density, of the same shape and unit
           ) -> tuple[np.ndarray, np.ndarray]:
     "The two densities as float64; raises `TomatError` for different shapes, empty grids, NaN and infinity."
     if np.shape(predicted) != np.shape(true) or not np.size(true):

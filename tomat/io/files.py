@@ -24,7 +24,7 @@ from uuid import uuid4
 from .remote import TomatError, exists, is_remote, kind_of, list_folder, remote_fs, client_errors
 
 # %% ../../nbs/10_io/02_files.ipynb #c100d79f
-def is_name(text: str,  # of a material, a data set, a run or a table
+def is_name(text: str,  # name of a material, a data set, a run or a table
             ) -> bool:
     "Whether a text is a plain name: letters, digits and . _ + -, beginning with a letter, a digit or _."
     return re.fullmatch(r"\w[\w.+-]*", text) is not None
@@ -32,7 +32,7 @@ def is_name(text: str,  # of a material, a data set, a run or a table
 # %% ../../nbs/10_io/02_files.ipynb #87d4b231
 def version_tag(path: str | Path,  # a file, local or remote
                 ) -> str:
-    "Size and modification time, or the store's checksum; changes when the file is rewritten."
+    "Version tag: size and modification time, or the store's checksum; changes when the file is rewritten."
     if not is_remote(path):
         if not Path(path).exists():
             raise TomatError(f"{path} does not exist: check the name.")
@@ -45,10 +45,10 @@ def version_tag(path: str | Path,  # a file, local or remote
     return " ".join(str(info[name]) for name in names if info.get(name) is not None)
 
 # %% ../../nbs/10_io/02_files.ipynb #175bfc66
-def check_folder(folder: str | Path,  # to be written into, local or remote; it need not exist
-                     known: str,          # regular expression: the names of files that may be there
-                     ) -> list[str]:  # the names that are there, none where there is no folder
-    "Names in a folder; raises `TomatError` where it is a file or holds a file with another name than the known ones."
+def check_folder(folder: str | Path,  # folder to write into, local or remote; it need not exist
+                 known: str,          # regular expression of the names of files that may be there
+                 ) -> list[str]:  # the names in the folder; empty if it does not exist
+    "Names in a folder; raises `TomatError` if it is a file or holds a file whose name is not a known one."
     kind = kind_of(folder)
     if kind == "file":
         raise TomatError(f"{folder} is a file: give the name of a folder.")
@@ -76,7 +76,7 @@ def local_copy(path: str | Path,  # a file or folder, local or remote
 
 def _download(fs: Any,     # an fsspec file system
               key: str,    # a file or a prefix in it
-              copy: Path,  # where to put it
+              copy: Path,  # local path of the copy
               ) -> None:
     "Fetch one object, or everything below a prefix."
     keys = [key] if is_remote(key) else fs.find(key)  # the http client keeps the scheme and has no folders
@@ -91,7 +91,7 @@ def _download(fs: Any,     # an fsspec file system
 # %% ../../nbs/10_io/02_files.ipynb #6cea7c19
 @contextmanager
 def open_binary(path: str | Path,          # a file, local or remote
-                block_size: int = 1 << 20,  # bytes that are fetched at once from a store
+                block_size: int = 1 << 20,  # number of bytes of each request to a store
                 ) -> Iterator[BinaryIO]:
     "A readable, seekable binary file, valid inside the `with` block."
     if is_remote(path):
@@ -106,8 +106,8 @@ def open_binary(path: str | Path,          # a file, local or remote
 
 # %% ../../nbs/10_io/02_files.ipynb #d0933f2d
 def head_of(path: str | Path,  # a file, local or remote
-            n: int,            # bytes
-            ) -> bytes:  # all of a shorter file
+            n: int,            # number of bytes
+            ) -> bytes:  # n bytes, or all of a shorter file
     "The first bytes of a file."
     if not is_remote(path):
         with open_binary(path) as file:
@@ -152,11 +152,11 @@ def make_durable(path: Path,  # a local file or folder
         _sync(p)
 
 def _refuse_others(path: str | Path,      # the final name
-                   old: Collection[str],  # what is in the folder there now
-                   aside: Path,           # its replacement
-                   known: str | None,     # names that may be removed, a regular expression; None: all, if a root file is shared
+                   old: Collection[str],  # names in the old folder
+                   aside: Path,           # the new file or folder
+                   known: str | None,     # regular expression of names that may be removed; None: all, if a root file is shared
                    ) -> None:
-    "Raise `TomatError` where the new folder may not replace the old one."
+    "Raise `TomatError` if the new folder may not replace the old one."
     new = {p.name: p.is_file() for p in aside.iterdir()} if aside.is_dir() else {}
     lost = [name for name in sorted(set(old) - new.keys()) if not name.startswith(".partial-")]
     others = [name for name in lost if known is None or not re.fullmatch(known, name)]
@@ -187,7 +187,7 @@ def _rename_onto(aside: Path,   # the finished file or folder
 # %% ../../nbs/10_io/02_files.ipynb #bb1ee179
 _swept: set[Path] = set()
 
-def _sweep(folder: Path,  # in which no other process writes
+def _sweep(folder: Path,  # folder in which no other process writes
            ) -> None:
     "Remove the partial files of killed runs."
     for left in [*folder.glob(f"{_NEW}*"), *folder.glob(f"{_OLD}*")]:
@@ -195,7 +195,7 @@ def _sweep(folder: Path,  # in which no other process writes
             _remove(left)
 
 @contextmanager
-def _writing_in(folder: Path,  # local
+def _writing_in(folder: Path,  # a local folder
                 ) -> Iterator[None]:
     "Hold the shared lock of a folder, so that no process sweeps it; sweep it first if no process writes there."
     handle = os.open(folder, os.O_RDONLY)
@@ -221,7 +221,7 @@ def _is_about(err: OSError,  # raised while writing
 
 @contextmanager
 def _aside_local(target: Path,          # the final name
-                 durable: bool = True,  # wait for the disk
+                 durable: bool = True,  # force the content to disk
                  known: str | None = None,  # regular expression of files of an old folder that may be removed
                  ) -> Iterator[Path]:
     "`atomic_write` for a local path."
@@ -248,7 +248,7 @@ def _aside_local(target: Path,          # the final name
             for parent in missing:
                 parent.rmdir()
         if isinstance(err, OSError) and _is_about(err, aside):
-            raise TomatError(f"{target} cannot be written, choose another place or free it: {err.strerror}.") from err
+            raise TomatError(f"{target} cannot be written, choose another place or free some space: {err.strerror}.") from err
         raise
 
 # %% ../../nbs/10_io/02_files.ipynb #25b57ea3
@@ -291,10 +291,10 @@ def _aside_remote(url: str,         # the final name
 # %% ../../nbs/10_io/02_files.ipynb #b1400901
 @contextmanager
 def atomic_write(path: str | Path,        # final name, local or remote
-                overwrite: bool = True,  # False: an existing file is an error
-                durable: bool = True,    # False: do not force the content to disk
-                known: str | None = None,  # names of an old folder that may be removed, a regular expression; None: all
-                ) -> Iterator[Path]:
+                 overwrite: bool = True,  # False: an existing file is an error
+                 durable: bool = True,    # force the content to disk
+                 known: str | None = None,  # regular expression of files of an old folder that may be removed; None: all
+                 ) -> Iterator[Path]:
     "Yield a local path to write a file or a folder to; it becomes `path` only if the block succeeds."
     def refuse() -> None:
         if not overwrite and exists(path):
@@ -320,7 +320,7 @@ def read_text(path: str | Path,  # a text file, local or remote
 
 def write_text(path: str | Path,  # final name, local or remote
                text: str,         # the content
-               durable: bool = True,  # as of `atomic_write`
+               durable: bool = True,  # force the content to disk
                ) -> None:
     "Write a UTF-8 text file, complete or not at all."
     with atomic_write(path, durable=durable) as aside:
@@ -337,7 +337,7 @@ def read_json(path: str | Path,  # a JSON file, local or remote
 
 def write_json(path: str | Path,  # final name, local or remote
                obj: Any,          # dicts, lists, strings, finite numbers
-               durable: bool = True,  # as of `atomic_write`
+               durable: bool = True,  # force the content to disk
                ) -> None:
     "Write a JSON file with sorted keys, complete or not at all; NaN and infinity raise `TomatError`."
     try:

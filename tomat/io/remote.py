@@ -33,7 +33,7 @@ _EXTRAS = {"s3": "tomat[s3]", "s3a": "tomat[s3]", "gs": "tomat[gcs]", "gcs": "to
 _CONNECT, _ANSWER = 5, 15  # seconds
 
 def _options(scheme: str,  # the part of a URL before ://
-             anon: bool,   # no account is used
+             anon: bool,   # whether to use no account
              ) -> dict[str, Any]:  # arguments of the fsspec file system
     "Arguments of a client: endpoint, account, time limits."
     options: dict[str, Any] = {"use_listings_cache": False}
@@ -58,7 +58,7 @@ def _options(scheme: str,  # the part of a URL before ://
 def _google(url: str,       # gs://bucket/key
             **options: Any,  # arguments of the file system
             ) -> tuple[Any, str]:  # the file system, and the key in it
-    "As `fsspec.core.url_to_fs`, after a trial connection; there is no trial behind a proxy."
+    "Do the work of `fsspec.core.url_to_fs` after a trial connection; behind a proxy there is no trial."
     # the class that gcsfs registers asks a second service about each bucket, which emulators lack
     from gcsfs.core import GCSFileSystem
     address = urlsplit(options["endpoint_url"] or "https://storage.googleapis.com")
@@ -68,7 +68,7 @@ def _google(url: str,       # gs://bucket/key
     return GCSFileSystem(**options), GCSFileSystem._strip_protocol(url)
 
 def remote_fs(url: str | Path,     # `s3://bucket/key`, `gs://bucket/key`, `https://host/key`, …
-              anon: bool = False,  # True: no account, for a bucket that is open to all
+              anon: bool = False,  # whether to use no account, for a bucket that is open to all
               ) -> tuple[Any, str]:  # an fsspec file system, and the key in it
     "The file system and the key behind a URL; raises `TomatError` when its client is missing or nothing answers."
     scheme = str(url).split("://")[0]
@@ -99,7 +99,7 @@ def _calm(fs: Any,  # an fsspec file system
 _Errors = tuple[type[Exception], ...]
 
 def _client_errors(scheme: str,  # the part of a URL before ://
-                   ) -> tuple[_Errors, _Errors]:  # all of them; those of a lost connection
+                   ) -> tuple[_Errors, _Errors]:  # all exceptions; those of a lost connection
     "The exceptions of a client for a missing bucket, a wrong key or no connection."
     known: _Errors = (OSError,)
     lost: _Errors = (ConnectionError, TimeoutError, socket.gaierror)
@@ -124,10 +124,10 @@ def _behind(err: Exception,  # raised by a client
     return cause if isinstance(err, FileNotFoundError) and cause and (http or isinstance(cause, OSError)) else err
 
 @contextmanager
-def client_errors(url: str | Path,  # being read or written
-                  action: str,      # "read", "written" or "reached"
+def client_errors(url: str | Path,  # the file or folder that is read or written
+                  action: str,      # word for the error: "read", "written" or "reached"
                   ) -> Iterator[None]:
-    "Turn a client's exception into a `TomatError` about `url`."
+    "Turn each exception of a client inside the `with` block into a `TomatError` about `url`."
     errors, lost = _client_errors(str(url).split("://")[0])
     try:
         yield
@@ -143,8 +143,8 @@ def client_errors(url: str | Path,  # being read or written
 # %% ../../nbs/10_io/01_remote.ipynb #72de99ed
 def details(fs: Any,   # an fsspec file system
             key: str,  # an object or a folder in it
-            ) -> dict[str, Any] | None:  # its size, its type, its checksum where the store has one
-    "The store's metadata of `key`; None when there is nothing."
+            ) -> dict[str, Any] | None:  # size, type, and checksum if the store has one
+    "Metadata of an object or a folder in a store; None if it does not exist."
     try:
         return dict(fs.info(key))
     except FileNotFoundError as err:
@@ -155,7 +155,7 @@ def details(fs: Any,   # an fsspec file system
 # %% ../../nbs/10_io/01_remote.ipynb #fd09f971
 def kind_of(path: str | Path,  # a local path or a URL
             ) -> str | None:
-    "\"file\", \"folder\", or None where there is nothing."
+    "\"file\" or \"folder\"; None if the path does not exist."
     if not is_remote(path):
         return "folder" if Path(path).is_dir() else "file" if Path(path).exists() else None
     fs, key = remote_fs(path)
