@@ -208,7 +208,7 @@ def test_no_material_is_refused(crystals):
 
 @pytest.mark.parametrize("wrong", [{"seed": -1}, {"voxels": 0}])
 def test_wrong_numbers_are_refused(crystals, wrong):
-    with pytest.raises(TomatError, match="seed is a whole number"):
+    with pytest.raises(TomatError, match="give a seed of 0 or more"):
         fit_atoms(crystals.ids, crystals.read, **wrong)
 
 

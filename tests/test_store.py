@@ -133,7 +133,8 @@ def test_other_things_beside_a_store_stay(tmp_path, three):
     (tmp_path / "photos" / "label").mkdir(parents=True)
     (tmp_path / "photos" / "label" / "1.png").write_text("")
     for name in ("s", "photos"):
-        with pytest.raises(TomatError, match=rf"{name} is a folder that holds other files, such as {'other' if name == 's' else 'label'}"):
+        other = "other" if name == "s" else "label"
+        with pytest.raises(TomatError, match=rf"{name} is a folder that holds other files, such as {other}"):
             write_store(three, {}, tmp_path / name)
     assert list_folder(tmp_path / "photos" / "label") == ["1.png"] and (tmp_path / "s" / "other").is_dir()
 

@@ -38,15 +38,15 @@ def info(file: Annotated[str, typer.Argument(help="CHGCAR, cube, Materials Proje
 def convert(source: Annotated[str, typer.Argument(help="A density file, or a folder, bucket or list of many.")],
             target: Annotated[str, typer.Argument(help="File to write, with the format in its name; for many densities, a raw "
                                                        "store.")],
-            format: Annotated[str | None, typer.Option(help="Format of the file to write, if its name has no known suffix.")] = None,
+            format: Annotated[str | None, typer.Option(help="Format to write, if the name has no known suffix.")] = None,
             validation: Annotated[float, typer.Option(min=0, max=0.99, help="Share of the materials to hold out, by chemical "
                                                                             "system.")] = 0,
             workers: Workers = None,
             ) -> None:
     """Convert a density between CHGCAR, cube, Materials Project JSON and Zarr, or a whole folder to a store of Zarr groups.
 
-    A material whose file has changed since the last call is written again. With --validation the store gets the parts train and validation,
-    without a chemical system in common, for `tomat tokenize --split train` and others.
+    A material whose file has changed since the last call is written again. With --validation the store gets the parts train
+    and validation, without a chemical system in common, for `tomat tokenize --split train` and others.
 
     Example: `tomat convert CHGCAR.gz NaCl.zarr`, `tomat convert calculations/ densities/ --validation 0.1`
     """
@@ -139,7 +139,8 @@ def tokenize(source: Annotated[str, typer.Argument(help="A raw store, a folder o
              label: Annotated[str, typer.Option(help="Label of the data set; one of settings.ini sets the other options.")] = "",
              split: Annotated[str | None, typer.Option(help="Part of the store: train, validation, all.")] = None,
              materials: Annotated[int | None, typer.Option(help="Number of materials, from the beginning of the part.")] = None,
-             patches_per_material: Annotated[int | None, typer.Option(help="Number of rows for each material.  [default: 32]")] = None,
+             patches_per_material: Annotated[int | None, typer.Option(
+                 help="Number of rows for each material.  [default: 32]")] = None,
              patch_size: Annotated[int | None, typer.Option(help="Side of a patch, voxels.  [default: 14]")] = None,
              density_codec: Annotated[str | None, typer.Option(
                  help="tomol_3byte, two_token_9_12, fp16_1token, or an .npz of fitted levels.  [default: two_token_9_12]")] = None,

@@ -34,7 +34,8 @@ def fit_codec(source: Annotated[str, typer.Argument(help="A raw store, a folder 
               objective: Annotated[str, typer.Option(help="Error to minimise: l1 (mean, NMAE) or l2 (squared).")] = "l1",
               target: Target = "total",
               unit: Annotated[str, typer.Option(help="Unit of levels: electrons (density × volume), or e/Å³.")] = "electrons",
-              part: Annotated[list[str] | None, typer.Option(help="Histogram file to add, from --save-histogram; may be repeated.")] = None,
+              part: Annotated[list[str] | None, typer.Option(
+                  help="Histogram file to add, from --save-histogram; may be repeated.")] = None,
               save_histogram: Annotated[str | None, typer.Option(help="File for the histogram, for --part of another fit.")] = None,
               workers: Workers = None,
               as_json: Json = False,
@@ -135,7 +136,7 @@ def fidelity(source: Annotated[str, typer.Argument(help="A raw store, a folder o
              out: Annotated[str, typer.Option(help="File for the table, .csv or .csv.gz.")],
              split: Annotated[str, typer.Option(help="Part of the store: train, validation, all.")] = "all",
              materials: Annotated[int | None, typer.Option(help="Number of materials, from the beginning of the part.")] = None,
-             levels: Annotated[list[str] | None, typer.Option(help="File of fitted levels (.npz) to measure too; may be repeated.")] = None,
+             levels: Annotated[list[str] | None, typer.Option(help="Fitted levels (.npz) to measure too; may be repeated.")] = None,
              only: Annotated[str, typer.Option(help="Beginning of the names of schemes to measure, such as 'Δ table'.")] = "",
              workers: Workers = None,
              as_json: Json = False,

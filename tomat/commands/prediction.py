@@ -35,14 +35,14 @@ def predict(structures: Annotated[list[str], typer.Argument(help="POSCAR, CIF or
             checkpoint: Annotated[str | None, typer.Option(
                 help="Folder that `tomat train` wrote, RUN/model; the packaged checkpoint if not given.")] = None,
             grid: Annotated[tuple[int, int, int] | None, typer.Option(
-                help="Number of points along a, b and c; if not given, those of a density file, else no more than 0.097 Å apart.")] = None,
+                help="Number of points along a, b and c; if not given, as in a density file, else at most 0.097 Å apart.")] = None,
             expected_error: Annotated[str | None, typer.Option(
-                help="File for the expected error of each voxel, or the Zarr group that --out names; a folder for many structures.")] = None,
-            picture: Annotated[str | None, typer.Option(help="File (.png) for slices of the density; a folder for many structures.")] = None,
+                help="File (a folder for many) for the expected error of each voxel, or the Zarr group of --out.")] = None,
+            picture: Annotated[str | None, typer.Option(help="File (.png; a folder for many) for slices of the density.")] = None,
             format: Annotated[str | None, typer.Option(
                 help="Format of many densities: chgcar, cube, mp-json or zarr.  [default: chgcar]")] = None,
             strategy: Strategy = None,
-            overlap: Annotated[int, typer.Option(help="Number of voxels that neighbouring patches share; for causal checkpoints.")] = 0,
+            overlap: Annotated[int, typer.Option(help="Voxels that neighbouring patches share, for causal checkpoints.")] = 0,
             as_json: Json = False,
             ) -> None:
     """Predict densities from structures alone, on whole grids, with the exact number of electrons.

@@ -71,7 +71,7 @@ def train(config: TrainConfig,
           eval_materials: Annotated[int, typer.Option(
               envvar=["TOMAT_EVAL_MATERIALS", "TOMAT_JUDGE_MATERIALS"], show_envvar=False,
               help="Number of materials that --eval-store scores.")] = 2,
-          dry: Annotated[bool, typer.Option("--dry-run", help="Print parameters, FLOPs, memory and time without training.")] = False,
+          dry: Annotated[bool, typer.Option("--dry-run", help="Print parameters, FLOPs, memory and time; do not train.")] = False,
           ) -> None:
     """Train a model on rows; writes OUT/model, a checkpoint for `tomat predict` and for transformers.
 

@@ -79,7 +79,7 @@ def _lines_after_grids(text: str,                    # content of a CHGCAR
     sizes = r"\n[ \t]*{}[ \t]+{}[ \t]+{}[ \t]*(?=\r?\n)".format(*shape)
     grids = re.split(sizes, text[structure_end.start():])[1:]
     if len(grids) != len(names):
-        raise ValueError(f"it has {len(grids)} grids of {shape} and {len(names)} blocks")
+        raise ValueError(f"{len(grids)} blocks where 1, 2 or 4 are expected")
     lines = {name: grid.split("\n")[1:] for name, grid in zip(names, grids, strict=True)}
     return {name: rows[math.ceil(math.prod(shape) / len(rows[0].split())):] for name, rows in lines.items()}
 

@@ -233,12 +233,12 @@ def _by_torchrun(job: Job) -> Any:  # result of the first process
                                f"--nproc-per-node={job.resources.gpus}", "-m", "tomat.run.jobs", f"{folder}/job.json"],
                               stdout=subprocess.PIPE, text=True)  # progress and errors go to our standard error
     if done.returncode:
-        raise TomatError(f"torchrun ended with code {done.returncode}: read its messages on standard error, and start the job again to resume.")
+        raise TomatError(f"torchrun ended with code {done.returncode}: read its messages, and start the job again to resume.")
     return json.loads(done.stdout.splitlines()[-1])
 
 # %% ../../nbs/09_run/02_jobs.ipynb #7f49b266
 def carry_out(text: str,  # a line of a dry run
-              ) -> Any:  # what the task returns
+              ) -> Any:  # result of the task
     "Carry out the job that a line describes; raises `TomatError` for a wrong line."
     job = read_job(text)
     if job.task not in TASKS:
@@ -246,7 +246,7 @@ def carry_out(text: str,  # a line of a dry run
     try:
         signature(TASKS[job.task]).bind(**job.settings)
     except TypeError as err:
-        raise TomatError(f"The settings of a {job.task} job do not fit, {err}: print the job again with this version of tomat.") from err
+        raise TomatError(f"The settings of a {job.task} job do not fit, {err}: print it again with this version of tomat.") from err
     with _variables(job.env), _volume():
         if job.resources.gpus > 1 and "RANK" not in os.environ:
             return _by_torchrun(job)
@@ -254,7 +254,7 @@ def carry_out(text: str,  # a line of a dry run
 
 # %% ../../nbs/09_run/02_jobs.ipynb #e3fc4974
 def reported(text: str,  # a line of a dry run
-             ) -> Any:  # what the task returns, or {"error": sentence}
+             ) -> Any:  # result of the task, or {"error": sentence}
     "Carry out a job, and return the sentence of a `TomatError` instead of raising it."
     try:
         return carry_out(text)

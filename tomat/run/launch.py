@@ -160,8 +160,8 @@ class TrainLaunch(Launch):
             raise TomatError("Training needs the label of its rows: give --label, or set TOMAT_LABEL.")
         config, needs = from_variables(TrainConfig, given), Resources(8, 64, self.gpu, 24, 8)
         if config.batch_size < needs.gpus:
-            raise TomatError(f"batch_size must be at least the number of GPUs of {self.gpu}, got {config.batch_size}: use fewer GPUs, "
-                             "or a larger batch_size.")
+            raise TomatError(f"batch_size must be at least the number of GPUs of {self.gpu}, got {config.batch_size}: use fewer "
+                             "GPUs, or a larger batch_size.")
         usual = f"{config.model}-{label}-b{config.batch_size}-s{config.seed}"
         name = self.name or os.environ.get("TOMAT_RESULTS_LABEL", "") or usual
         setup = from_variables(RunConfig, {"name": name} | given)

@@ -101,7 +101,8 @@ def density_app(checkpoint: str = "",  # a folder or URL that `tomat train` wrot
         if method in ("GET", "HEAD"):
             return _reply(start, "200 OK", "application/json", json.dumps(about).encode())
         if method != "POST":
-            return _refused(start, "405 Method Not Allowed", "POST a structure, or GET the description of this service.", Allow="GET, HEAD, POST")
+            why = "POST a structure, or GET the description of this service."
+            return _refused(start, "405 Method Not Allowed", why, Allow="GET, HEAD, POST")
         try:
             body, metadata = answer(predictor, _body_of(request), request.get("QUERY_STRING", ""))
         except TomatError as err:

@@ -72,7 +72,7 @@ def save_state(run: str | Path,           # folder of the run
 
 def load_state(path: Path,  # folder of a state
                ) -> tuple[dict[str, Any], dict[str, Any]]:  # tensors, and counters
-    "Read a state; raises `TomatError` where the file differs from what was written."
+    "Read a state; raises `TomatError` if its file differs from the saved one."
     fix = f"remove {path.name} to resume from the state before it, if there is one"
     if not (path / "state.pt").is_file() or md5_of(path / "state.pt") != read_json(path / "md5.json").get("state.pt"):
         raise TomatError(f"{path}/state.pt is not the file that was saved: {fix}.")

@@ -52,7 +52,7 @@ def _device(name: str,  # "cuda", "cpu", or "" for the best there is
     if name not in ("", "cpu", "cuda"):
         raise TomatError(f"device must be 'cpu' or 'cuda', got {name!r}.")
     if name == "cuda" and not torch.cuda.is_available():
-        raise TomatError("device is 'cuda' and PyTorch finds no CUDA device: leave the device out, or install a PyTorch built for CUDA.")
+        raise TomatError("device is 'cuda' and PyTorch finds none: leave device out, or install a PyTorch built for CUDA.")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
