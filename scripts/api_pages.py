@@ -1,4 +1,4 @@
-"""One page of the site for each module: every public name with its parameters, shapes and units, read from the source alone.
+"""One page of the site for each sub-package: every public name with its parameters, shapes and units, read from the source alone.
 
 The reading order of the notebooks is the sidebar in _quarto.yml. `reading_order` and `modules_of` are what the site and the
 tests know of it.
@@ -29,6 +29,15 @@ class Module:
     notebook: str           # path below nbs/, such as 01_density/02_chgcar.ipynb
     source: str             # text of the module
     names: tuple[str, ...]  # exported names
+
+    @property
+    def page(self) -> str:
+        "The page that the module is on, below api/: its sub-package, or tomat for the modules at the top."
+        return self.name.split(".")[0] if "." in self.name else "tomat"
+
+    def anchor(self, name: str) -> str:
+        "The anchor of a public name on the module's page."
+        return f"{self.name.split('.')[-1]}.{name}"
 
     @property
     def summary(self) -> str:
@@ -137,12 +146,12 @@ def _methods(definition: ast.ClassDef) -> Iterator[ast.FunctionDef]:
             yield node
 
 
-def _entry(node: ast.FunctionDef, comments: dict[int, str], name: str) -> str:
+def _entry(node: ast.FunctionDef, comments: dict[int, str], name: str, anchor: str) -> str:
     "A function or method under its heading; of a method `name` is Class.method."
     is_property = any(isinstance(d, ast.Name) and d.id in ("property", "cached_property") for d in node.decorator_list)
     call = "" if is_property else _called(node)
     doc = ast.get_docstring(node) or ""
-    heading = f"{'###' if '.' in name else '##'} `{name}{call}` {{#{name}}}"
+    heading = f"{'####' if '.' in name else '###'} `{name}{call}` {{#{anchor}}}"
     return "\n\n".join(part for part in (heading, doc, _table(list(parameters(node, comments)))) if part)
 
 
@@ -151,27 +160,31 @@ def _entries(module: Module, notebook: str) -> Iterator[str]:
     for node in ast.parse(module.source).body:
         where = f"[Explained in its notebook](../{notebook}#def-{getattr(node, 'name', '')})"
         if isinstance(node, ast.FunctionDef) and node.name in module.names:
-            yield _entry(node, comments, node.name) + f"\n\n{where}"
+            yield _entry(node, comments, node.name, module.anchor(node.name)) + f"\n\n{where}"
         elif isinstance(node, ast.ClassDef) and node.name in module.names:
-            parts = [f"## `{node.name}` {{#{node.name}}}", ast.get_docstring(node) or "", _table(list(fields(node, comments)))]
+            heading = f"### `{node.name}` {{#{module.anchor(node.name)}}}"
+            parts = [heading, ast.get_docstring(node) or "", _table(list(fields(node, comments)))]
             start = [m for m in node.body if isinstance(m, ast.FunctionDef) and m.name == "__init__"]
             parts += [_table(list(parameters(m, comments))) for m in start]
-            parts += [_entry(m, comments, f"{node.name}.{m.name}") for m in _methods(node)]
+            names = [f"{node.name}.{m.name}" for m in _methods(node)]
+            parts += [_entry(m, comments, name, module.anchor(name)) for m, name in zip(_methods(node), names, strict=True)]
             yield "\n\n".join(part for part in (*parts, where) if part)
         elif isinstance(node, ast.Assign | ast.AnnAssign):
             bound = [t.id for t in ast.walk(node) if isinstance(t, ast.Name) and isinstance(t.ctx, ast.Store)]
             if names := [name for name in bound if name in module.names]:
                 text = "\n".join(lines[node.lineno - 1:node.end_lineno])
                 heading = ", ".join(f"`{name}`" for name in names)
-                more = "".join(f"[]{{#{name}}}" for name in names[1:])
-                yield f"## {heading} {{#{names[0]}}}\n\n{more}\n\n```python\n{text}\n```"
+                more = "".join(f"[]{{#{module.anchor(name)}}}" for name in names[1:])
+                yield f"### {heading} {{#{module.anchor(names[0])}}}\n\n{more}\n\n```python\n{text}\n```"
 
 
-def module_page(module: Module, title: str) -> str:
-    "Markdown of one module's page."
-    entries = "\n\n".join(_entries(module, module.notebook))
-    where = f"Explained, drawn and tested in [{title}](../{module.notebook})."
-    return f"---\ntitle: tomat.{module.name}\n---\n\n{module.summary}\n\n{where}\n\n{entries}\n"
+def package_page(page: str, modules: list[Module], titles: dict[str, str]) -> str:
+    "Markdown of one sub-package's page; `titles` are those of notebooks."
+    lines = [f"---\ntitle: {page if page == 'tomat' else f'tomat.{page}'}\n---"]
+    for module in modules:
+        where = f"Explained, drawn and tested in [{titles[module.notebook]}](../{module.notebook})."
+        lines += [f"## `tomat.{module.name}` {{#{module.name}}}", module.summary, where, *_entries(module, module.notebook)]
+    return "\n\n".join(lines) + "\n"
 
 
 def index_page(modules: list[Module]) -> str:
@@ -180,6 +193,6 @@ def index_page(modules: list[Module]) -> str:
              "parameters with shapes and units, and from there to the notebook that defines it.\n",
              "| module | what it is for | names |", "|---|---|---|"]
     for module in modules:
-        names = ", ".join(f"[`{name}`]({module.name}.md#{name})" for name in module.names)
-        lines.append(f"| [`tomat.{module.name}`]({module.name}.md) | {module.summary} | {names} |")
+        names = ", ".join(f"[`{name}`]({module.page}.md#{module.anchor(name)})" for name in module.names)
+        lines.append(f"| [`tomat.{module.name}`]({module.page}.md#{module.name}) | {module.summary} | {names} |")
     return "\n".join(lines) + "\n"

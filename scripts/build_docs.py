@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from api_pages import Module, index_page, module_page, modules_of
+from api_pages import Module, index_page, modules_of, package_page
 from latex2mathml.converter import convert
 from nbdev.process import NBProcessor
 from nbdev.processors import clean_magics, filter_stream_, hide_, hide_line, rm_header_dash, strip_ansi
@@ -44,7 +44,8 @@ CDN = re.compile(r'<(?:link|script)[^>]*https?://[^>]*(?:katex|mathjax|polyfill)
 def links_of(modules: list[Module]) -> dict[str, str]:
     "Public names that only one module has → their address below api/."
     counts = Counter(name for module in modules for name in module.names)
-    return {name: f"{module.name}.md#{name}" for module in modules for name in module.names if counts[name] == 1 and len(name) > 3}
+    return {name: f"{module.page}.md#{module.anchor(name)}" for module in modules for name in module.names
+            if counts[name] == 1 and len(name) > 3}
 
 
 def linked(text: str, links: dict[str, str], up: str) -> str:
@@ -90,7 +91,7 @@ def staged(path: Path, folder: Path, modules: dict[str, Module], links: dict[str
             continue
         elif "export" in options:
             known = [d for d in defined(cell.source) if name in modules and d in modules[name].names]
-            heads = [f"[`{d}`]({up}api/{modules[name].name}.md#{d}){{#def-{d} .definition}}" for d in known]
+            heads = [f"[`{d}`]({up}api/{modules[name].page}.md#{modules[name].anchor(d)}){{#def-{d} .definition}}" for d in known]
             if heads:
                 cells.append({"cell_type": "markdown", "metadata": {}, "id": f"d{len(cells)}", "source": " ".join(heads)})
             elif all(isinstance(node, ast.Import | ast.ImportFrom | ast.If) for node in ast.parse(cell.source).body):
@@ -132,8 +133,9 @@ def stage(folder: Path) -> None:
         (folder / name).write_text(json.dumps(page, ensure_ascii=False), encoding="utf-8")
     (folder / "api").mkdir()
     (folder / "api" / "index.md").write_text(index_page(every), encoding="utf-8")
-    for module in every:
-        (folder / "api" / f"{module.name}.md").write_text(module_page(module, titles[module.notebook]), encoding="utf-8")
+    for page in dict.fromkeys(module.page for module in every):
+        text = package_page(page, [module for module in every if module.page == page], titles)
+        (folder / "api" / f"{page}.md").write_text(text, encoding="utf-8")
 
 
 # ---------------------------------------------------------------- rendering

@@ -33,7 +33,7 @@ FLOAT = re.compile(r"\d+\.\d+(?:e[-+]\d+)?|\d+e[-+]\d+")
 # What says nothing to a reader: addresses of objects, names of temporary folders, digests and sizes of compressed files (those
 # of the next version of a package differ), and how wide a column is.
 NOISE = [(re.compile(r" at 0x[0-9a-f]{6,}"), ""), (re.compile(r"\S*\btmp[a-z0-9_]{8}\b"), "tmp"),
-         (re.compile(r"\b[0-9a-f]{32,64}\b"), "digest"), (re.compile(r"(?<='bytes': )\d+"), "size"),
+         (re.compile(r"\b[0-9a-f]{32,64}\b"), "digest"), (re.compile(r"(?<='bytes': )\d{3,}"), "size"),
          (re.compile(r"[ \t]+(?=\n|$)"), ""), (re.compile(r"(?<=\S)[ \t]+"), " "), (re.compile("[─═]+"), "─")]
 
 

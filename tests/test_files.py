@@ -150,7 +150,7 @@ def test_a_link_is_followed_and_stays(tmp_path, as_folder):
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG])
 def test_a_full_disk_names_the_place(tmp_path, number):
-    sentence = r"a cannot be written, choose another place or free it: .+\.$"
+    sentence = r"a cannot be written, choose another place or free some space: .+\.$"
     with pytest.raises(TomatError, match=sentence), atomic_write(tmp_path / "a") as aside:
         aside.write_text("half")
         raise OSError(number, os.strerror(number))

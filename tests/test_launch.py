@@ -317,7 +317,7 @@ def test_counts_are_checked(place, wrong):
     ({"options": "steps"}, "no option 'steps', or its value is missing"), ({"options": "clip=-1"}, "clip must be above 0"),
     ({"options": "warmup=-4"}, "warmup must be at least 0"), ({"options": "emd=2"}, "emd must be at most 1"),
     ({"options": "emd=nan"}, "emd must be a finite number"), ({"options": "val_seqs=-3"}, "val_seqs must be at least 0"),
-    ({"gpu": "A100:8", "options": "batch_size=3"}, "without work"),
+    ({"gpu": "A100:8", "options": "batch_size=3"}, "batch_size must be at least"),
     ({"name": "../../away"}, "no name"), ({"label": "a/b"}, "no name"), ({"val_label": ".."}, "no name")])
 def test_a_slip_is_refused_before_a_gpu_is_paid_for(place, wrong, sentence):
     with pytest.raises(TomatError, match=sentence):

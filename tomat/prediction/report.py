@@ -72,7 +72,7 @@ def evaluation_summary(scores: Sequence[Score],  # of several materials
     return {entry: _entry_summary([s for s in scores if s.entry == entry]) for entry in dict.fromkeys(s.entry for s in scores)}
 
 # %% ../../nbs/07_prediction/08_report.ipynb #247d6e4d
-def reliability_png(summaries: Mapping[str, Mapping[str, Any]],  # of `evaluation_summary`
+def reliability_png(summaries: Mapping[str, Mapping[str, Any]],  # from `evaluation_summary`
                     ) -> bytes | None:  # a PNG; None: no entry has expected errors
     "The reliability curves of all entries with expected errors."
     from matplotlib.figure import Figure
@@ -119,7 +119,7 @@ def _entry_tables(summaries: Mapping[str, Mapping[str, Any]]) -> str:
     first = table(["entry", "reads", "NMAE mean", "median", "95th percentile", "NEMD mean", "rank correlation", "miscalibration"], {
         entry: [s["reads"], *quantiles(s["nmae"]), quantiles(s["nemd"])[0], s["rank_correlation"], s["miscalibration"]]
         for entry, s in summaries.items()})
-    second = table(["entry", "RMSE, e/Å³", "near nuclei", "bonds", "interstitial", "|electrons lost|", "seam", "seconds"], {
+    second = table(["entry", "RMSE, e/Å³", "near nuclei", "bonds", "interstitial", "|electrons off|", "seam", "seconds"], {
         entry: [s[name] for name in (*_MEANS[:4], "electron_error", "seam", "seconds")] for entry, s in summaries.items()})
     kinds = sorted({kind for s in summaries.values() for kind in s["classes"]})
     third = table(["mean NMAE", *kinds], {
@@ -149,7 +149,7 @@ def report_html(title: str,
                 result: Evaluation,
                 notes: Sequence[str] = (),  # paragraphs before the tables
                 ) -> str:
-    "A page that needs no other file."
+    "An HTML page that needs no other file."
     def image(png: bytes, alt: str) -> str:
         return f'<img alt="{escape(alt)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
     summaries, pictures = evaluation_summary(result.scores), []

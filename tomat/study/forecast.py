@@ -25,19 +25,22 @@ class LossLaw:
     "L = floor + (N / n0)^-alpha · a + (D / d0)^-beta · b"
     floor: float   # loss of an infinite model with infinite data
     a: float       # loss that more parameters would avoid, at n0
-    alpha: float
+    alpha: float   # exponent of the parameters
     b: float       # loss that more tokens would avoid, at d0
-    beta: float
+    beta: float    # exponent of the tokens
     n0: float      # geometric mean of the runs' parameters
     d0: float      # geometric mean of their tokens
 
-    def at(self, parameters: Any, tokens: Any) -> Any:
-        "The loss of a run."
+    def at(self,
+           parameters: Any,  # number or array, of the models
+           tokens: Any,      # number or array, read by the runs
+           ) -> Any:  # number or array
+        "Expected loss of each run."
         return self.floor + self.a * (parameters / self.n0)**-self.alpha + self.b * (tokens / self.d0)**-self.beta
 
-def fit_loss(parameters_N: np.ndarray,  # of the runs' models
-             tokens_N: np.ndarray,      # read by each run
-             losses_N: np.ndarray,      # at their end
+def fit_loss(parameters_N: np.ndarray,  # (N,) of the runs' models
+             tokens_N: np.ndarray,      # (N,) read by each run
+             losses_N: np.ndarray,      # (N,) at their end
              ) -> LossLaw:
     "The law of some runs; raises `TomatError` for fewer runs than it has constants."
     runs_3xN = np.array([parameters_N, tokens_N, losses_N], float)
@@ -60,17 +63,17 @@ def fit_loss(parameters_N: np.ndarray,  # of the runs' models
 # %% ../../nbs/08_study/05_forecast.ipynb #f74da668
 def shaped(width: int,  # a multiple of 64, or less than 64
            ) -> ModelSize:
-    "A size between the named ones."
+    "Size of a model of this width, in the proportions of the named ones."
     return ModelSize(width, max(1, round(3 * width / 256)), max(1, width // 64), 4 * width)
 
 @dataclass(frozen=True)
 class Allocation:
-    "One way to spend a compute."
-    size: ModelSize
-    parameters: int
-    tokens: float  # to read
+    "A size, and the tokens that it can read for a given compute."
+    size: ModelSize  # of the model
+    parameters: int  # trainable, of the model
+    tokens: float    # to read
 
-def allocations(flops: float,
+def allocations(flops: float,            # of the run
                 vocab_size: int = 6792,  # ids
                 context: int = 8192,     # tokens a row
                 widths: Iterable[int] = range(64, 8193, 64),  # of the models
@@ -81,12 +84,12 @@ def allocations(flops: float,
     sizes = [shaped(width) for width in widths]
     return [Allocation(size, n_parameters(size, vocab_size), flops / flops_per_token(size, vocab_size, context)) for size in sizes]
 
-def best_allocation(flops: float,
+def best_allocation(flops: float,                # of the run
                     law: LossLaw | None = None,  # of the loss; None: the rule of thumb
                     ratio: float = 20,           # tokens a parameter, of the rule of thumb
                     **rows: Any,                 # vocab_size, context and widths, as of `allocations`
                     ) -> Allocation:
-    "The size of the lowest loss, or of that many tokens a parameter; raises `TomatError` if the best size lies outside the widths."
+    "Allocation of the lowest loss, or of `ratio` tokens a parameter; raises `TomatError` if it lies outside the widths."
     among = allocations(flops, **rows)
     if law:
         index = int(np.argmin([law.at(one.parameters, one.tokens) for one in among]))
@@ -116,18 +119,18 @@ def wall_hours(flops: float,  # of the run
 # %% ../../nbs/08_study/05_forecast.ipynb #b35f2545
 @dataclass(frozen=True)
 class TokenizeRates:
-    "Seconds of one core."
-    material: float  # to open one
-    voxel: float     # to read one
-    row: float       # to write one
+    "Seconds of one core for each part of tokenizing."
+    material: float  # s to open a material
+    voxel: float     # s to read a voxel
+    row: float       # s to write a row
 
-    def seconds(self, voxels: Any,  # of materials
+    def seconds(self, voxels: Any,  # number or array, of each material
                 rows: int,          # of each
                 ) -> Any:
-        "Seconds of each material."
+        "Seconds of one core for each material."
         return self.material + self.voxel * voxels + self.row * rows
 
-def fit_rates(lines: Sequence[Mapping[str, Any]],  # with voxels, rows and cpu_seconds
+def fit_rates(lines: Sequence[Mapping[str, Any]],  # one a shard, with voxels, rows and cpu_seconds
               ) -> TokenizeRates:
     "Rates from measured shards of one material; raises `TomatError` for fewer than three."
     seconds_N = np.array([float(line["cpu_seconds"]) for line in lines])
@@ -138,13 +141,13 @@ def fit_rates(lines: Sequence[Mapping[str, Any]],  # with voxels, rows and cpu_s
     return TokenizeRates(*rates.tolist())
 
 # %% ../../nbs/08_study/05_forecast.ipynb #fbe41b7b
-def tokenize_forecast(voxels_M: np.ndarray,   # of every material, in their order
+def tokenize_forecast(voxels_M: np.ndarray,   # (M,) voxels of every material, in their order
                       rows: int,              # of each
-                      rates: TokenizeRates,
-                      machines: int,
+                      rates: TokenizeRates,   # of one core
+                      machines: int,          # number of them
                       cores: int = 1,         # of each machine
-                      rows_per_shard: int = 512,
-                      ) -> tuple[float, float]:  # wall time, core time, s
+                      rows_per_shard: int = 512,  # rows of a shard, of one or more whole materials
+                      ) -> tuple[float, float]:  # wall time and summed core time, s
     "Time to tokenize a data set on several machines."
     if min(len(voxels_M), rows, machines, cores) < 1:
         raise TomatError("Tokenizing takes a material, a row, a machine and a core or more: "

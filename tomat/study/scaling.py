@@ -34,12 +34,12 @@ class RunRecord:
     data: str                   # label of its rows
     vocab_size: int             # ids
     context: int                # tokens a row, mean
-    tokens: float               # read in all
+    tokens: float               # read during the whole run
     flops: float                # operations for these tokens
     mfu: float | None           # share of the devices' peak speed
     tokens_per_s: float | None  # on all devices together
     loss: float | None          # of the last step
-    val_loss: float | None = None  # the lowest on held-out rows
+    val_loss: float | None = None  # lowest loss on held-out rows
     group: str = ""             # of runs to compare
     state: str = ""             # "finished", "crashed", …
 
@@ -47,7 +47,8 @@ class RunRecord:
         for column in (*_COUNTS, *_NUMBERS, *_OPTIONAL):
             value = getattr(self, column)
             if not (value is None and column in _OPTIONAL) and not 0 < value < float("inf"):  # also refuses nan
-                raise TomatError(f"Run {self.run!r} has {value} as its {column}, but needs a finite number above 0: leave it out.")
+                raise TomatError(f"Run {self.run!r} has {value} as its {column}, but needs a finite number above 0: "
+                                 "correct it or leave the run out.")
 
     @property
     def parameters(self) -> int:
@@ -77,7 +78,9 @@ _COUNTS, _NUMBERS = ("devices", "batch_size", "vocab_size", "context"), ("tokens
 _OPTIONAL = ("mfu", "tokens_per_s", "loss", "val_loss")
 
 # %% ../../nbs/08_study/04_scaling.ipynb #7d4a4617
-def _record(line: Mapping[str | None, Any]) -> RunRecord:
+def _record(line: Mapping[str | None, Any],  # column → text
+            ) -> RunRecord:
+    "Run of a line of a table."
     values, named = dict[str, Any](), f"Run {line['run']!r}"
     for column, text in line.items():
         if column is None or text is None:  # the reader's marks for a line that is too long or too short
@@ -104,7 +107,7 @@ def read_runs(path: str | Path,  # .csv
         raise TomatError(f"{path} is no table of runs, fix line {reader.line_num}: {str(err).rstrip('.')}.") from err
 
 # %% ../../nbs/08_study/04_scaling.ipynb #574dd85f
-def write_runs(runs: Iterable[RunRecord],
+def write_runs(runs: Iterable[RunRecord],  # lines of the table, in order
                path: str | Path,  # .csv
                ) -> None:
     "Write a table of runs."
@@ -120,33 +123,37 @@ class PowerLaw:
     "y = exp(height) · (x / middle)^slope, with its uncertainty."
     middle: float        # geometric mean of the points' x
     height: float        # log y there
-    slope: float
+    slope: float         # exponent of the power law
     height_error: float  # standard deviation
     slope_error: float   # standard deviation
     residual_std: float  # of log y around the line
-    freedom: int         # points beyond two
+    freedom: int         # degrees of freedom, the number of points minus two
 
-    def at(self, x_N: np.ndarray) -> np.ndarray:
-        "The most likely y."
+    def at(self,
+           x_N: np.ndarray,  # (N,) positive
+           ) -> np.ndarray:  # (N,)
+        "The law's y for each x."
         return np.exp(self.height + self.slope * np.log(np.asarray(x_N) / self.middle))
 
-    def band(self, x_N: np.ndarray,
+    def band(self, x_N: np.ndarray,     # (N,) positive
              share: float = 0.95,       # probability of the interval
-             one_more: bool = False,    # of a further point, not of the line
-             ) -> tuple[np.ndarray, np.ndarray]:  # low, high
+             one_more: bool = False,    # True: interval of a further point, with its scatter; False: of the line
+             ) -> tuple[np.ndarray, np.ndarray]:  # (N,) low, (N,) high
         "Interval of the line, or of a further point."
         far = np.log(np.asarray(x_N) / self.middle)
         error = np.sqrt(self.height_error**2 + (self.slope_error * far)**2 + one_more * self.residual_std**2)
         width, line = t.ppf((1 + share) / 2, self.freedom) * error, self.at(x_N)
         return line * np.exp(-width), line * np.exp(width)
 
-    def slopes(self, share: float = 0.95) -> tuple[float, float]:
+    def slopes(self,
+               share: float = 0.95,  # probability of the interval
+               ) -> tuple[float, float]:  # low, high
         "Interval of the slope."
         width = float(t.ppf((1 + share) / 2, self.freedom)) * self.slope_error
         return self.slope - width, self.slope + width
 
-def fit_power(x_N: Sequence[float] | np.ndarray,  # positive
-              y_N: Sequence[float] | np.ndarray,  # positive
+def fit_power(x_N: Sequence[float] | np.ndarray,  # (N,) positive
+              y_N: Sequence[float] | np.ndarray,  # (N,) positive
               ) -> PowerLaw:
     "The power law through three points or more; raises `TomatError` for fewer."
     log_x, log_y = np.log(np.asarray(x_N, float)), np.log(np.asarray(y_N, float))
@@ -160,7 +167,7 @@ def fit_power(x_N: Sequence[float] | np.ndarray,  # positive
                     std / float(np.sqrt(far @ far)), std, freedom)
 
 # %% ../../nbs/08_study/04_scaling.ipynb #795c2603
-def plot_runs(runs: Sequence[RunRecord],
+def plot_runs(runs: Sequence[RunRecord],  # of a table
               ) -> Any:  # a matplotlib figure
     "Plot of loss against compute with a law and its 95 %, and of MFU against devices; colours are devices, shapes are models."
     from matplotlib.figure import Figure

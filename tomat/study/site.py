@@ -47,9 +47,9 @@ def packed(values: np.ndarray,  # (...) any array; floats become float32, intege
 # %% ../../nbs/08_study/07_site.ipynb #893aeefb
 TOKENIZER = Tokenizer("framed", PUBLISHED_DENSITY, patch_size=14)  # of the tokens in the viewer
 
-def prompts_of(density: Density,
-               tokenizer: Tokenizer = TOKENIZER,
-               ) -> list[dict[str, Any]]:  # of each patch: `corner`, voxels, and `prompt`, text
+def prompts_of(density: Density,                  # its structure and grid
+               tokenizer: Tokenizer = TOKENIZER,  # of the rows
+               ) -> list[dict[str, Any]]:  # of each patch: `corner`, (3,) voxels, and `prompt`, text
     "Prompts of the patches that cover the grid."
     offsets_Nx3 = cover(density.shape, tokenizer.size)
     prompts_NxL = tokenizer.prompt(density.structure, density.shape, offsets_Nx3)
@@ -57,9 +57,9 @@ def prompts_of(density: Density,
             for corner, ids in zip(offsets_Nx3, prompts_NxL, strict=True)]
 
 # %% ../../nbs/08_study/07_site.ipynb #7b69dd74
-def voxel_tokens(density: Density,   # of a crystal
-                 tokenizer: Tokenizer = TOKENIZER,
-                 ) -> np.ndarray:  # (nx, ny, nz, k) ids within the density block
+def voxel_tokens(density: Density,                  # of a crystal
+                 tokenizer: Tokenizer = TOKENIZER,  # whose codec writes the values
+                 ) -> np.ndarray:  # (nx, ny, nz, k) ids from 0, within the density codec's range
     "Tokens of each voxel."
     ids, _ = tokenizer.density_codec.encode_ids(tokenizer.target_of(density))
     return ids.reshape(*density.shape, -1)
@@ -78,9 +78,9 @@ def _colour(element: str) -> str:
     "Jmol's colour of an element, as #rrggbb."
     return "#" + "".join(f"{round(255 * part):02x}" for part in jmol_colors[atomic_numbers[element]])
 
-def density_view(true: Density,
-                 predictor: Predictor,
-                 tokenizer: Tokenizer = TOKENIZER,
+def density_view(true: Density,                     # density of DFT
+                 predictor: Predictor,              # predicts it from the structure
+                 tokenizer: Tokenizer = TOKENIZER,  # of the tokens to show
                  ) -> dict[str, Any]:  # ready for JSON
     "Data of one material: crystal, tokens of the true and the predicted density, prompts and scores."
     predicted = predictor.predict(true.structure, true.shape).density
@@ -131,7 +131,7 @@ def fidelity_points(folder: str | Path,  # the folder results/fidelity
     return {name: [{"family": point["config"].split("@")[0]} | point for point in sweep_summary(part)]
             for name, part in parts.items() if part}
 
-def on_front(points: Iterable[Mapping[str, Any]],  # with tokens or context, and nmae
+def on_front(points: Iterable[Mapping[str, Any]],  # with config, nmae, and tokens or context
              cost: str = "tokens",                 # or "context"
              ) -> list[str]:  # configs, by rising cost
     "Pareto front: the schemes that no other beats in both cost and NMAE."
@@ -184,7 +184,7 @@ def write_data(results: str | Path,            # the folder results/
                viewer: bool = True,            # include the viewer's predictions, a few seconds
                store: RawStore | None = None,  # densities of the viewer; None: the packaged sample
                part: str = "validation",       # of the store
-               ) -> list[str]:  # names of the files written
+               ) -> list[str]:  # names of all .json files then in the folder
     "Write the data files of the interactive pages."
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)

@@ -62,7 +62,8 @@ def cut(values_xyz: np.ndarray,   # (nx, ny, nz) one item per voxel, any dtype
         ) -> np.ndarray:  # (N, Px, Py, Pz)
     "Patches cut from a periodic grid; a grid smaller than the patch repeats. Whole-numbered offsets are wrapped."
     if values_xyz.ndim != 3 or values_xyz.size == 0:
-        raise TomatError(f"Patches are cut from a grid of three axes, not from an array of shape {values_xyz.shape}: give (nx, ny, nz).")
+        raise TomatError(f"Patches are cut from a grid of three axes, not from an array of shape "
+                         f"{values_xyz.shape}: give (nx, ny, nz).")
     sides, offsets = as_size(size), as_offsets(offsets_Nx3, values_xyz.shape)
     wrapped_voxels = np.prod([n + s - 1 for n, s in zip(values_xyz.shape, sides, strict=True)])
     if 3 * len(offsets) * np.prod(sides) < wrapped_voxels:  # few patches: the wrapped copy would not pay

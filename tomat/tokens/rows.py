@@ -19,7 +19,7 @@ from .vocabulary import MAX_INTEGER, N_ELEMENTS, PAD, Vocabulary
 
 # %% ../../nbs/03_tokens/06_rows.ipynb #bd15da0b
 def atomic_numbers(structure: Structure,  # any crystal
-                   ) -> tuple[int, ...]:
+                   ) -> tuple[int, ...]:  # 1 to 118, in the order of the sites
     "Atomic number of each site; raises `TomatError` for a disordered site or a species beyond element 118."
     if not structure.is_ordered:
         raise TomatError(f"{formula_of(structure)} has sites shared by several elements: choose an ordered structure.")
@@ -49,16 +49,16 @@ def lattice_integers(structure: Structure,  # any crystal
     if integers.min() < 1 or integers.max() > MAX_INTEGER:
         a, b, c = structure.lattice.abc
         raise TomatError(f"The cell of {formula_of(structure)}, {a:.2f} × {b:.2f} × {c:.2f} Å, cannot be framed: "
-                         "its lengths must lie between 0.05 and 51.15 Å.")
+                         "its lengths must lie between 0.05 and 51.15 Å, so write it in the anchored layout or leave it out.")
     return integers
 
 # %% ../../nbs/03_tokens/06_rows.ipynb #86db39cb
 @dataclass(frozen=True)
 class Row:
     "Contents of a decoded row."
-    layout: str
+    layout: str                        # "anchored" or "framed"
     shape: tuple[int, ...]             # (3,) of the grid, points
-    species: tuple[int, ...]           # atomic numbers
+    species: tuple[int, ...]           # (A,) atomic numbers
     frac_coords: np.ndarray            # (A, 3) decoded; framed: relative to the patch's low corner
     lattice: tuple[float, ...] | None  # a, b, c (Å), α, β, γ (degrees); None if anchored
     offset: tuple[int, ...] | None     # (3,) low corner, voxels; None if framed
@@ -69,15 +69,20 @@ class Row:
 class _Cursor:
     "A position in a row, and the checks of the tokens that follow."
 
-    def __init__(self, vocab: Vocabulary, ids_L: np.ndarray) -> None:
+    def __init__(self,
+                 vocab: Vocabulary,  # of the row
+                 ids_L: np.ndarray,  # (L,) integer ids of one row
+                 ) -> None:
         if ids_L.ndim != 1 or not np.issubdtype(ids_L.dtype, np.integer):
-            raise TomatError(f"A row is one line of integer ids, not {ids_L.dtype} of shape {ids_L.shape}.")
+            raise TomatError(f"A row is a one-dimensional array of integer ids, not {ids_L.dtype} of shape "
+                             f"{ids_L.shape}: give one row.")
         self.vocab, self.ids, self.at = vocab, ids_L.astype(np.int64), 0
 
     def fail(self,
              index: int,     # of the wrong token
              expected: str,  # tokens that may be there
              ) -> NoReturn:
+        "Raise `TomatError` for a wrong token."
         found = self.vocab.name(int(self.ids[index])) if index < len(self.ids) else "the end of the row"
         raise TomatError(f"token {index}: expected {expected}, found {found}")
 
@@ -101,23 +106,24 @@ class _Cursor:
         return local
 
     def special(self, name: str) -> None:
-        "Check that the next token is a special, such as GRID_END."
+        "Move past the next token, which must be the special token of that name, such as GRID_END."
         token = self.vocab.id(name)
         self.take(1, [range(token, token + 1)])
 
     def is_at(self, name: str) -> bool:
-        "Whether the next token is a special."
+        "True if the next token is the special token of that name."
         return bool((self.ids[self.at:self.at + 1] == self.vocab.id(name)).any())
 
     def until(self, name: str) -> int:
-        "Number of tokens before the next special of that name, or before the end of the row."
+        "Number of tokens before the next special token of that name, or before the end of the row."
         return int(np.append(self.ids[self.at:] == self.vocab.id(name), True).argmax())
 
 # %% ../../nbs/03_tokens/06_rows.ipynb #d77c0376
 def _read_integers(cursor: _Cursor,         # before the block
                    name: str,               # GRID, SHAPE, …
                    legal: Sequence[range],  # legal numbers, one range a token
-                   ) -> tuple[int, ...]:
+                   ) -> tuple[int, ...]:  # one a token
+    "Numbers of a block of integers."
     zero = cursor.vocab.blocks["integer"].start
     cursor.special(f"{name}_START")
     numbers = cursor.take(len(legal), [range(zero + r.start, zero + r.stop) for r in legal])
@@ -125,7 +131,8 @@ def _read_integers(cursor: _Cursor,         # before the block
     return tuple(int(n) + r.start for n, r in zip(numbers[0], legal, strict=True))
 
 def _read_atoms(cursor: _Cursor,  # before ATOMS_START
-                ) -> tuple[int, ...]:  # atomic numbers
+                ) -> tuple[int, ...]:  # (A,) atomic numbers
+    "Elements of the ATOMS block."
     cursor.special("ATOMS_START")
     numbers = cursor.take(max(1, cursor.until("ATOMS_END")), [cursor.vocab.blocks["element"]], or_end="ATOMS_END")
     cursor.special("ATOMS_END")
@@ -134,6 +141,7 @@ def _read_atoms(cursor: _Cursor,  # before ATOMS_START
 def _read_positions(cursor: _Cursor,  # before POS_START
                     n_atoms: int,     # number of positions there must be
                     ) -> np.ndarray:  # (A, 3) fractional coordinates in [0, 1)
+    "Coordinates of the POS block."
     cursor.special("POS_START")
     codec, start = cursor.vocab.position_codec, cursor.at
     k = codec.tokens_per_value
@@ -147,6 +155,7 @@ def _read_densities(cursor: _Cursor,                   # before DENS_START
                     size: tuple[int, ...] | None,      # of the patch, voxels; None: a cube, counted
                     point: str | None,                 # reconstruction point of the density codec
                     ) -> np.ndarray:  # (Px, Py, Pz) decoded
+    "Values of the DENS block."
     cursor.special("DENS_START")
     codec = cursor.vocab.density_codec
     k = codec.tokens_per_value

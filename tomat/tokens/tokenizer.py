@@ -31,7 +31,7 @@ class Tokenizer:
     layout: str                        # "anchored" or "framed"
     density_codec: Codec               # of the voxels: the `target` in its `unit`
     position_codec: Codec = POSITIONS  # of fractional coordinates
-    patch_size: Size = 14              # voxels
+    patch_size: Size = 14              # side of a cube or three sides, voxels
     pad_to: int | None = 8192          # length of every row, tokens; None: no padding
     target: str = "total"              # quantity of the voxels: "total", or the "difference" to the SAD
     unit: str = TOTAL                  # its unit: TOTAL (electrons, density × cell volume) or RHO (e/Å³)
@@ -47,6 +47,7 @@ class Tokenizer:
 
     @cached_property
     def vocab(self) -> Vocabulary:
+        "Names and ids of all tokens."
         return Vocabulary(self.layout, self.position_codec, self.density_codec)
 
     @cached_property
@@ -56,6 +57,7 @@ class Tokenizer:
 
     @property
     def n_density_tokens(self) -> int:
+        "Number of tokens of a patch's values."
         return self.density_codec.tokens_per_value * int(np.prod(self.size))
 
     def prompt_length(self,
@@ -63,6 +65,7 @@ class Tokenizer:
                       ) -> int:
         "Number of tokens up to and including DENS_START."
         cubic = len(set(self.size)) == 1
+        # three blocks of five tokens: SHAPE, OFFSET, HI; or LATTICE of eight, and SHAPE of five unless cubic
         middle = 15 if self.layout == "anchored" else 8 if cubic else 13
         return 11 + middle + n_atoms * (1 + 3 * self.position_codec.tokens_per_value)
 
@@ -94,7 +97,7 @@ class Tokenizer:
               structure: Structure,  # the crystal
               shape: Sequence[int],  # (nx, ny, nz) of the grid
               ) -> None:
-        "Raise `TomatError` if a row cannot hold a crystal on a grid."
+        "Raise `TomatError` if a row cannot hold this crystal on this grid."
         if min(shape) < 1 or max(shape) > MAX_INTEGER:
             raise TomatError(f"The {' × '.join(map(str, shape))} grid of {formula_of(structure)} cannot be written: "
                              f"a side has at least 1 and at most {MAX_INTEGER:,} points, so skip the material or resample it.")
@@ -164,7 +167,7 @@ class Tokenizer:
         save_hf(self.vocab, path, self.pad_to)
 
 # %% ../../nbs/03_tokens/07_tokenizer.ipynb #8c21bb1e
-def _prompt_blocks(tok: Tokenizer,
+def _prompt_blocks(tok: Tokenizer,           # of the rows
                    structure: Structure,     # the crystal
                    shape: Sequence[int],     # (nx, ny, nz) of the grid
                    offsets_Nx3: np.ndarray,  # (N, 3) low corners in the cell, voxels
@@ -183,11 +186,12 @@ def _prompt_blocks(tok: Tokenizer,
     return blocks
 
 # %% ../../nbs/03_tokens/07_tokenizer.ipynb #d40138a1
-def _position_ids(tok: Tokenizer,
+def _position_ids(tok: Tokenizer,           # of the rows
                   structure: Structure,     # the crystal
                   shape: Sequence[int],     # (nx, ny, nz) of the grid
                   offsets_Nx3: np.ndarray,  # (N, 3) low corners in the cell, voxels
-                  ) -> np.ndarray:  # (N or 1, A·3·k)
+                  ) -> np.ndarray:  # (N, A·3·k) ids if framed, (1, A·3·k) if anchored
+    "Ids of the POS block."
     if tok.layout == "framed":
         frac = in_frame(structure.frac_coords, offsets_Nx3, shape)
     else:
@@ -200,11 +204,12 @@ def _position_ids(tok: Tokenizer,
 _BATCH = 16                          # rows written at a time: their values stay in the processor's cache
 _ITEMS = {1: np.int32, 2: np.int64}  # k int32 tokens of a voxel, moved as one item
 
-def _cut_then_encode(tok: Tokenizer,
+def _cut_then_encode(tok: Tokenizer,           # of the rows
                      field_xyz: np.ndarray,    # (nx, ny, nz) values to write
                      offsets_Nx3: np.ndarray,  # (N, 3) low corners, voxels
                      out_NxM: np.ndarray,      # (N, k·Px·Py·Pz) int32, written
                      ) -> int:  # number of clipped values
+    "Write the density blocks, each patch cut from the values and then encoded."
     codec, n_clipped = tok.density_codec, 0
     starts_M = np.tile(codec.offsets + np.int32(tok.vocab.blocks["density"].start), np.prod(tok.size))
     for start in range(0, len(offsets_Nx3), _BATCH):
@@ -214,11 +219,12 @@ def _cut_then_encode(tok: Tokenizer,
         n_clipped += clipped
     return n_clipped
 
-def _encode_then_cut(tok: Tokenizer,
+def _encode_then_cut(tok: Tokenizer,           # of the rows
                      field_xyz: np.ndarray,    # (nx, ny, nz) values to write
                      offsets_Nx3: np.ndarray,  # (N, 3) low corners, voxels
                      out_NxM: np.ndarray,      # (N, k·Px·Py·Pz) int32, written
                      ) -> int:  # number of clipped values
+    "Write the density blocks, the whole grid encoded and patches cut from its tokens."
     codec = tok.density_codec
     ids_xyzk, n_clipped = codec.encode_ids(field_xyz)
     if n_clipped:
@@ -235,7 +241,7 @@ def _encode_then_cut(tok: Tokenizer,
 # %% ../../nbs/03_tokens/07_tokenizer.ipynb #5c82e7bd
 def tokenizer_from_dict(settings: Mapping[str, Any],  # what `Tokenizer.to_dict` returned
                         ) -> Tokenizer:
-    "The inverse of `Tokenizer.to_dict`; raises `TomatError` if a setting is missing."
+    "Tokenizer of the settings, the inverse of `Tokenizer.to_dict`; raises `TomatError` if a setting is missing."
     if not isinstance(settings, Mapping):
         raise TomatError(f"The tokenizer's settings are {settings!r}: read them from a whole meta.json.")
     needed = ("layout", "patch_size", "pad_to", "position_codec", "density_codec")

@@ -32,7 +32,7 @@ N_ELEMENTS = 118
 
 @dataclass(frozen=True)
 class Vocabulary:
-    "Names and ids of all tokens: five ranges, one behind the other."
+    "Names and ids of all tokens, in five ranges that follow one another."
     layout: str            # "anchored" or "framed"
     position_codec: Codec  # of fractional coordinates
     density_codec: Codec   # of the voxels
@@ -47,7 +47,7 @@ class Vocabulary:
 
     @cached_property
     def names(self) -> tuple[str, ...]:
-        "Name of every id: BOS, Y, 64, p236, d172."
+        "Names of all ids in order, such as BOS, Y, 64, p236, d172."
         return (*LAYOUTS[self.layout], *chemical_symbols[1:], *map(str, range(MAX_INTEGER + 1)),
                 *(f"p{i}" for i in range(self.position_codec.vocab_size)),
                 *(f"d{i}" for i in range(self.density_codec.vocab_size)))
@@ -58,6 +58,7 @@ class Vocabulary:
 
     @property
     def size(self) -> int:
+        "Number of ids."
         return len(self.names)
 
     def id(self,
@@ -65,7 +66,7 @@ class Vocabulary:
            ) -> int:
         "Id of a name."
         if name not in self._ids:
-            raise TomatError(f"The {self.layout} vocabulary has no token named {name!r}.")
+            raise TomatError(f"The {self.layout} vocabulary has no token named {name!r}: use one of Vocabulary.names.")
         return self._ids[name]
 
     def name(self,
@@ -94,8 +95,9 @@ _LINE_BREAK = re.compile(r" (?=\[(?!\w+_END\]))|(?<=\])(?<!_START\]) ")
 
 def _line_text(words: list[str],  # of one block, with its brackets
                per_atom: int,     # position tokens of an atom
-               full: bool,        # without leaving out words
+               full: bool,        # every word, instead of … in long blocks
                ) -> str:
+    "One line of `row_text`."
     if words[:1] == ["[POS_START]"]:
         inner, end = (words[1:-1], words[-1:]) if words[-1] == "[POS_END]" else (words[1:], [])
         atoms = [f"({' '.join(inner[i:i + per_atom])})" for i in range(0, len(inner), per_atom)]
@@ -120,9 +122,9 @@ def row_text(vocab: Vocabulary,    # of the row
     return "\n".join(shown)
 
 # %% ../../nbs/03_tokens/05_vocabulary.ipynb #b711fe7c
-def save_hf(vocab: Vocabulary,
+def save_hf(vocab: Vocabulary,        # ids and names to write
             path: str | Path,         # a folder, or the name of a .json file for `tokenizer.json` alone
-            max_length: int | None,   # of a row, tokens
+            max_length: int | None,   # of a row, tokens; None: any
             ) -> None:
     "Write `tokenizer.json` (and beside it `tokenizer_config.json`) as `tokenizers` and `transformers` read them."
     words = [vocab.word(i) for i in range(vocab.size)]
