@@ -174,7 +174,7 @@ def _entries(module: Module, notebook: str) -> Iterator[str]:
             if names := [name for name in bound if name in module.names]:
                 text = "\n".join(lines[node.lineno - 1:node.end_lineno])
                 heading = ", ".join(f"`{name}`" for name in names)
-                more = "".join(f"[]{{#{module.anchor(name)}}}" for name in names[1:])
+                more = "".join(f'<span id="{module.anchor(name)}"></span>' for name in names[1:])
                 yield f"### {heading} {{#{module.anchor(names[0])}}}\n\n{more}\n\n```python\n{text}\n```"
 
 

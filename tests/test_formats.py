@@ -363,7 +363,8 @@ def test_a_disk_that_fails_under_a_cube_names_the_cube(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
     try:
         for name in ("x.cube", "x.cube.gz"):
-            with pytest.raises(TomatError, match=rf"{name} cannot be written, choose another place or free some space: File too large\.$"):
+            sentence = rf"{name} cannot be written, choose another place or free some space: File too large\.$"
+            with pytest.raises(TomatError, match=sentence):
                 write_density(nacl, tmp_path / name)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -299,7 +299,7 @@ def test_a_given_calibration_scale_multiplies_expected_errors_where_nothing_is_h
 def test_impossible_trainings_are_refused(tmp_path):
     store = sample_store()
     for ids, held_out in ((["a"], ["a"]), ([], []), (["a", "a"], [])):
-        with pytest.raises(TomatError, match="Training needs materials"):
+        with pytest.raises(TomatError, match="must name each material once"):
             train_probe(store, ids, tmp_path / "run", FIT, held_out)
     with pytest.raises(TomatError, match="steps"):
         ProbeTrainConfig(steps=0)

@@ -211,7 +211,7 @@ def _on_disk(target: Path,  # file that is being written
     try:
         yield
     except OSError as err:
-        raise TomatError(f"{target} cannot be written, choose another place or free it: {err.strerror}.") from err
+        raise TomatError(f"{target} cannot be written, choose another place or free some space: {err.strerror}.") from err
 
 def download(source: StoredObject,
              target: Path,            # the local file to make

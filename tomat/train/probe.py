@@ -286,7 +286,7 @@ def train_probe(source: Source,                # densities made with the pseudop
     "Train a probe network, or resume; returns the folder of its checkpoint."
     if not ids or len({*ids, *held_out}) < len(ids) + len(held_out):
         raise TomatError(f"ids and held_out must name each material once, and ids at least one; got {len(ids)} and {len(held_out)} "
-                         f"names of {len({*ids, *held_out})} different materials: remove the repeated ones.")
+                         f"names of {len({*ids, *held_out})} different materials: give other names.")
 
     def make_task() -> ProbeTask:
         read = partial(read_material, source=source, kept=config.kept, seed=config.seed)
