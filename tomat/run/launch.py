@@ -112,7 +112,7 @@ _STORES = {"rows": "token_store", "runs": "checkpoint_store"}  # folder → the 
 class SyncLaunch(Launch):
     "Copies rows or a run to its bucket."
     name: str = option("val-smoke", "Label of the rows, or name of the run.")
-    kind: str = option("rows", "Folder to copy from: rows or runs.")
+    kind: str = option("rows", "Folder to copy from: rows or runs.", choices=("rows", "runs"))
 
     def stages(self) -> list[list[Job]]:
         if not setting(_STORES.get(self.kind, "-")):

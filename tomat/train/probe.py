@@ -52,7 +52,7 @@ class ProbeTrainConfig:
     width_loss: float = option(0.01, "Weight of the term of the loss that trains the expected error.", least=0)
     levels: int = option(1024, "Number of levels of the codec for the difference to SAD.", least=1)
     calibration_scale: float = option(1.0, "Factor for the expected errors, if no held-out materials determine it.", above=0)
-    seed: int = option(0, "Seed of the initial weights, the voxels and their order.", least=0)
+    seed: int = option(0, "Seed of the initial weights, the voxels and their order.", least=0, below=2**40)
     eval_every: int = option(500, "Number of steps between two evaluations.", least=1)
 
     def __post_init__(self) -> None:
@@ -287,6 +287,11 @@ def train_probe(source: Source,                # densities made with the pseudop
     if not ids or len({*ids, *held_out}) < len(ids) + len(held_out):
         raise TomatError(f"ids and held_out must name each material once, and ids at least one; got {len(ids)} and {len(held_out)} "
                          f"names of {len({*ids, *held_out})} different materials: give other names.")
+    for name in ("micro_batch", "bf16", "compiled", "shard"):
+        if getattr(run_config, name):
+            raise TomatError(f"{name} is {getattr(run_config, name)!r} and has no meaning for the probe network: leave it out.")
+    if run_config.device == "cuda":
+        raise TomatError("device is 'cuda' and the probe network trains on the CPU: leave it out, or set cpu.")
 
     def make_task() -> ProbeTask:
         read = partial(read_material, source=source, kept=config.kept, seed=config.seed)
