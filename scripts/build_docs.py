@@ -133,9 +133,9 @@ def stage(folder: Path) -> None:
         (folder / name).write_text(json.dumps(page, ensure_ascii=False), encoding="utf-8")
     (folder / "api").mkdir()
     (folder / "api" / "index.md").write_text(index_page(every), encoding="utf-8")
-    for page in dict.fromkeys(module.page for module in every):
-        text = package_page(page, [module for module in every if module.page == page], titles)
-        (folder / "api" / f"{page}.md").write_text(text, encoding="utf-8")
+    for part in dict.fromkeys(module.page for module in every):
+        text = package_page(part, [module for module in every if module.page == part], titles)
+        (folder / "api" / f"{part}.md").write_text(text, encoding="utf-8")
 
 
 # ---------------------------------------------------------------- rendering
