@@ -57,7 +57,7 @@ def fresh(config: Qwen3Config,
 @dataclass(frozen=True, eq=False)
 class Objective:
     "The tokens that are in a loss, and the kind of the loss."
-    counted: range                      # V ids of the tokens in the loss; no other id gets a logit
+    ids: range                          # V ids of the tokens in the loss; no other id gets a logit
     emd: float = 0.0                    # share of the earth mover's distance, 0 to 1; the rest is cross-entropy
     values_V: np.ndarray | None = None  # (V,) density of each id in the codec's unit; None: no earth mover's distance
 
@@ -93,7 +93,7 @@ def loss_and_count(model: Qwen3LMHeadModel,
     "The sum of the losses of density tokens, each given the true tokens before it, and their number."
     hidden, _ = split_activations(model.activations(ids, AttentionMask.causal(), key=None))
     hidden_BxLxW = hidden.rearrange(("batch", "position", model.Embed)).array
-    counted = objective.counted
+    counted = objective.ids
     head_VxW = hax.auto_sharded(model.get_lm_head()["vocab", counted.start:counted.stop]).array
     ids_BxL = ids.rearrange(("batch", "position")).array
     target_BxL = jnp.pad(ids_BxL[:, 1:], ((0, 0), (0, 1)), constant_values=PAD) - counted.start
