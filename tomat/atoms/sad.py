@@ -207,7 +207,8 @@ def with_sad(density: Density,                # any density
     atoms = atoms or packaged_atoms()
     electrons = valence_electrons(density.structure, atoms)
     if abs(electrons - density.n_electrons) > 0.01 * electrons:
-        raise TomatError(f"{density.id or density.formula} holds {density.n_electrons:.2f} electrons and {atoms.name} {electrons:.2f}: "
-                         "these atoms fit densities made with the same setups only, fit others with `tomat fit-atoms`.")
+        raise TomatError(f"{density.id or density.formula} holds {density.n_electrons:.2f} electrons and "
+                         f"{atoms.name} {electrons:.2f}: these atoms fit densities made with the same setups only, fit others "
+                         "with `tomat fit-atoms`.")
     total_xyz = sad_density(density.structure, density.shape, atoms)
     return replace(density, sad=total_xyz if density.units == "electrons" else total_xyz / density.volume)
