@@ -1,7 +1,7 @@
 """Measure by many workers on Modal what each way of writing a density loses; the table goes to tables/NAME.csv of the volume.
 
     modal run scripts/fidelity_sweep_modal.py::sweep --split validation --n-workers 16
-    python scripts/fidelity_sweep_modal.py --source densities/ [--dry-run | --here FOLDER]    # no account is needed
+    python scripts/fidelity_sweep_modal.py --source densities/ [--dry-run | --here FOLDER]    # needs modal, no account
 """
 from tomat.run.launch import SweepLaunch, command_line, launcher, modal_app, modal_function, submit
 

@@ -2,7 +2,7 @@
 
     TOMAT_TOKEN_STORE=… modal run scripts/sync_modal.py::copy --name val-full
     TOMAT_CHECKPOINT_STORE=… modal run scripts/sync_modal.py::copy --name NAME --kind runs
-    python scripts/sync_modal.py --name val-full [--dry-run | --here FOLDER]    # no account is needed
+    python scripts/sync_modal.py --name val-full [--dry-run | --here FOLDER]    # needs modal, no account
 """
 from tomat.run.launch import SyncLaunch, command_line, launcher, modal_app, modal_function, submit
 

@@ -1,7 +1,7 @@
 """Tokenize a data set of settings.ini by many workers on Modal; its rows go to rows/LABEL of the volume.
 
     modal run scripts/tokenize_patches_modal.py::parallel --label val-full --split validation --n-workers 16
-    python scripts/tokenize_patches_modal.py --label val-full [--dry-run | --here FOLDER]    # no account is needed
+    python scripts/tokenize_patches_modal.py --label val-full [--dry-run | --here FOLDER]    # needs modal, no account
 """
 from tomat.run.launch import TokenizeLaunch, command_line, launcher, modal_app, modal_function, submit
 

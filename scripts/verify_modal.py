@@ -1,7 +1,7 @@
 """Read rows on Modal's volume again: hashes, every row, the counts of meta.json.
 
     modal run scripts/verify_modal.py::check --label val-full
-    python scripts/verify_modal.py --label val-full [--dry-run | --here FOLDER]    # no account is needed
+    python scripts/verify_modal.py --label val-full [--dry-run | --here FOLDER]    # needs modal, no account
 """
 from tomat.run.launch import VerifyLaunch, command_line, launcher, modal_app, modal_function, submit
 

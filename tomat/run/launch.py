@@ -211,8 +211,8 @@ def sentences(work: W) -> W:
         try:
             return work(*args, **kwargs)
         except _expected() as err:
-            fix = " Install tomat[modal]." if isinstance(err, ImportError) else ""
-            print(f"tomat: {' '.join(str(err).split())}{fix}", file=sys.stderr)
+            missing = f"{getattr(err, 'name', None)} is not installed: run pip install -e '.[modal]' in the checkout."
+            print(f"tomat: {missing if isinstance(err, ImportError) else ' '.join(str(err).split())}", file=sys.stderr)
             raise SystemExit(2) from err
     return quietly  # type: ignore[return-value]
 
