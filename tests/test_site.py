@@ -184,7 +184,9 @@ def watched(context, faults: list):
     page.on("console", lambda message: faults.append(f"{page.url}: {message.text}") if message.type == "error" else None)
     page.on("pageerror", lambda error: faults.append(f"{page.url}: {error}"))
     page.on("response", lambda answer: faults.append(f"{page.url}: {answer.status} {answer.url}") if answer.status >= 400 else None)
-    page.on("requestfailed", lambda request: faults.append(f"{page.url}: no answer from {request.url}"))
+    # Chromium gives up the icon of a page that is left at once; a server that does not answer is another error.
+    page.on("requestfailed", lambda request: faults.append(f"{page.url}: {request.failure} {request.url}")
+            if request.failure != "net::ERR_ABORTED" else None)
     return page
 
 
