@@ -134,22 +134,25 @@ def rows_summary(meta: dict[str, Any],  # meta.json of a data set
     return {"rows": meta["rows"], "tokens": meta["tokens"], "materials": len(meta["materials"]), "skipped": list(meta["skipped"]),
             "clipped values": sum(clipped.values()), "materials with clipped values": list(clipped)[:20]}
 
+_Patches = Annotated[int | None, typer.Option(help="Number of rows for each material.  [default: 32]")]
+_Codec = Annotated[str | None, typer.Option(
+    help="tomol_3byte, two_token_9_12, fp16_1token, or an .npz of fitted levels.  [default: two_token_9_12]")]
+_Layout = Annotated[str | None, typer.Option(
+    help="Row layout: framed (new data) or anchored (as published).  [default: framed]")]
+_Target = Annotated[str | None, typer.Option(
+    help="Density that tokens encode: total, or its difference to the sum of atomic densities.  [default: total]")]
+
 def tokenize(source: Annotated[str, typer.Argument(help="A raw store, a folder of CHGCARs, one density file, or mp-ids.")],
              out: Annotated[str, typer.Option(help="Folder for the rows.")],
              label: Annotated[str, typer.Option(help="Label of the data set; one of settings.ini sets the other options.")] = "",
              split: Annotated[str | None, typer.Option(help="Part of the store: train, validation, all.")] = None,
              materials: Annotated[int | None, typer.Option(help="Number of materials, from the beginning of the part.")] = None,
-             patches_per_material: Annotated[int | None, typer.Option(
-                 help="Number of rows for each material.  [default: 32]")] = None,
+             patches_per_material: _Patches = None,
              patch_size: Annotated[int | None, typer.Option(help="Side of a patch, voxels.  [default: 14]")] = None,
-             density_codec: Annotated[str | None, typer.Option(
-                 help="tomol_3byte, two_token_9_12, fp16_1token, or an .npz of fitted levels.  [default: two_token_9_12]")] = None,
-             layout: Annotated[str | None, typer.Option(
-                 help="Row layout: framed (new data) or anchored (as published).  [default: framed]")] = None,
+             density_codec: _Codec = None,
+             layout: _Layout = None,
              pad_to: Annotated[int | None, typer.Option(help="Length of a row, tokens; 0: no padding.  [default: 8192]")] = None,
-             target: Annotated[str | None, typer.Option(
-                 help="Density that tokens encode: total, or its difference to the sum of atomic densities.  "
-                      "[default: total]")] = None,
+             target: _Target = None,
              seed: Annotated[int | None, typer.Option(help="Seed of the positions of the patches.  [default: 42]")] = None,
              workers: Workers = None,
              worker: Annotated[str | None, typer.Option(help="I/N: make part I of N in OUT/worker-I; I counts from 0.")] = None,

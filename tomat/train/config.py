@@ -128,7 +128,8 @@ def from_variables(kind: type[C],                   # TrainConfig, RunConfig, â€
         names = (one.name, *one.metadata.get("was", ()))
         texts = {name: given[name] for name in names if given.get(name)}
         texts |= {f"TOMAT_{name.upper()}": text for name in names if (text := environ.get(f"TOMAT_{name.upper()}"))}
-        for source, text in list(texts.items())[:1]:
+        if texts:  # the first one wins: given before variables, the present name before earlier ones
+            source, text = next(iter(texts.items()))
             values[one.name] = _parsed(text, one.default, source)
     return kind(**values)
 

@@ -187,6 +187,7 @@ class ProbeTask:
     examples: list[Example]   # training materials
     held_out: list[Example]   # materials to score and to calibrate on
     out: Path                 # folder of the run, whose log holds the times
+    validation: dict[str, float] | None = None  # scores of the weights as they are; None: not computed yet
     counts = ("tokens",)      # number of voxels
 
     def __post_init__(self) -> None:
@@ -214,14 +215,17 @@ class ProbeTask:
         memory = min(self.config.average, step / (step + 9))
         with torch.no_grad():
             torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - memory)
+        self.validation = None
 
     def inputs(self) -> list[dict[str, Any]]:
         "The materials of the last batch."
         return [{"material": e.material.id} for e in self.batch]
 
     def scores(self) -> dict[str, float]:
-        "Scores of the averaged weights on the held-out materials."
-        return validation_scores(self.average, self.held_out) if self.held_out else {}
+        "Scores of the averaged weights on the held-out materials; computed once a step, also for its checkpoints."
+        if self.validation is None:
+            self.validation = validation_scores(self.average, self.held_out) if self.held_out else {}
+        return self.validation
 
     def state(self) -> dict[str, Any]:
         "Weights, averaged weights and the optimiser."
@@ -237,6 +241,7 @@ class ProbeTask:
         self.model.load_state_dict(state["model"])
         self.average.load_state_dict(state["average"])
         self.optimizers[0].load_state_dict(state["optimizer"])
+        self.validation = None
 
     @cached_property
     def codec(self) -> LevelCodec:
