@@ -32,7 +32,8 @@ from tomat.train.cost import Placement, dry_run, largest_micro_batch, memory_est
 from tomat.dataset.held_out import validation_rows, micro_batches, train_and_val
 from tomat.io.remote import TomatError
 from tomat.train.probe import ProbeTrainConfig, train_probe
-from tomat.models.loss import LossModule, chunked_loss, loss_sum, objective_of
+from tomat.models.loss import LossModule, chunked_loss, loss_sum
+from tomat.models.objective import objective_of
 from tomat.models.causal import hidden_states, load_checkpoint, make_model, save_checkpoint
 from tomat.models.sizes import MODELS, ModelSize
 from tomat.train.optim import learning_rate

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from tomat.models.objective import Objective
 from tomat_marin import plan as plans
-from tomat_marin.network import Objective, token_losses
+from tomat_marin.network import token_losses
 from tomat_marin.optim import Adam
 from tomat_marin.rows import OrderedRows
 from tomat_marin.run import device_name

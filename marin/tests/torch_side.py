@@ -10,7 +10,8 @@ import torch
 from tomat.dataset.held_out import train_and_val, validation_rows
 from tomat.dataset.stream import Batches
 from tomat.models.causal import load_checkpoint
-from tomat.models.loss import LossModule, objective_of
+from tomat.models.loss import LossModule
+from tomat.models.objective import objective_of
 
 
 def main(export: str, rows: str, val_seqs: str, emd: str, out: str) -> None:

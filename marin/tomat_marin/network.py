@@ -1,7 +1,6 @@
 """Levanter's Qwen3 in the sizes of tomat, and its loss on density tokens: cross-entropy, earth mover's distance, or a mixture."""
 
 import math
-from dataclasses import dataclass
 
 import equinox as eqx
 import haliax as hax
@@ -12,9 +11,9 @@ from levanter.layers.attention import AttentionMask
 from levanter.models.lm_model import split_activations
 from levanter.models.qwen import Qwen3Config, Qwen3LMHeadModel
 
+from tomat.models.objective import Objective
 from tomat.models.sizes import ModelSize
 from tomat.tokens.vocabulary import PAD, Vocabulary
-from tomat.tokens.tokenizer import Tokenizer
 
 CHUNK = 512  # largest number of tokens of each row whose logits are in memory at once
 
@@ -52,22 +51,6 @@ def fresh(config: Qwen3Config,
         start = start.at[ids.start:ids.stop].add(scale * _rank_code(len(ids), model.Embed, ids.start))
     weight = hax.named(start, (model.Vocab, model.Embed))
     return eqx.tree_at(lambda m: m.embeddings.token_embeddings.weight, model, weight)
-
-
-@dataclass(frozen=True, eq=False)
-class Objective:
-    "The tokens that are in a loss, and the kind of the loss."
-    ids: range                          # V ids of the tokens in the loss; no other id gets a logit
-    emd: float = 0.0                    # share of the earth mover's distance, 0 to 1; the rest is cross-entropy
-    values_V: np.ndarray | None = None  # (V,) density of each id in the codec's unit; None: no earth mover's distance
-
-
-def objective_of(tokenizer: Tokenizer,  # tokenizer of the data
-                 emd: float,            # share of the earth mover's distance, 0 to 1
-                 ) -> Objective:
-    "The objective on density tokens."
-    values_V = tokenizer.density_codec.values_of_ids().astype(np.float32) if emd else None
-    return Objective(tokenizer.vocab.blocks["density"], emd, values_V)
 
 
 def token_losses(logits_BxCxV: jax.Array,  # (B, C, V) float32 logits of the objective's ids

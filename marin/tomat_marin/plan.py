@@ -12,6 +12,7 @@ from tomat.dataset.order import RowIndex, RowOrder, row_index
 from tomat.io.files import is_name, read_json, write_json
 from tomat.io.remote import TomatError, exists, is_remote
 from tomat.io.settings import setting
+from tomat.models.objective import Objective, objective_of
 from tomat.models.sizes import OTHER_NAMES, ModelSize, flops_per_token, model_size, n_parameters
 from tomat.tokens.tokenizer import Tokenizer
 from tomat.train.config import RunConfig, TrainConfig, check_options, config_from, from_variables, option
@@ -89,6 +90,7 @@ class Plan:
     out: str                  # folder of the run, local or remote
     meta: dict[str, Any]      # content of the data's meta.json
     tokenizer: Tokenizer      # tokenizer of the data
+    objective: Objective      # tokens and kind of the loss
     index: RowIndex           # row groups of the data, the units of the order
     first_val: int            # index of the first unit of the held-out materials; the number of units: none is held out
 
@@ -167,12 +169,9 @@ def plan() -> Plan:
     data = data_folder(tpu)
     meta = read_meta(data)
     tokenizer, index = tokenizer_of(data, meta), row_index(data, meta)
-    if config.emd and tokenizer.density_codec.tokens_per_value != 1:
-        raise TomatError(f"emd is {config.emd}, and the earth mover's distance needs one token a value: "
-                         f"{tokenizer.density_codec.name} writes {tokenizer.density_codec.tokens_per_value}. Set TOMAT_EMD to 0, "
-                         "or tokenize with a fitted codec.")
+    objective = objective_of(tokenizer, config.loss_on, config.emd)
     first_val = index.last_materials(config.val_seqs) if config.val_seqs else len(index.groups)
-    return Plan(config, run_config, tpu, data, run_folder(tpu), meta, tokenizer, index, first_val)
+    return Plan(config, run_config, tpu, data, run_folder(tpu), meta, tokenizer, objective, index, first_val)
 
 
 def _as_now(written: dict[str, Any],  # content of a run.json of any version

@@ -29,10 +29,11 @@ from transformers import Qwen3Config as HFQwen3Config
 from tomat.io.remote import exists, is_remote
 from tomat.io.files import md5_of, write_json
 from tomat.io.settings import setting
+from tomat.models.objective import Objective
 from tomat.models.sizes import n_parameters
 from tomat.tokens.vocabulary import BOS, EOS, PAD
 
-from tomat_marin.network import Objective, config_of, fresh, loss_and_count, objective_of
+from tomat_marin.network import config_of, fresh, loss_and_count
 from tomat_marin.optim import Adam
 from tomat_marin.plan import Plan, check_share, open_run_dir
 from tomat_marin.rows import OrderedRows
@@ -175,7 +176,7 @@ def train(plan: Plan) -> str:  # folder of the checkpoint
     config, vocab = plan.config, plan.tokenizer.vocab
     levanter.trainer.initialize(settings := trainer_config(plan))
     levanter.tracker.log_hyperparameters({"tomat": plan.about()})
-    Pos, objective = hax.Axis("position", plan.length), objective_of(plan.tokenizer, config.emd)
+    Pos, objective = hax.Axis("position", plan.length), plan.objective
     model_config = config_of(plan.size, Pos.size)
 
     def rows(units: range, n: int | None = None) -> OrderedRows:

@@ -23,7 +23,8 @@ from ..dataset.stream import Batches, Block
 from ..dataset.meta import tokenizer_of
 from ..io.remote import TomatError
 from ..models.causal import make_model, save_checkpoint
-from ..models.loss import LossModule, objective_of
+from ..models.loss import LossModule
+from ..models.objective import objective_of
 from ..models.sizes import model_size, n_parameters
 from ..tokens.tokenizer import Tokenizer
 from .checkpoints import restore, state_of
