@@ -53,6 +53,12 @@ export async function densities(element) {
       return toCartesian(now.lattice, frac);
     });
     const hidden = { visible: false, showspikes: false };
+    // Until the next picture, plotly looks the triangle under the mouse up in the old surface, and fails where the new one has fewer.
+    const mouse = space._fullLayout?.scene?._scene?.glplot?.mouseListener;
+    if (mouse) {
+      mouse.enabled = false;
+      requestAnimationFrame(() => requestAnimationFrame(() => { mouse.enabled = true; }));
+    }
     plot(space, () => ({
       data: [
         ...(state.kind === "difference" ? [surface(value, palette()[3]), surface(-value, palette()[0])] : [surface(value, palette()[0])]),
