@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from pymatgen.core import Element, Structure
 from scipy.interpolate import BSpline
 from scipy.sparse import csr_matrix
@@ -64,8 +65,8 @@ def columns_of(structure: Structure,  # a crystal with ordered sites
                ) -> dict[str, np.ndarray]:  # element → (n, N_BASIS)
     "For each element, the sum of each basis function over its atoms and their images, at points of a crystal."
     images, symbol_A = periodic_images(structure, KNOTS[-1]), np.array([site.specie.symbol for site in structure])
-    blocks = np.array_split(points @ images.lattice, 1 + len(points) // 4096)  # bounds the memory
-    parts = [find_neighbours(block, images, dtype=np.float64) for block in blocks]
+    blocks = np.array_split(points @ structure.lattice.matrix, 1 + len(points) // 4096)  # bounds the memory
+    parts = [find_neighbours(block, images, dtype=torch.float64) for block in blocks]
     symbol_P = symbol_A[np.concatenate([part.atom_P for part in parts])]
     distance_P = np.concatenate([np.linalg.norm(part.vector_3xP, axis=0) for part in parts])
     point_P = np.repeat(np.arange(len(points)), np.concatenate([part.count_N for part in parts]))
