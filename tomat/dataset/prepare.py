@@ -18,17 +18,16 @@ import numpy as np
 import pyarrow as pa
 from pymatgen.core import Structure
 
-from ..atoms.sad import FreeAtoms, load_atoms
+from ..atoms.sad import FreeAtoms
 from .meta import VOXELS, read_meta
 from .parquet import hash_of
 from .shards import make_data_set
 from .sync import sync
-from .voxels import VOXEL_SCHEMA, PrepareConfig, VoxelShards, atoms_digest, read_voxel_footer
+from .voxels import PrepareConfig, VoxelShards, read_atoms, read_voxel_footer, read_voxels
 from ..density.classify import CLASSES
 from ..density.core import Density
 from ..density.source import Source
 from ..io.fetch import cache_folder
-from ..io.files import read_text
 from ..io.progress import track
 from ..io.remote import TomatError, is_remote
 
@@ -57,16 +56,6 @@ def _fetched(path: str | Path,          # a data set, local or remote
     sync(url, folder)
     return folder
 
-def _atoms_of(shard: Path,  # any shard; the atoms lie beside it
-              digest: str,  # entry `atoms` of meta.json
-              ) -> FreeAtoms:
-    "The free atoms of a data set."
-    file = shard.with_name("atoms.json")
-    if not file.is_file() or atoms_digest(read_text(file)) != digest:
-        raise TomatError(f"{file} is missing or holds other atoms than meta.json names: copy it again, or run the same "
-                         "`tomat prepare` again.")
-    return load_atoms(file)
-
 def _checked_footer(folder: Path,          # folder of the data set
                     name: str,             # path of a shard in it
                     meta: dict[str, Any],  # content of its meta.json
@@ -84,13 +73,9 @@ def _column_starts(content: mmap.mmap,    # bytes of a shard
                    ) -> np.ndarray:  # (B, 3) first byte of each column
     "The places of the columns in a shard."
     buffer = pa.py_buffer(content)
-    try:
-        reader = pa.ipc.open_file(buffer)
-        batches = [reader.get_batch(k) for k in range(reader.num_record_batches)]
-    except (pa.ArrowException, OSError, ValueError):
-        batches = []
-    if [(batch.num_rows, batch.schema.equals(VOXEL_SCHEMA)) for batch in batches] != [(n, True) for n in voxels_B]:
-        raise TomatError(f"{path} is missing or damaged: copy it again, or run the same `tomat prepare` again.")
+    batches = read_voxels(path, buffer)
+    if [batch.num_rows for batch in batches] != voxels_B.tolist():
+        raise TomatError(f"{path} is damaged, its footer counts other voxels: copy it again, or run `tomat prepare` again.")
     return np.array([[column.buffers()[1].address - buffer.address for column in batch.columns] for batch in batches])
 
 # %% ../../nbs/04_dataset/10_prepare.ipynb #2cc5d65e
@@ -131,7 +116,7 @@ class VoxelSet:
         if not self.meta["shards"]:
             raise TomatError(f"{path} holds no voxels: make it again with `tomat prepare`.")
         self.shards = list(self.meta["shards"])
-        self.atoms = _atoms_of(self.path / self.shards[0], self.meta["atoms"])
+        self.atoms = read_atoms((self.path / self.shards[0]).parent, self.meta)
         self.ids: list[str] = []
         names: dict[str, int] = {}
         tables, places = [], []

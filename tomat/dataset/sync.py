@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..io.fetch import Meter, StoredObject, download, has_md5, in_threads, pieces, stored_md5
-from .meta import has_form, is_part
+from .meta import ROWS, VOXELS, has_form, is_part
 from ..io.remote import TomatError, client_errors, details, is_remote, remote_fs
 
 # %% ../../nbs/04_dataset/09_sync.ipynb #5add9c1e
@@ -76,6 +76,7 @@ def _side(path: str | Path,  # a folder, local or remote, that may be missing
 
 # %% ../../nbs/04_dataset/09_sync.ipynb #a13b7daf
 _ROOTS = ("meta.json", "zarr.json")  # a folder is complete when it has one of these
+_SHARDS = tuple(f".{form.suffix}" for form in (ROWS, VOXELS))
 
 def _manifest(side: Side,  # the source
               ) -> dict[str, str]:  # MD5 of each shard, by its path from the root
@@ -89,13 +90,14 @@ def _manifest(side: Side,  # the source
         except (ValueError, RecursionError) as err:
             raise TomatError(f"{side.url}/{name} is not valid JSON, make the data set again: {err}.") from err
         folder = name.removesuffix("meta.json")
-        beside = any(n.endswith(".parquet") and n.removeprefix(folder).count("/") == 0 for n in side.files if n.startswith(folder))
+        beside = any(n.endswith(_SHARDS) and n.removeprefix(folder).count("/") == 0 for n in side.files if n.startswith(folder))
         shards: Any = meta.get("shards", {}) if isinstance(meta, dict) else {}
         if not has_form(shards, [{"md5": str}]) or (beside and not shards):
             raise TomatError(f"{side.url}/{name} is damaged, it does not hold the MD5 of each shard: make the data set again.")
         md5s |= {folder + shard: entry["md5"] for shard, entry in shards.items()}
     if lacking := sorted(set(md5s) - set(side.files)):
-        raise TomatError(f"{side.url} lacks {lacking[0]}, which its meta.json lists: run `tomat tokenize` for the source again, "
+        command = (VOXELS if lacking[0].endswith(VOXELS.suffix) else ROWS).command
+        raise TomatError(f"{side.url} lacks {lacking[0]}, which its meta.json lists: run `tomat {command}` for the source again, "
                          "or copy that shard to it.")
     return md5s
 
@@ -186,7 +188,7 @@ def _check_pair(src: Side,  # the source
         raise TomatError(f"{dst.url} holds another data set than {src.url}: give another destination, or remove it.")
     complete = {str(PurePosixPath(name).parent) for name in src.files if PurePosixPath(name).name == "meta.json"}
     strays = [name for name in dst.files.keys() - src.files.keys()
-              if name.endswith(".parquet") and str(PurePosixPath(name).parent) in complete]
+              if name.endswith(_SHARDS) and str(PurePosixPath(name).parent) in complete]
     if strays:
         raise TomatError(f"{dst.url} holds shards that {src.url} lacks, such as {min(strays)}: give another destination, "
                          "or remove them.")

@@ -6,6 +6,7 @@
 __all__ = ['verify']
 
 # %% ../../nbs/04_dataset/11_verify.ipynb #6befaff2
+import math
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -14,8 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from .meta import read_meta, tokenizer_of
-from .parquet import TokenizeConfig, hash_of, is_intact, read_footer, read_shard
+from .meta import ROWS, VOXELS, FolderForm, form_of, read_meta, tokenizer_of
+from .parquet import hash_of, is_intact, read_footer, read_shard
+from .voxels import read_atoms, read_voxel_footer, read_voxels
 from ..io.remote import TomatError, list_folder
 from ..io.files import local_copy
 from ..io.progress import in_order, track
@@ -37,68 +39,130 @@ def _row_faults(table: pa.Table,       # rows of a shard
 class _Found(NamedTuple):
     "The faults and the counts of one shard."
     faults: list[str]       # one sentence per fault
-    footer: dict[str, Any]  # as `shard_rows` made it
-    rows: Counter[str]      # number of rows by material's id
-    tokens: int             # number of tokens without PAD
-    tokens_padded: int      # number of tokens with PAD
+    footer: dict[str, Any]  # as its writer made it
+    units: Counter[str]     # number of rows or voxels by material's id
+    sums: dict[str, int]    # counts that meta.json adds up
 
-def _check_shard(path: str,               # folder of the data set
-                 tokenizer: Tokenizer,    # tokenizer of the data set
-                 recipe: dict[str, Any],  # settings in meta.json
-                 shard: tuple[str, dict[str, Any]],  # name of the shard, and its entry in meta.json
-                 ) -> _Found:
-    "Read one shard; returns its faults and its counts."
+def _common_faults(intact: bool,            # whether the bytes are those that were written
+                   footer: dict[str, Any],  # of the shard
+                   recipe: dict[str, Any],  # settings in meta.json
+                   n: int,                  # number of units in the shard
+                   entry: dict[str, Any],   # of the shard in meta.json
+                   form: FolderForm,
+                   ) -> list[str]:
+    "Faults that any kind of shard can have."
+    faults = []
+    if not intact:
+        faults.append("its bytes are not those that were written, copy it again or run the same "
+                      f"`tomat {form.command}` again")
+    if footer.get("recipe") != hash_of(recipe, footer.get("ids", [])):
+        faults.append("it was not made with the settings that meta.json names")
+    if n != entry[form.unit]:
+        faults.append(f"meta.json counts {entry[form.unit]} {form.unit}, the shard holds {n}")
+    return faults
+
+def _check_rows(path: str,               # folder of the data set
+                tokenizer: Tokenizer,    # tokenizer of the data set
+                recipe: dict[str, Any],  # settings in meta.json
+                shard: tuple[str, dict[str, Any]],  # name of the shard, and its entry in meta.json
+                ) -> _Found:
+    "Read one shard of rows; returns its faults and its counts."
     name, entry = shard
     file: Path | None = None
     try:
         with local_copy(f"{path}/{name}") as file:
             intact, footer, table = is_intact(file, entry), read_footer(file) or {}, read_shard(file)
     except TomatError as err:
-        return _Found([f"{name}: {str(err).replace(str(file), name) if file else err}"], {}, Counter(), 0, 0)
-    ids, faults = table["input_ids"].combine_chunks().values.to_numpy(), _row_faults(table, tokenizer)
-    if not intact:
-        faults.insert(0, "its bytes are not those that were written, copy it again or run the same `tomat tokenize` again")
-    if footer.get("recipe") != hash_of(recipe, footer.get("ids", [])):
-        faults.append("it was not made with the settings that meta.json names")
-    if table.num_rows != entry["rows"]:
-        faults.append(f"meta.json counts {entry['rows']} rows, the shard holds {table.num_rows}")
-    counts = Counter(table["task_id"].to_pylist()), int(np.count_nonzero(ids)), len(ids)
-    return _Found([f"{name}: {fault}" for fault in faults], footer, *counts)
+        nothing = dict.fromkeys(ROWS.sums, 0)
+        return _Found([f"{name}: {str(err).replace(str(file), name) if file else err}"], {}, Counter(), nothing)
+    ids, n = table["input_ids"].combine_chunks().values.to_numpy(), table.num_rows
+    faults = [*_common_faults(intact, footer, recipe, n, entry, ROWS), *_row_faults(table, tokenizer)]
+    sums = {"rows": n, "tokens": int(np.count_nonzero(ids)), "tokens_padded": len(ids)}
+    return _Found([f"{name}: {fault}" for fault in faults], footer, Counter(table["task_id"].to_pylist()), sums)
+
+# %% ../../nbs/04_dataset/11_verify.ipynb #2a0d2be8
+def _voxel_faults(batch: pa.RecordBatch,     # columns of a material
+                  material: dict[str, Any],  # its entry in the footer of its shard
+                  ) -> list[str]:
+    "What is wrong with the voxels of a material."
+    index_V, sad_V, rho_V = (column.to_numpy() for column in batch.columns)
+    outside = (index_V < 0) | (index_V >= math.prod(material["shape"]))
+    wrong = {"indices outside its grid": int(outside.sum()), "repeated indices": len(index_V) - len(np.unique(index_V)),
+             "values that are not finite": int((~np.isfinite(sad_V) | ~np.isfinite(rho_V)).sum())}
+    return [f"{n} {fault}" for fault, n in wrong.items() if n]
+
+def _check_voxels(path: str,               # folder of the data set
+                  recipe: dict[str, Any],  # settings in meta.json
+                  shard: tuple[str, dict[str, Any]],  # name of the shard, and its entry in meta.json
+                  ) -> _Found:
+    "Read one shard of drawn voxels; returns its faults and its counts."
+    name, entry = shard
+    file: Path | None = None
+    try:
+        with local_copy(f"{path}/{name}") as file:
+            intact, footer, batches = is_intact(file, entry), read_voxel_footer(file) or {}, read_voxels(file)
+    except TomatError as err:
+        return _Found([f"{name}: {str(err).replace(str(file), name) if file else err}"], {}, Counter(), {"voxels": 0})
+    materials = {id: footer["materials"][id] for id in footer.get("ids", []) if id in footer["materials"]}
+    n = sum(batch.num_rows for batch in batches)
+    faults = _common_faults(intact, footer, recipe, n, entry, VOXELS)
+    if len(materials) != len(batches):
+        faults.append(f"its footer lists {len(materials)} materials, the shard holds {len(batches)}")
+    pairs = dict(zip(materials, batches, strict=False))
+    faults += [f"{id}: {fault}" for id, batch in pairs.items() for fault in _voxel_faults(batch, materials[id])]
+    units = Counter({id: batch.num_rows for id, batch in pairs.items()})
+    return _Found([f"{name}: {fault}" for fault in faults], footer, units, {"voxels": n})
 
 # %% ../../nbs/04_dataset/11_verify.ipynb #d44a0533
 def _strays(path: str,             # folder of the data set
             meta: dict[str, Any],  # content of its meta.json
+            form: FolderForm,
             ) -> list[str]:  # one sentence per file that meta.json does not list
     parts = [name for name in list_folder(path) if name.startswith("worker-")]
     names = [*list_folder(path), *(f"{part}/{name}" for part in parts for name in list_folder(f"{path}/{part}"))]
     return [f"{name}: meta.json does not name it, remove it" for name in names
-            if name.endswith(".parquet") and name not in meta["shards"]]
+            if name.endswith(f".{form.suffix}") and name not in meta["shards"]]
 
 def _count_faults(meta: dict[str, Any],  # content of meta.json
                   found: list[_Found],   # counts of every shard
+                  form: FolderForm,
                   ) -> list[str]:  # one sentence per wrong count
-    rows = sum((shard.rows for shard in found), Counter[str]())
-    footers = {key: {id: entry for shard in found for id, entry in shard.footer.get(key, {}).items()}
-               for key in ("materials", "skipped")}
-    counts = {"rows": rows.total(), "tokens": sum(shard.tokens for shard in found),
-              "tokens_padded": sum(shard.tokens_padded for shard in found)}
+    unit, units = form.unit, sum((shard.units for shard in found), Counter[str]())
+    materials, skipped = ({id: entry for shard in found for id, entry in shard.footer.get(key, {}).items()}
+                          for key in ("materials", "skipped"))
+    counts = {key: sum(shard.sums[key] for shard in found) for key in form.sums}
     faults = [f"meta.json counts {meta[key]} {key}, the shards hold {n}" for key, n in counts.items() if meta[key] != n]
-    for id in sorted(meta["materials"].keys() | rows.keys()):
-        material = meta["materials"].get(id, {"rows": 0})
-        if material["rows"] != rows[id]:
-            faults.append(f"{id}: meta.json counts {material['rows']} rows, the shards hold {rows[id]}")
-        elif material != footers["materials"].get(id):
-            faults.append(f"{id}: meta.json holds {material}, its shard {footers['materials'].get(id)}")
-    lost = sorted(id for id, reason in footers["skipped"].items() if meta["skipped"].get(id) != reason)
+    for id in sorted(meta["materials"].keys() | units.keys()):
+        material, in_shard = meta["materials"].get(id, {unit: 0}), materials.get(id)
+        own = {key: in_shard.get(key) for key in form.material} if in_shard else None
+        if material[unit] != units[id]:
+            faults.append(f"{id}: meta.json counts {material[unit]} {unit}, the shards hold {units[id]}")
+        elif material != own:
+            faults.append(f"{id}: meta.json holds {material}, its shard {own}")
+    lost = sorted(id for id, reason in skipped.items() if meta["skipped"].get(id) != reason)
     return faults + [f"{id}: it was skipped, but meta.json does not list it as skipped" for id in lost]
 
 # %% ../../nbs/04_dataset/11_verify.ipynb #e18d14fa
-def verify(path: str | Path,  # a folder that `tokenize` wrote, local or remote
+def _atom_faults(path: str,             # folder of drawn voxels
+                 meta: dict[str, Any],  # content of its meta.json
+                 ) -> list[str]:
+    "What is wrong with the files of free atoms beside the shards."
+    faults = []
+    for folder in sorted({name.rpartition("/")[0] for name in meta["shards"]}):
+        try:
+            read_atoms(f"{path}/{folder}" if folder else path, meta)
+        except TomatError as err:
+            faults.append(str(err))
+    return faults
+
+def verify(path: str | Path,  # a folder that `tokenize` or `prepare` wrote, local or remote
            workers: int = 1,  # number of processes
            ) -> list[str]:  # one sentence per fault; empty for a data set without faults
     "Read a whole data set, compare it with its `meta.json`, and return the faults."
-    meta = read_meta(path)
-    tokenizer = tokenizer_of(path, meta)
-    check = partial(_check_shard, str(path), tokenizer, {key: meta[key] for key in TokenizeConfig().recipe(tokenizer)})
+    form, path = form_of(path), str(path)
+    meta = read_meta(path, form)
+    recipe = {key: meta[key] for key in form.recipe}
+    check = partial(_check_rows, path, tokenizer_of(path, meta), recipe) if form is ROWS else partial(_check_voxels, path, recipe)
     found = list(track(in_order(check, meta["shards"].items(), workers), "verify", len(meta["shards"]), "shards"))
-    return [*(fault for shard in found for fault in shard.faults), *_strays(str(path), meta), *_count_faults(meta, found)]
+    faults = [*(fault for shard in found for fault in shard.faults), *_strays(path, meta, form), *_count_faults(meta, found, form)]
+    return faults + (_atom_faults(path, meta) if form is VOXELS else [])
