@@ -1,6 +1,6 @@
 """Train on the rows of `tomat tokenize` with Levanter, on TPUs or anywhere JAX runs; the settings are TOMAT_* variables.
 
-TOMAT_LABEL=val-full TOMAT_MODEL=200M TOMAT_STEPS=2000 python marin/train_tomat_tpu.py [--dry-run | --iris CLUSTER]
+TOMAT_LABEL=val-full TOMAT_SIZE=200M TOMAT_STEPS=2000 python marin/train_tomat_tpu.py [--dry-run | --iris CLUSTER]
 """
 
 import argparse

@@ -438,6 +438,7 @@ train {made}/rows --out {tmp}/run --lr nan | lr
 train {made}/rows --out {tmp}/run --lr inf |
 train {made}/rows --out {tmp}/run --seed -1 | seed -1
 train {made}/rows --out {tmp}/run --seed 99999999999999999999 | seed
+train {made}/rows --out {tmp}/run --size 7T | 7T nano
 train {made}/rows --out {tmp}/run --model 7T | 7T nano
 train {made}/rows --out {tmp}/run --loss-on luck | luck
 
@@ -853,7 +854,7 @@ def test_train_takes_its_options_from_variables(tomat, tmp_path, made, monkeypat
 
 def test_a_dry_run_writes_nothing(tomat, tmp_path, made):
     with nothing_changes(tmp_path, made):
-        done = tomat("train", made / "rows", "--model", "30M", "--steps", 100, "--dry-run", "--out", tmp_path / "run")
+        done = tomat("train", made / "rows", "--size", "30M", "--steps", 100, "--dry-run", "--out", tmp_path / "run")
     assert done.code == 0 and all(word in done.out for word in ("parameters", "FLOPs", "memory, all", "tokens", "hours expected"))
 
 

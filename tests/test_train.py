@@ -266,7 +266,7 @@ def test_half_a_line_after_the_last_state_is_forgotten(rows, whole, tmp_path):
 
 
 def test_a_run_refuses_what_is_not_its_own(rows, whole, tmp_path):
-    for other in (replace(CONFIG, steps=41), replace(CONFIG, seed=12), replace(CONFIG, model="micro"), TrainConfig()):
+    for other in (replace(CONFIG, steps=41), replace(CONFIG, seed=12), replace(CONFIG, size="micro"), TrainConfig()):
         with pytest.raises(TomatError, match="another configuration"):
             train(rows, whole, other, RUN_CONFIG)
     tokenize([a_density(9)], TOKENIZER, tmp_path / "rows", TokenizeConfig(30))
@@ -590,7 +590,7 @@ def test_runs_of_both_kinds_stand_in_one_list(whole, tmp_path):
     """A probe network counts no FLOPs; a folder of another program is passed over."""
     store = sample_store()
     tiny = ProbeConfig(width=8, n_layers=1, atom_channels=(4, 2, 2), voxel_channels=(4, 2, 2), readout_width=16)
-    fit = ProbeTrainConfig(model=tiny, steps=3, materials=2, voxels=20, kept=300, warmup=2, levels=16)
+    fit = ProbeTrainConfig(tiny, steps=3, materials=2, voxels=20, kept=300, warmup=2, levels=16)
     shutil.copytree(whole, tmp_path / "causal")
     train_probe(store, store.split("train")[:2], tmp_path / "parallel", fit)
     (tmp_path / "another").mkdir()

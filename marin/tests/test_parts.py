@@ -42,12 +42,25 @@ def variables(monkeypatch, rows, tmp_path):
 def test_a_plan_describes_the_run(variables, rows):
     variables(MODEL="200M", STEPS=10, SEED=3, BATCH_SIZE=128)
     about = plans.plan().about()
-    assert about["config"]["model"] == "208M" and about["to"] == "runs/small-208M-seed3" and about["from"] == str(rows)
+    assert about["config"]["size"] == "208M" and about["to"] == "runs/small-208M-seed3" and about["from"] == str(rows)
     assert about["tokens, padded"] == 10 * 128 * 256 and about["parameters"] == plans.n_parameters(model_size("208M"), 6794)
     assert about["epochs"] == 10 * 128 / 52 and about["config"]["lr"] == 1e-3
     assert (about["training rows"], about["held-out rows"], about["validation rows"]) == (52, 12, 10)
     assert about["FLOPs"] == about["tokens, padded"] * plans.flops_per_token(model_size("208M"), 6794, 256)
     assert json.loads(json.dumps(about)) == about
+
+
+def test_a_run_json_with_the_earlier_name_of_the_size_is_read(variables):
+    variables(MODEL="30M", STEPS=20)
+    plan = plans.plan()
+    config = dict(plan.metadata["config"])
+    old = {"model": config.pop("size"), **config}
+    Path(plan.out).mkdir(parents=True)
+    Path(plan.out, "run.json").write_text(json.dumps(plan.metadata | {"config": old}))
+    assert plans.open_run_dir(plan, writes=True)
+    Path(plan.out, "run.json").write_text(json.dumps(plan.metadata | {"config": old | {"model": "nano"}}))
+    with pytest.raises(TomatError, match="other settings or other data"):
+        plans.open_run_dir(plan, writes=True)
 
 
 def test_settings_and_defaults_are_those_of_the_library(variables, rows):
@@ -166,7 +179,7 @@ def test_a_run_json_of_an_earlier_version_is_read(variables, change, monkeypatch
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     variables(MODEL="200M" if "seed" in change else "30M", STEPS=20)
     plan = plans.plan()
-    old = {"label": "small", "results_label": plan.tpu.results_label, "model": plan.config.model, "seed": 0, "steps": 20,
+    old = {"label": "small", "results_label": plan.tpu.results_label, "model": plan.config.size, "seed": 0, "steps": 20,
            "batch_size": 8, "val_seqs": 10, "eval_every": 100, "emd": 0.0, "lr": 0.0, "precision": "f32"}
     Path(plan.out).mkdir(parents=True)
     Path(plan.out, "run.json").write_text(json.dumps({"knobs": old | change, "data": plan.metadata["data"]}))

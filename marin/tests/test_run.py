@@ -37,6 +37,7 @@ def test_twenty_steps(runs, whole):
 def as_before(run_json):
     "Write a run.json as an earlier version did."
     written = json.loads(run_json.read_text())
+    written["config"]["model"] = written["config"].pop("size")
     names = ("model", "seed", "steps", "batch_size", "val_seqs", "eval_every", "emd")
     knobs = {"label": "small", "results_label": run_json.parent.name, "lr": 0.0, "precision": "f32"}
     run_json.write_text(json.dumps({"knobs": knobs | {name: written["config"][name] for name in names}, "data": written["data"]}))
@@ -115,7 +116,7 @@ def test_earth_movers_distance_in_bf16(runs, tmp_path):
     assert metadata["run_group"] == str(rows) and sorted(metadata["tags"]) == ["cpu:1", "levanter", "tiny"]
     plan = config["tomat"]
     meta = json.loads((rows / "meta.json").read_text())
-    assert plan["config"]["model"] == "tiny" and plan["data"]["tokenizer"] == meta["tokenizer"]
+    assert plan["config"]["size"] == "tiny" and plan["data"]["tokenizer"] == meta["tokenizer"]
     assert [line["step"] for line in lines] == [1, 2] and lines[1]["val.loss"] == float(lines[1]["val.loss"])
     assert [line["tokens"] for line in lines] == [round(n * meta["tokens"] / meta["rows"]) for n in (8, 16)]
     assert lines[1]["padded"] == plan["tokens, padded"] == 16 * plan["tokens a row"] and lines[1]["flops"] == plan["FLOPs"]

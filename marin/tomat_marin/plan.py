@@ -64,8 +64,8 @@ def settings() -> tuple[TrainConfig, RunConfig, TpuConfig]:
     variables.setdefault("TOMAT_BF16", precisions[precision])
     config, run_config = from_variables(TrainConfig, environ=variables), from_variables(RunConfig, environ=variables)
     check_levanter(config, run_config)
-    config = replace(config, model=OTHER_NAMES.get(config.model, config.model))
-    name = f"{Path(variables.get('TOMAT_LABEL', '')).name}-{config.model}-seed{config.seed}"
+    config = replace(config, size=OTHER_NAMES.get(config.size, config.size))
+    name = f"{Path(variables.get('TOMAT_LABEL', '')).name}-{config.size}-seed{config.seed}"
     return config, run_config, from_variables(TpuConfig, {"results_label": variables.get("TOMAT_RESULTS_LABEL") or name}, variables)
 
 
@@ -96,7 +96,7 @@ class Plan:
 
     @property
     def size(self) -> ModelSize:
-        return model_size(self.config.model)
+        return model_size(self.config.size)
 
     @property
     def bf16(self) -> bool:
@@ -177,13 +177,14 @@ def plan() -> Plan:
 def _as_now(written: dict[str, Any],  # content of a run.json of any version
             plan: Plan,               # the run to compare it with
             ) -> dict[str, Any]:  # equal to `plan.metadata` for the same run
-    "The content of a run.json in the present form; reads old files, which hold `knobs`."
+    "The content of a run.json in the present form; reads old files, which hold `knobs`, or a `model` instead of a `size`."
     if "knobs" not in written:  # reads old files
-        return written
+        return written | {"config": config_from(TrainConfig, written["config"]).written()}
     old = dict(written["knobs"])  # reads old files
     same = old["results_label"] == plan.tpu.results_label and (old["precision"] == "bf16") == plan.bf16
-    names = {field.name for field in fields(TrainConfig)}
-    config = config_from(TrainConfig, plan.config.written() | {name: value for name, value in old.items() if name in names})
+    given = {"size" if name == "model" else name: value for name, value in old.items()}
+    ours = plan.config.written()
+    config = config_from(TrainConfig, ours | {name: value for name, value in given.items() if name in ours})
     return {"config": config.written(), "data": written["data"]} if same else {}
 
 

@@ -72,7 +72,7 @@ def _tracker(plan: Plan) -> TrackerConfig:
     devices = f"{device_name(jax.devices()[0].device_kind)}:{jax.device_count()}"
     return WandbConfig(entity=setting("wandb_entity") or None, project=setting("wandb_project", "tomat"), mode=mode,
                        name=plan.run_config.name or plan.tpu.results_label, group=plan.tpu.label,
-                       tags=[plan.config.model, "levanter", devices], save_code=False)
+                       tags=[plan.config.size, "levanter", devices], save_code=False)
 
 
 def trainer_config(plan: Plan) -> TrainerConfig:

@@ -55,7 +55,7 @@ Step = dict[str, float]
 
 def plain_steps(rows: str, config: TrainConfig, at_once: int) -> list[Step]:
     "The loop that a tutorial of transformers has, with gradient accumulation where the batch is larger than memory."
-    device, size, n_ids = torch.device("cuda" if CUDA else "cpu"), model_size(config.model), TOKENIZER.vocab.size
+    device, size, n_ids = torch.device("cuda" if CUDA else "cpu"), model_size(config.size), TOKENIZER.vocab.size
     model = make_model(size, TOKENIZER.vocab, config.seed)
     torch.nn.Module.to(model, device)
     (optimizer,) = make_optimizers(model, "adamw", config.lr, config.weight_decay)

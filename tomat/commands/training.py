@@ -75,7 +75,7 @@ def train(config: TrainConfig,
           ) -> None:
     """Train a model on rows; writes OUT/model, a checkpoint for `tomat predict` and for transformers.
 
-    Example: `tomat train rows/ --out run/ --model nano --steps 500`
+    Example: `tomat train rows/ --out run/ --size nano --steps 500`
     """
     from tomat.train import causal, cost
     data, out = run_folders(data, out or ("-" if dry else None), label, results_label)

@@ -135,7 +135,7 @@ class SweepLaunch(SharedLaunch):
         return [self.jobs("sweep", 8, only=self.only, table=table), [join]]
 
 # %% ../../nbs/09_run/03_launch.ipynb #b2145707
-def _run_options(text: str,  # options of a run, such as "model=30M steps=2560"
+def _run_options(text: str,  # options of a run, such as "size=30M steps=2560"
                  ) -> dict[str, str]:  # field → value, as text
     "The options of a run; raises `TomatError` for an unknown name or a missing value."
     given = {name: value for name, _, value in (pair.partition("=") for pair in text.split())}
@@ -150,7 +150,7 @@ class TrainLaunch(Launch):
     "Trains on the rows of a label."
     label: str = option("", "Label of the rows; TOMAT_LABEL if not given.")
     gpu: str = option("A100:1", "Kind and number of GPUs, one process each: A100:1, :2, :4 or :8.")
-    options: str = option("", "Options of the run, such as 'model=30M steps=5000'.")
+    options: str = option("", "Options of the run, such as 'size=30M steps=5000'.")
     val_label: str = option("", "Label of the validation rows.")
     name: str = option("", "Name of the run; TOMAT_RESULTS_LABEL, or MODEL-LABEL-bBATCH-sSEED, if not given.")
 
@@ -162,11 +162,11 @@ class TrainLaunch(Launch):
         if config.batch_size < needs.gpus:
             raise TomatError(f"batch_size must be at least the number of GPUs of {self.gpu}, got {config.batch_size}: use fewer "
                              "GPUs, or a larger batch_size.")
-        usual = f"{config.model}-{label}-b{config.batch_size}-s{config.seed}"
+        usual = f"{config.size}-{label}-b{config.batch_size}-s{config.seed}"
         name = self.name or os.environ.get("TOMAT_RESULTS_LABEL", "") or usual
         setup = from_variables(RunConfig, {"name": name} | given)
-        tags = (config.model, label, self.gpu, config.optimizer, "launch")
-        env = {"WANDB_RUN_GROUP": f"{config.model}-{label}", "WANDB_TAGS": ",".join(filter(None, tags))}
+        tags = (config.size, label, self.gpu, config.optimizer, "launch")
+        env = {"WANDB_RUN_GROUP": f"{config.size}-{label}", "WANDB_TAGS": ",".join(filter(None, tags))}
         settings = {"data": f"{self.root}/rows/{_name(label)}", "out": f"{self.root}/runs/{_name(name)}",
                     "config": config.written(), "setup": asdict(setup),
                     "val": f"{self.root}/rows/{_name(self.val_label)}" if self.val_label else None}

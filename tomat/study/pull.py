@@ -166,7 +166,8 @@ def _values(logged: Logged) -> list[Any]:
     device, devices = next((m.groups() for tag in logged.tags if (m := _DEVICES.fullmatch(tag))), ("", "1"))
     held_out = [float(line["val.loss"]) for line in logged.history if "val.loss" in line]
     mfu, speed = (_median(logged.history, f"time.{name}") for name in ("mfu_real", "tokens_per_s"))
-    return [logged.name, config["model"], device, int(devices), config["batch_size"], data["label"], vocab_size,
+    size = config["size"] if "size" in config else config["model"]  # "model" reads old files
+    return [logged.name, size, device, int(devices), config["batch_size"], data["label"], vocab_size,
             round(last["tokens"] / n_rows), last["tokens"], last["flops"], mfu, speed, float(last["loss"]),
             min(held_out, default=None), logged.group, logged.state]
 

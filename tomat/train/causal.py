@@ -28,7 +28,7 @@ from ..models.objective import objective_of
 from ..models.sizes import model_size, n_parameters
 from ..tokens.tokenizer import Tokenizer
 from .checkpoints import restore, state_of
-from .config import RunConfig, TrainConfig
+from .config import RunConfig, TrainConfig, config_from
 from .cost import peak_of, plan_memory, row_flops
 from .distributed import WrappedModel, distributed_context, wrap_model
 from .loop import StepResult, run_task
@@ -82,7 +82,7 @@ class CausalTask:
         "Leave the gradient of the next batch in the parameters; returns its loss and counts."
         self.block = next(self.rows)
         loss, counted, read = self._losses(self.block, learn=True)
-        size, n_ids, lengths = model_size(self.config.model), self.tokenizer.vocab.size, self.block.lengths.tolist()
+        size, n_ids, lengths = model_size(self.config.size), self.tokenizer.vocab.size, self.block.lengths.tolist()
         flops = row_flops(size, n_ids, lengths), row_flops(size, n_ids, [read // len(lengths)] * len(lengths))
         real, padded, flops_real, flops_padded = self.context.total(sum(lengths), read, *flops)
         speed = self.peak * self.context.ranks
@@ -132,7 +132,7 @@ class CausalTask:
         if not self.run_config.shard:
             return self.model
         weights = get_model_state_dict(self.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-        whole = make_model(model_size(self.config.model), self.tokenizer.vocab, context=self.model.config.max_position_embeddings)
+        whole = make_model(model_size(self.config.size), self.tokenizer.vocab, context=self.model.config.max_position_embeddings)
         if self.context.rank == 0:
             whole.load_state_dict(weights)
         return whole
@@ -154,6 +154,11 @@ def _metadata(data: str | Path,         # a folder of rows
     sets = {name: {key: read_meta(path)[key] for key in keys} for name, path in (("data", data), ("val", val)) if path}
     return json.loads(json.dumps({"config": config.written(), "stream": stream, **sets}))
 
+def _upgraded(metadata: dict[str, Any],  # reads old files: a run's config.json
+              ) -> dict[str, Any]:
+    "The metadata of a run of an earlier version, with the names of today."
+    return json.loads(json.dumps(metadata | {"config": config_from(TrainConfig, metadata["config"]).written()}))
+
 def train(data: str | Path,            # a folder that `tokenize` wrote
           out: str | Path,             # folder of the run, local; a stopped run is resumed
           config: TrainConfig = TrainConfig(),
@@ -165,7 +170,7 @@ def train(data: str | Path,            # a folder that `tokenize` wrote
     with distributed_context(run_config.device) as context:
         if config.batch_size % context.ranks:
             raise TomatError(f"batch_size must be a multiple of {context.ranks}, the number of devices, got {config.batch_size}.")
-        meta, size = read_meta(data), model_size(config.model)
+        meta, size = read_meta(data), model_size(config.size)
         tokenizer = tokenizer_of(data, meta)
         objective = objective_of(tokenizer, config.loss_on, config.emd)
         training, validation = train_and_val(data, config.seed, config.window, config.val_seqs, val)
@@ -182,4 +187,5 @@ def train(data: str | Path,            # a folder that `tokenize` wrote
             return CausalTask(config, run_config, tokenizer, wrapped, optimizers, batches, rows, micro_batch,
                               peak_of(context.device)[0], about, eval_callback)
 
-        return run_task(make_task, Path(out), _metadata(data, val, config, training.fingerprint), run_config, context)
+        metadata = _metadata(data, val, config, training.fingerprint)
+        return run_task(make_task, Path(out), metadata, run_config, context, _upgraded)

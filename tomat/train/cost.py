@@ -121,7 +121,7 @@ def plan_memory(meta: dict[str, Any],   # meta.json of the data set
                 context: DistributedContext,
                 ) -> tuple[int, dict[str, int]]:  # rows of a micro batch, and bytes of each part
     "The micro batch of one device, and the memory that a step with it needs."
-    size, n_ids = model_size(config.model), tokenizer_from_dict(meta["tokenizer"]).vocab.size
+    size, n_ids = model_size(config.size), tokenizer_from_dict(meta["tokenizer"]).vocab.size
     length, share = -(-meta["tokens"] // meta["rows"]), -(-config.batch_size // context.ranks)
     bf16 = run_config.bf16 if run_config.bf16 is not None else context.device.type == "cuda"
     placement = Placement(bf16, config.optimizer, context.ranks if run_config.shard else 1, context.device.type)
@@ -135,7 +135,7 @@ def dry_run(data: str | Path,             # a folder of rows
             mfu: float = 0.35,            # share of the device's speed that is expected
             ) -> dict[str, Any]:
     "Parameters, FLOPs, tokens, memory and time of a run that is not started."
-    meta, size = read_meta(data), model_size(config.model)
+    meta, size = read_meta(data), model_size(config.size)
     n_ids, length = tokenizer_from_dict(meta["tokenizer"]).vocab.size, -(-meta["tokens"] // meta["rows"])
     with distributed_context(run_config.device) as context:
         peak, source = peak_of(context.device)
