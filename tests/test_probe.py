@@ -32,7 +32,7 @@ from tomat.train.log import read_log
 from tomat.density.store import sample_store
 
 TINY = ProbeConfig(width=8, n_layers=1, atom_channels=(4, 2, 2), voxel_channels=(4, 2, 2), readout_width=16, readout_blocks=1)
-FIT = ProbeTrainConfig(model=TINY, steps=6, materials=3, voxels=20, kept=300, warmup=2, average=0.5, levels=16)
+FIT = ProbeTrainConfig(TINY, steps=6, materials=3, voxels=20, kept=300, warmup=2, average=0.5, levels=16)
 SHAPE = (12, 12, 12)
 
 
