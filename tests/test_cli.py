@@ -863,7 +863,7 @@ def test_runs_are_listed(tomat, tmp_path, made):
     done = tomat("runs", tmp_path / "runs")
     assert done.code == 0 and "one" in done.out and "3/3" in done.out and (tmp_path / "runs/one/loss.png").is_file()
     (run,) = json.loads(tomat("runs", tmp_path / "runs", "--json").out)["runs"]
-    assert run["run"] == "one" and run["model"] == "nano" and run["finished"]
+    assert (run["run"], run["decoder"], run["size"], run["unit"], run["finished"]) == ("one", "causal", "nano", "tokens", True)
     log = tmp_path / "runs/one/log.jsonl"
     log.write_text(re.sub(r', "mfu_real": [^,}]*', "", log.read_text()))  # as of a probe network
     done = tomat("runs", tmp_path / "runs")

@@ -583,7 +583,7 @@ def test_one_line_on_the_terminal_lives(rows, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tomat.train.log, "silent", lambda: False)
     train(rows, tmp_path / "run", replace(CONFIG, steps=8), RUN_CONFIG)
     said = capsys.readouterr().err
-    assert all(word in said for word in ("train", "8/8", "loss ", "held-out ", "tok/s"))
+    assert all(word in said for word in ("train", "8/8", "loss ", "held-out ", "tokens/s"))
 
 
 def test_runs_of_both_kinds_stand_in_one_list(whole, tmp_path):
@@ -597,17 +597,18 @@ def test_runs_of_both_kinds_stand_in_one_list(whole, tmp_path):
     for name in ("config.json", "log.jsonl"):
         (tmp_path / "another" / name).write_text('{"step": 1}\n')
     causal, parallel = list_runs(tmp_path)
-    assert (causal.run, parallel.run, parallel.model, parallel.steps) == ("causal", "parallel", "probe", "3/3")
-    assert causal.mfu > 0 and parallel.mfu is None and parallel.tokens_per_s > 0
+    assert (causal.run, causal.decoder, causal.unit) == ("causal", "causal", "tokens")
+    assert (parallel.run, parallel.decoder, parallel.unit, parallel.steps) == ("parallel", "probe", "voxels", "3/3")
+    assert causal.mfu > 0 and parallel.mfu is None and parallel.per_s > 0
     assert save_picture(tmp_path / "parallel").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_runs_are_listed_and_drawn(whole):
     (run,) = list_runs(whole.parent)
-    assert (run.run, run.steps, run.model, run.data, run.finished) == ("run", "40/40", "nano", "five", True)
+    assert (run.run, run.steps, run.size, run.data, run.finished) == ("run", "40/40", "nano", "five", True)
     log = read_log(whole)
     assert run.loss == log[-1]["loss"] and run.best == min(line["val"]["loss"] for line in log if "val" in line)
-    assert run.tokens_per_s > 0 and run.mfu > 0
+    assert run.per_s > 0 and run.mfu > 0
     assert save_picture(whole).read_bytes()[:4] == b"\x89PNG"
     with pytest.raises(TomatError, match="not a folder"):
         list_runs(whole / "nothing")

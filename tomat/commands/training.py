@@ -90,7 +90,7 @@ def train(config: TrainConfig,
 def runs(folder: Annotated[str, typer.Argument(help="Folder with runs, at any depth.")] = "runs",
          as_json: Json = False,
          ) -> None:
-    """List runs with their model, data, steps, losses and speed; draws the loss of each into its loss.png.
+    """List runs with their network, data, steps, losses and speed; draws the loss of each into its loss.png.
 
     Example: `tomat runs runs/`
     """
@@ -101,9 +101,9 @@ def runs(folder: Annotated[str, typer.Argument(help="Folder with runs, at any de
         log.save_picture(f"{folder}/{run.run}")
     if as_json:
         return print_result({"folder": folder, "runs": [asdict(run) for run in found]}, True)
-    table = Table("run", "model", "data", "steps", "tokens", "loss", "held-out", "tok/s", "MFU", box=None)
+    table = Table("run", "decoder", "size", "data", "steps", "read", "loss", "held-out", "per s", "MFU", box=None)
     for run in found:
-        shown = zip((run.loss, run.best, run.tokens_per_s, run.mfu), ("{:.4f}", "{:.4f}", "{:,.0f}", "{:.1%}"), strict=True)
+        shown = zip((run.loss, run.best, run.per_s, run.mfu), ("{:.4f}", "{:.4f}", f"{{:,.0f}} {run.unit}", "{:.1%}"), strict=True)
         numbers = ["" if value is None else form.format(value) for value, form in shown]
-        table.add_row(run.run, run.model, run.data, run.steps, f"{run.tokens:,}", *numbers)
+        table.add_row(run.run, run.decoder, run.size, run.data, run.steps, f"{run.count:,} {run.unit}", *numbers)
     Console(soft_wrap=True).print(table)

@@ -56,6 +56,7 @@ PROBE_SIZE_NAMES = ("S", "M", "L", "XL")  # keys of `tomat.models.probe.PROBE_SI
 class TrainConfig:
     "Settings that, together with the data, decide the result of a run of the language model."
     network_name: ClassVar[str] = "language model"
+    unit: ClassVar[str] = "tokens"  # that its log counts
     size: str = option("nano", "Size of the language model: nano, micro, 30M, 208M or 1B.", ("model",))
     steps: int = option(300, "Number of weight updates.", least=1)
     batch_size: int = option(8, "Number of rows in a step, on all devices together.", least=1)
@@ -93,6 +94,7 @@ class TrainConfig:
 class ProbeTrainConfig:
     "Settings that, together with the data, decide the result of a run of the probe network."
     network_name: ClassVar[str] = "probe network"
+    unit: ClassVar[str] = "voxels"
     network: Any = field(default_factory=lambda: None)  # a ProbeConfig, which needs PyTorch; None: that of `size`
     size: str = option("S", "Size of the probe network: S, M, L or XL.")
     steps: int = option(3000, "Number of weight updates.", least=1)

@@ -8,7 +8,7 @@ __all__ = ['read_log', 'Log', 'flat', 'live', 'plot_log', 'save_picture', 'RunSu
 # %% ../../nbs/06_train/06_log.ipynb #a0ae053f
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,11 +111,23 @@ def _start_wandb(run: Path,              # folder of the run
         raise TomatError(f"Weights & Biases refuses the run, set wandb_mode to offline or fix this: {why}.") from err
 
 # %% ../../nbs/06_train/06_log.ipynb #11853f66
+def _count(line: dict[str, Any],  # an entry of a log
+           ) -> int:
+    "The tokens that a run has read, or the voxels; a probe network's are called tokens in older logs."
+    return int(line["voxels" if "voxels" in line else "tokens"])
+
+def _per_s(line: dict[str, Any]) -> float | None:
+    "The tokens or the voxels a second."
+    times = line.get("time", {})
+    found: float | None = times.get("voxels_per_s", times.get("tokens_per_s"))
+    return found
+
 @contextmanager
 def live(steps: int,  # number of steps of the run
          done: int,   # number of steps before this process started
+         unit: str = "tokens",  # that is counted
          ) -> Iterator[Any]:  # a function that takes an entry of the log and redraws the bar
-    "Yield a function that shows the loss and the real tokens a second on a progress bar."
+    "Yield a function that shows the loss and the real tokens, or the voxels, a second on a progress bar."
     columns = (TextColumn("{task.description:>12}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[scores]}"),
                TimeRemainingColumn())
     with drawn(Progress(*columns, console=Console(stderr=True), disable=silent())) as progress:
@@ -124,29 +136,36 @@ def live(steps: int,  # number of steps of the run
         def show(line: dict[str, Any]) -> None:
             nonlocal validation
             validation = f", held-out {line['val']['loss']:.3f}" if "loss" in line.get("val", {}) else validation
-            scores = f"loss {line['loss']:.3f}{validation}, {line['time']['tokens_per_s']:,.0f} tok/s"
+            scores = f"loss {line['loss']:.3f}{validation}, {_per_s(line):,.0f} {unit}/s"
             progress.update(task, completed=line["step"], scores=scores)
         yield show
 
 # %% ../../nbs/06_train/06_log.ipynb #ceeb5658
 def plot_log(log: Sequence[dict[str, Any]],  # entries from `read_log`
              title: str = "",                # title of the figure
+             unit: str = "real tokens",      # that is counted
              ) -> Any:  # a matplotlib figure
-    "A plot of the loss against real tokens: every step, a running mean, and the held-out losses."
+    "A plot of the loss against real tokens or voxels: every step, a running mean, and the held-out losses."
     from matplotlib.figure import Figure
     figure = Figure(figsize=(6, 3), layout="constrained")
     ax = figure.add_subplot()
-    tokens, losses = [line["tokens"] for line in log], [line["loss"] for line in log]
+    counts, losses = [_count(line) for line in log], [line["loss"] for line in log]
     width = max(1, len(log) // 50)
     means = [sum(losses[max(0, i - width + 1):i + 1]) / len(losses[max(0, i - width + 1):i + 1]) for i in range(len(losses))]
-    ax.plot(tokens, losses, color="C0", alpha=0.3, lw=0.7)
-    ax.plot(tokens, means, color="C0", label="training")
-    held_out = [(line["tokens"], line["val"]["loss"]) for line in log if "loss" in line.get("val", {})]
+    ax.plot(counts, losses, color="C0", alpha=0.3, lw=0.7)
+    ax.plot(counts, means, color="C0", label="training")
+    held_out = [(_count(line), line["val"]["loss"]) for line in log if "loss" in line.get("val", {})]
     if held_out:
         ax.plot(*zip(*held_out, strict=True), "o-", color="C1", ms=4, label="held-out")
-    ax.set(xlabel="real tokens", ylabel="loss", title=title)
+    ax.set(xlabel=unit, ylabel="loss", title=title)
     ax.legend()
     return figure
+
+def _decoder(metadata: dict[str, Any],  # config.json of a run of any version
+             ) -> str:
+    "The decoder that a run trains."
+    probe = "network" in metadata or "materials" in metadata["config"]
+    return "probe" if probe else "causal"
 
 def save_picture(run: str | Path,  # folder of a run
                  ) -> Path:  # loss.png in it
@@ -154,7 +173,8 @@ def save_picture(run: str | Path,  # folder of a run
     path, log = Path(run, "loss.png"), read_log(run)
     if log:
         with atomic_write(path) as aside:
-            plot_log(log, Path(run).name).savefig(aside, format="png", dpi=100)
+            unit = "voxels" if _decoder(read_json(Path(run, "config.json"))) == "probe" else "real tokens"
+            plot_log(log, Path(run).name, unit).savefig(aside, format="png", dpi=100)
     return path
 
 # %% ../../nbs/06_train/06_log.ipynb #c2135603
@@ -162,13 +182,15 @@ def save_picture(run: str | Path,  # folder of a run
 class RunSummary:
     "One line of the list of runs."
     run: str               # folder of the run, below the folder that is listed
-    model: str             # size of the language model, or probe
+    decoder: str           # causal or probe
+    size: str              # size of the network
     data: str              # label of the data set
     steps: str             # number of steps done/planned
-    tokens: int            # number of real tokens so far; for a probe network, of voxels
+    count: int             # number of real tokens so far; for a probe network, of voxels
+    unit: str              # tokens or voxels
     loss: float | None     # of the last step
     best: float | None     # lowest held-out loss
-    tokens_per_s: float | None  # median over the steps
+    per_s: float | None    # real tokens or voxels a second, median over the steps
     mfu: float | None      # on real tokens, median over the steps; None where the log has none
     finished: bool         # whether the folder holds a finished model
 
@@ -176,14 +198,17 @@ def _summary(folder: Path,  # folder of a run
              under: Path,   # folder that is listed
              ) -> RunSummary:
     metadata, log = read_json(folder / "config.json"), read_log(folder)
-    def median(name: str) -> float | None:
-        values = sorted(line["time"][name] for line in log if name in line.get("time", {}))
-        return values[len(values) // 2] if values else None
+    config, decoder = metadata["config"], _decoder(metadata)
+    def median(values: Iterable[float | None]) -> float | None:
+        known = sorted(value for value in values if value is not None)
+        return known[len(known) // 2] if known else None
     held_out = [line["val"]["loss"] for line in log if "loss" in line.get("val", {})]
     last: dict[str, Any] = log[-1] if log else {"tokens": 0, "loss": None}
-    return RunSummary(str(folder.relative_to(under)), metadata["config"]["model"], metadata["data"]["label"],
-                   f"{len(log)}/{metadata['config']['steps']}", last["tokens"], last["loss"],
-                   min(held_out, default=None), median("tokens_per_s"), median("mfu_real"), (folder / "model").is_dir())
+    size = config.get("size") or ("" if decoder == "probe" else config["model"])  # "model" reads old files
+    speeds, shares = map(_per_s, log), (line.get("time", {}).get("mfu_real") for line in log)
+    return RunSummary(str(folder.relative_to(under)), decoder, size, metadata["data"]["label"], f"{len(log)}/{config['steps']}",
+                      _count(last), "voxels" if decoder == "probe" else "tokens", last["loss"], min(held_out, default=None),
+                      median(speeds), median(shares), (folder / "model").is_dir())
 
 def _is_run(folder: Path) -> bool:
     "Whether a folder with a log.jsonl is a run's; other programs write such files too."

@@ -128,7 +128,7 @@ def _steps(run: Run,
            ) -> None:
     "Steps until the last one, or until a request to shut down."
     config, count = run.task.config, run.counters
-    with _open_log(run, before) as log, live(config.steps, count["step"]) as show:
+    with _open_log(run, before) as log, live(config.steps, count["step"], getattr(config, "unit", "tokens")) as show:
         while count["step"] < config.steps:
             line = update(run)
             last = count["step"] == config.steps
