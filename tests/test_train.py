@@ -39,6 +39,7 @@ from tomat.models.sizes import MODELS, ModelSize
 from tomat.train.optim import learning_rate
 from tomat.models.probe import ProbeConfig
 from tomat.train.config import SCHEDULES, RunConfig, TrainConfig
+from tomat.train.distributed import pick_device
 from tomat.train.log import flat, list_runs, read_log, save_picture
 from tomat.dataset.parquet import TokenizeConfig
 from tomat.dataset.shards import tokenize
@@ -584,6 +585,20 @@ def test_one_line_on_the_terminal_lives(rows, tmp_path, monkeypatch, capsys):
     train(rows, tmp_path / "run", replace(CONFIG, steps=8), RUN_CONFIG)
     said = capsys.readouterr().err
     assert all(word in said for word in ("train", "8/8", "loss ", "held-out ", "tokens/s"))
+
+
+def test_a_device_is_picked(monkeypatch):
+    "As on a machine with two GPUs, which nothing is computed on."
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [str(pick_device(name)) for name in ("", "cpu", "cuda", "cuda:1")] == ["cuda:0", "cpu", "cuda:0", "cuda:1"]
+    with pytest.raises(TomatError, match="device 2 is asked for and there are 2 GPUs"):
+        pick_device("cuda:2")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert [str(pick_device(name)) for name in ("", "cuda")] == ["cuda:1", "cuda:1"]
+    with pytest.raises(TomatError, match="each with a GPU of its own"):
+        pick_device("cuda:1")
 
 
 def test_runs_of_both_kinds_stand_in_one_list(whole, tmp_path):
