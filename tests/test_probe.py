@@ -22,12 +22,13 @@ from tomat.io.remote import TomatError
 from tomat.train.config import RunConfig
 from tomat.train.probe import ProbeTask, ProbeTrainConfig, train_probe
 from tomat.models.geometry import N_GAUSSIANS, N_HARMONICS, STEP, harmonics, radial_basis
-from tomat.atoms.neighbours import find_neighbours, periodic_images
+from tomat.atoms.neighbours import Neighbours, find_neighbours, periodic_images
 from tomat.density.metrics import nmae
-from tomat.models.probe import (ProbeConfig, ProbeNet, shift_to_mean, level_probabilities, load_probe,
-                                predict_field, save_probe)
+from tomat.models.messages import ProbeConfig
+from tomat.models.probe import (AtomGraph, ProbeNet, atom_graph, level_probabilities, load_probe, predict_field, save_probe,
+                                shift_to_mean)
 from tomat.prediction.predictors import ProbePredictor, load_predictor
-from tomat.atoms.sad import packaged_atoms, sad_density, valence_electrons
+from tomat.atoms.sad import free_atom, packaged_atoms, sad_density, valence_electrons
 from tomat.train.log import read_log
 from tomat.density.store import sample_store
 
@@ -73,7 +74,7 @@ def test_a_point_has_every_atom_within_the_cutoff_once(cell, seed, cutoff):
     structure = Structure(cell, ["Na", "Cl"], rng.uniform(-1, 2, (2, 3)))
     points = rng.random((3, 3)) @ cell.matrix
     near = find_neighbours(points, periodic_images(structure, cutoff))
-    for point, found in zip(points, np.split(near.vector_3xP, near.count_N.cumsum()[:-1], 1), strict=True):
+    for point, found in zip(points, np.split(near.vector_3xP.numpy(), near.count_N.cumsum(0)[:-1], 1), strict=True):
         sites = structure.get_sites_in_sphere(point, cutoff)
         if any(abs(site.nn_distance - cutoff) < 1e-4 for site in sites):
             continue
@@ -89,7 +90,7 @@ def test_an_atom_is_not_its_own_neighbour_but_its_images_are():
 
 def test_radial_functions_have_no_step_anywhere():
     for cutoff in (4.0, 6.0, 4.013):
-        basis = radial_basis("Fe", cutoff)
+        basis = radial_basis(free_atom("Fe"), cutoff)
         assert len(basis) * STEP > cutoff + STEP / 2 and not basis[-1].any()
         assert basis.diff(dim=0)[:, :N_GAUSSIANS].abs().max() < 0.25
         assert torch.isfinite(basis).all()
@@ -203,6 +204,17 @@ def test_every_element_with_a_free_atom_gives_numbers(model):
     for symbol in packaged_atoms().atoms:
         alone = Structure(Lattice.cubic(4.0), [symbol], [[0, 0, 0]])
         assert np.isfinite(predict_field(model, alone, (4, 4, 4), sad_prediction(alone, (4, 4, 4)))).all(), symbol
+
+
+def test_nothing_is_left_on_another_device(model, crystal):
+    """Every tensor of a step lies on the device of the network: PyTorch's device without memory refuses a tensor of another one."""
+    meta, learner = torch.device("meta"), ProbeNet(TINY).to("meta").train()
+    near, atoms = (Neighbours(x.atom_P.to(meta), x.vector_3xP.to(meta), x.count_N.to(meta)) for x in (
+        find_neighbours(np.random.default_rng(0).random((9, 3)) @ crystal.lattice.matrix, periodic_images(crystal, TINY.cutoff)),
+        atom_graph(crystal, TINY.atom_cutoff).near))
+    centre_N, width_N = learner(learner.tables(AtomGraph(["Ba", "Ti", "O"], atoms)), near, torch.zeros(9, device=meta))
+    (centre_N.sum() + width_N.sum()).backward()
+    assert centre_N.device == learner.sphere.weight.grad.device == meta
 
 
 def test_a_checkpoint_comes_back(model, crystal, tmp_path):

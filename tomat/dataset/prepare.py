@@ -143,6 +143,11 @@ class VoxelSet:
         "Number of kept voxels of each material."
         return self._table.voxels_M
 
+    @property
+    def symbols(self) -> list[str]:
+        "The elements of all materials."
+        return list(self._symbols)
+
     def shape(self, i: int,  # index of the material
               ) -> tuple[int, int, int]:
         "Grid of a material."

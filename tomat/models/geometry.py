@@ -95,7 +95,7 @@ def _sorted_by_row(row_Q: Tensor,    # (Q,) int32 indices of rows, point after p
                    n_rows: int,      # T
                    ) -> tuple[Tensor, Tensor, Tensor]:  # (Q,) int32 points, row after row; (Q,) order; (T,) int32 start of each row
     "The points that take each row of a table."
-    point_Q = torch.repeat_interleave(torch.arange(len(count_N), dtype=torch.int32, device=row_Q.device), count_N)
+    point_Q = torch.arange(len(count_N), dtype=torch.int32, device=row_Q.device).repeat_interleave(count_N, output_size=len(row_Q))
     sorted_Q, order_Q = row_Q.sort(stable=True)
     start_T = torch.searchsorted(sorted_Q, torch.arange(n_rows, dtype=torch.int32, device=row_Q.device), out_int32=True)
     return point_Q.index_select(0, order_Q), order_Q, start_T

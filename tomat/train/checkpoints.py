@@ -83,7 +83,7 @@ def load_state(path: Path,  # folder of a state
         raise TomatError(f"{path}/state.pt cannot be read ({type(err).__name__}): {fix}.") from err
 
 # %% ../../nbs/06_train/05_checkpoints.ipynb #03b2274a
-_NAMES = {"config.json", "log.jsonl", "states", "best", "model", "loss.png", "wandb"}
+_NAMES = {"config.json", "log.jsonl", "states", "best", "model", "loss.png", "wandb", "voxels", "voxels-held-out"}
 
 def open_run_dir(out: Path,                # folder of the run
                  metadata: dict[str, Any],  # configuration and data of the run, as in config.json
