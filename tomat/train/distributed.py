@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -69,6 +70,8 @@ def pick_device(name: str = "",  # "cpu", "cuda", "cuda:1", or "" for the best t
     return torch.device("cuda", index)
 
 # %% ../../nbs/06_train/03_distributed.ipynb #e2d05159
+_PATIENCE = timedelta(hours=12)  # the first process may prepare data for hours, while the others wait
+
 @contextmanager
 def distributed_context(device: str = "",  # as `pick_device` takes it
                         ) -> Iterator[DistributedContext]:
@@ -80,7 +83,7 @@ def distributed_context(device: str = "",  # as `pick_device` takes it
     if ranks == 1 or dist.is_initialized():
         yield DistributedContext(own, *((dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else ()))
         return
-    dist.init_process_group("nccl" if own.type == "cuda" else "gloo")
+    dist.init_process_group("nccl" if own.type == "cuda" else "gloo", timeout=_PATIENCE)
     try:
         yield DistributedContext(own, dist.get_rank(), ranks)
     finally:
