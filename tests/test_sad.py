@@ -1,6 +1,7 @@
 "The sum of atomic densities: against a sum point by point, against Gaussians, and under changes that leave the physics alone."
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from tomat.density.core import Density
 from tomat.io.remote import TomatError
 from tomat.density.metrics import nmae
 from tomat.atoms.neighbours import periodic_images
-from tomat.atoms.sad import (FreeAtom, FreeAtoms, free_atom, load_atoms, packaged_atoms, sad_density, save_atoms,
+from tomat.atoms.sad import (FreeAtom, FreeAtoms, free_atom, load_atoms, own_digest, packaged_atoms, sad_density, save_atoms,
                              valence_electrons, with_sad)
 from tomat.density.store import sample_store
 
@@ -141,7 +142,9 @@ def test_atoms_from_a_file(tmp_path):
     np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
     filled = with_sad(Density(other, structure), again)
     np.testing.assert_array_equal(filled.sad, one)
-    assert with_sad(filled, GAUSSIANS) is filled
+    assert with_sad(filled) is filled  # a stored sum is kept for the packaged atoms, and made again for others
+    np.testing.assert_array_equal(with_sad(replace(filled, sad=0 * other), again).sad, one)
+    assert again.digest == GAUSSIANS.digest == own_digest(again) and own_digest(packaged_atoms()) is None
 
 
 def test_units_of_a_density_are_kept():
@@ -194,7 +197,7 @@ def test_charged_species_count_as_their_elements():
 def test_densities_of_other_setups_are_refused():
     structure = crystal(np.random.default_rng(2))
     density = Density(np.full((3, 3, 3), 2.0), structure, id="mp-7")
-    with pytest.raises(TomatError, match=r"mp-7 holds 2.00 electrons and the packaged free atoms .*same setups"):
+    with pytest.raises(TomatError, match=r"mp-7 holds 2.00 electrons and the packaged free atoms .*% fewer: .*same setups"):
         with_sad(density)
     with pytest.raises(TomatError, match=r"Gaussians"):
         with_sad(density, GAUSSIANS)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BOHR', 'EFFECTIVE_N', 'ANALYTIC', 'radius_of', 'gaussian', 'slater', 'shielding', 'valence_shells', 'multi_shell',
-           'analytic_atoms']
+           'analytic_atoms', 'shell_atom']
 
 # %% ../../nbs/02_atoms/02_analytic.ipynb #7eb9c0a0
 import math
@@ -65,7 +65,10 @@ def valence_shells(symbol: str,     # "Fe"
                    n_valence: float,  # valence electrons of the atom
                    ) -> list[tuple[float, float, float]]:  # (electrons, n*, ζ in 1/Å)
     "The outermost shells of an atom by Slater's rules."
-    shells, z = Element(symbol).full_electronic_structure, Element(symbol).Z
+    try:
+        shells, z = Element(symbol).full_electronic_structure, Element(symbol).Z
+    except KeyError as err:
+        raise TomatError(f"No shells of {symbol} are known, so there is no analytic atom: leave materials with {symbol} out.") from err
     zeta = {(n, kind): (z - shielding(shells, n, kind)) / EFFECTIVE_N[n] / BOHR for n, kind, _ in shells}
     found, left = [], n_valence
     for n, kind, electrons in sorted(shells, key=lambda shell: zeta[shell[0], shell[1]]):
@@ -76,10 +79,11 @@ def valence_shells(symbol: str,     # "Fe"
 
 def multi_shell(symbol: str,   # "Fe"
                 r: np.ndarray,  # (n,) distances from the nucleus, Å
+                n_valence: float | None = None,  # valence electrons; None: those of the packaged atom
                 ) -> np.ndarray:  # (n,) e/Å³
-    "Density of the valence shells by Slater's rules, with the electrons of the packaged atom."
+    "Density of the valence shells by Slater's rules."
     rho = np.zeros(len(r))
-    for electrons, n, zeta in valence_shells(symbol, packaged_atoms()[symbol].n_valence):
+    for electrons, n, zeta in valence_shells(symbol, n_valence or packaged_atoms()[symbol].n_valence):
         norm = (2 * zeta) ** (2 * n + 1) / (4 * np.pi * math.gamma(2 * n + 1))
         rho += electrons * norm * r ** (2 * n - 2) * np.exp(-2 * zeta * r)
     return rho
@@ -88,15 +92,28 @@ def multi_shell(symbol: str,   # "Fe"
 ANALYTIC: dict[str, Callable[[str, np.ndarray], np.ndarray]] = {"gaussian": gaussian, "slater": slater, "shells": multi_shell}
 _STEP, _CUTOFF = 0.03, 12.0  # Å
 
+def _scaled(symbol: str,
+            n_valence: float,  # electrons of the atom
+            rho: np.ndarray,   # (n,) shape of the density at 0, _STEP, 2·_STEP, …
+            ) -> FreeAtom:
+    "The atom of a table, scaled to its electrons."
+    r = np.arange(len(rho)) * _STEP
+    return FreeAtom.of(symbol, n_valence, _STEP, rho * (n_valence / (4 * np.pi * float(np.trapezoid(r**2 * rho, r)))))
+
 @cache
 def analytic_atoms(kind: str,  # a key of ANALYTIC
                    ) -> FreeAtoms:
     "The atoms of a formula, for every element of the packaged tables."
     if kind not in ANALYTIC:
         raise TomatError(f"There are no analytic atoms called {kind!r}: use one of {', '.join(ANALYTIC)}.")
-    r, atoms = np.arange(0, _CUTOFF, _STEP), {}
-    for symbol, atom in packaged_atoms().atoms.items():
-        rho = ANALYTIC[kind](symbol, r)
-        electrons = 4 * np.pi * float(np.trapezoid(r**2 * rho, r))
-        atoms[symbol] = FreeAtom.of(symbol, atom.n_valence, _STEP, rho * (atom.n_valence / electrons))
+    r = np.arange(0, _CUTOFF, _STEP)
+    atoms = {symbol: _scaled(symbol, atom.n_valence, ANALYTIC[kind](symbol, r)) for symbol, atom in packaged_atoms().atoms.items()}
     return FreeAtoms(atoms, f"the {kind} atoms")
+
+# %% ../../nbs/02_atoms/02_analytic.ipynb #19af6263
+@cache
+def shell_atom(symbol: str,      # "Fe"
+               n_valence: float,  # valence electrons
+               ) -> FreeAtom:
+    "The atom of Slater's shells with any number of valence electrons."
+    return _scaled(symbol, n_valence, multi_shell(symbol, np.arange(0, _CUTOFF, _STEP), n_valence))
