@@ -86,6 +86,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'tomat.commands.base': { 'tomat.commands.base.Command': ('11_commands/base.html#command', 'tomat/commands/base.py'),
                                      'tomat.commands.base.Command.parse_args': ( '11_commands/base.html#command.parse_args',
                                                                                  'tomat/commands/base.py'),
+                                     'tomat.commands.base.chosen_atoms': ('11_commands/base.html#chosen_atoms', 'tomat/commands/base.py'),
                                      'tomat.commands.base.n_processes': ('11_commands/base.html#n_processes', 'tomat/commands/base.py'),
                                      'tomat.commands.base.opened': ('11_commands/base.html#opened', 'tomat/commands/base.py'),
                                      'tomat.commands.base.part_of': ('11_commands/base.html#part_of', 'tomat/commands/base.py'),

@@ -296,18 +296,21 @@ def _sum_if_usable(id: str, read: Callable[[str], Density]) -> FitSums:
 def choose_atoms(source: Source,      # densities to train on
                  ids: Sequence[str],  # ids of the materials
                  workers: int = 1,    # processes
+                 fit: bool = False,   # True: fit atoms in any case
                  ) -> tuple[FreeAtoms, str]:  # the atoms, and a sentence that says which they are and why
     "The packaged atoms if their electrons agree with those of every material to 0.1 %, else atoms fitted to the materials."
     if not ids:
         raise TomatError(f"{source} has no material to choose atoms for: choose another part of it.")
-    look = in_order(partial(_disagreement, read=source.read), ids, workers)
-    reason = next((why for why in track(look, "compare electrons", len(ids), "materials") if why), "")
-    if not reason:
-        return packaged_atoms(), f"The packaged atoms are used: they have the electrons of all {len(ids)} materials."
+    reason = ""
+    if not fit:
+        look = in_order(partial(_disagreement, read=source.read), ids, workers)
+        reason = next((why for why in track(look, "compare electrons", len(ids), "materials") if why), "")
+        if not reason:
+            return packaged_atoms(), f"The packaged atoms are used: they have the electrons of all {len(ids)} materials."
     one = partial(_sum_if_usable, read=source.read)
     atoms = solve(add_up(track(in_order(one, ids, workers), "fit atoms", len(ids), "materials")))
     n, unexplained = atoms.metadata["materials"], atoms.metadata["electrons_unexplained"]
-    words = (f"The packaged atoms do not fit, since {reason}: atoms of {len(atoms.atoms)} element{'s'[:len(atoms.atoms) != 1]} "
-             f"were fitted to {n} material{'s'[:n != 1]}")
+    why = f"The packaged atoms do not fit, since {reason}: atoms" if reason else "Atoms"
+    which = f"of {len(atoms.atoms)} element{'s'[:len(atoms.atoms) != 1]} were fitted to {n} material{'s'[:n != 1]}"
     doubt = f", and leave {unexplained:.2f} electrons of a cell unexplained, so these densities are of several kinds of potentials"
-    return atoms, f"{words}{doubt if unexplained > 0.05 else ''}."
+    return atoms, f"{why} {which}{doubt if unexplained > 0.05 else ''}."

@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .base import Json, Target, Workers, selected_ids, n_processes, opened, part_of, print_result
+from .base import Atoms, Json, Target, Workers, chosen_atoms, selected_ids, n_processes, opened, part_of, print_result
 from ..io.remote import TomatError
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ def fit_codec(source: Annotated[str, typer.Argument(help="A raw store, a folder 
               levels: Annotated[int, typer.Option(help="Number of levels, and so of token ids.")] = 16384,
               objective: Annotated[str, typer.Option(help="Error to minimise: l1 (mean, NMAE) or l2 (squared).")] = "l1",
               target: Target = "total",
+              atoms: Atoms = None,
               unit: Annotated[str, typer.Option(help="Unit of levels: electrons (density × volume), or e/Å³.")] = "electrons",
               part: Annotated[list[str] | None, typer.Option(
                   help="Histogram file to add, from --save-histogram; may be repeated.")] = None,
@@ -44,13 +45,16 @@ def fit_codec(source: Annotated[str, typer.Argument(help="A raw store, a folder 
 
     Example: `tomat fit-codec densities/ --levels 4096 --out codec.npz`
     """
+    from functools import partial
+
     from tomat.atoms.sad import with_sad
     from tomat.tokens import fit_codec as fits
     from tomat.tokens.levels import save_levels
     found, n = opened(source), n_processes(workers)
-    prepare = with_sad if target == "difference" else None
+    ids = selected_ids(found, split)
+    prepare = partial(with_sad, atoms=chosen_atoms(atoms, found, ids, n)) if target == "difference" else None
     parts = [fits.Histogram.load(path) for path in part or []]
-    own = fits.histogram_of(selected_ids(found, split), found.read, target, unit, prepare, n)
+    own = fits.histogram_of(ids, found.read, target, unit, prepare, n)
     histogram = fits.merge_histograms([own, *parts])
     codec = fits.fit_histogram(histogram, levels, objective)
     save_levels(codec, out, {"target": target, "unit": unit, "objective": objective})
@@ -81,6 +85,8 @@ def fit_atoms(source: Annotated[str, typer.Argument(help="A raw store, a folder 
               out: Annotated[str, typer.Option(help="File for the atoms, .json.")],
               split: Split = None,
               held_out: HeldOut = "validation",
+              prior: Annotated[str, typer.Option(help="Atoms that the fit is pulled towards where little is known: packaged, where "
+                                                      "their electrons are right, or analytic.")] = "packaged",
               voxels: Annotated[int, typer.Option(min=100, help="Number of voxels drawn from each material.")] = 6000,
               seed: Annotated[int, typer.Option(help="Seed of the drawn voxels.")] = 0,
               workers: Workers = None,
@@ -88,14 +94,20 @@ def fit_atoms(source: Annotated[str, typer.Argument(help="A raw store, a folder 
               ) -> None:
     """Fit spherical atoms to the densities of a source. Their sum is closer to these densities than that of free atoms.
 
+    Every element of the densities gets an atom, with the valence electrons that the densities hold.
+    `tomat tokenize` takes the file as --atoms.
+
     Example: `tomat fit-atoms densities/ --split train --out atoms.json`
     """
     from dataclasses import replace
 
     from tomat.atoms import fit_atoms as fits
-    from tomat.atoms.sad import save_atoms
+    from tomat.atoms.sad import FreeAtoms, save_atoms
+    if prior not in ("packaged", "analytic"):
+        raise TomatError(f"--prior is {prior!r}: use packaged or analytic.")
     found = opened(source)
-    atoms, _ = fits.fit_atoms(selected_ids(found, split), found.read, voxels=voxels, seed=seed, workers=n_processes(workers))
+    atoms, _ = fits.fit_atoms(selected_ids(found, split), found.read, None if prior == "packaged" else FreeAtoms({}, "analytic atoms"),
+                              voxels, seed, n_processes(workers))
     atoms = replace(atoms, metadata={**atoms.metadata, "source": source, "split": part_of(found, split, "train"), "voxels": voxels,
                                         "seed": seed})
     save_atoms(atoms, out)
