@@ -59,7 +59,7 @@ class Dropout(nn.Module):
             return x_NxC
         first, total = self.part or (0, len(x_NxC))
         mask_NxC = x_NxC.new_empty(total, x_NxC.shape[1]).bernoulli_(1 - self.p)[first:first + len(x_NxC)]
-        return x_NxC * (mask_NxC / (1 - self.p))
+        return x_NxC * mask_NxC.div_(1 - self.p)
 
 # %% ../../nbs/05_models/07_messages.ipynb #4ce7af86
 def mlp(n_in: int, hidden: int, n_out: int, dropout: float,

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from ..atoms.sad import FreeAtoms
+from ..atoms.sad import FreeAtoms, own_digest
 from ..dataset.prepare import VoxelSet, batch_materials, prepare
 from ..dataset.voxels import PrepareConfig
 from ..density.source import Source
@@ -292,5 +292,5 @@ def train_probe(source: Source,
             return ProbeTask(config, data, others, Path(out), run_config, context)
 
         named = {"label": Path(str(source)).name, "ids": list(ids), "held_out": list(held_out)}
-        digest = "" if atoms is None else str(getattr(atoms, "digest", ""))
+        digest = own_digest(atoms) or ""
         return run_task(make_task, Path(out), _metadata(config, named, digest), run_config, context, _upgraded)
