@@ -24,6 +24,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'tomat.atoms.fit_atoms._integrals': ( '02_atoms/fit_atoms.html#_integrals',
                                                                              'tomat/atoms/fit_atoms.py'),
                                        'tomat.atoms.fit_atoms._merged': ('02_atoms/fit_atoms.html#_merged', 'tomat/atoms/fit_atoms.py'),
+                                       'tomat.atoms.fit_atoms._of_another_code': ( '02_atoms/fit_atoms.html#_of_another_code',
+                                                                                   'tomat/atoms/fit_atoms.py'),
                                        'tomat.atoms.fit_atoms._pull': ('02_atoms/fit_atoms.html#_pull', 'tomat/atoms/fit_atoms.py'),
                                        'tomat.atoms.fit_atoms._read_and_sum': ( '02_atoms/fit_atoms.html#_read_and_sum',
                                                                                 'tomat/atoms/fit_atoms.py'),

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['KNOTS', 'TABLE_R', 'BASIS', 'N_BASIS', 'ELECTRONS', 'OVERLAP', 'ROUGHNESS', 'PRIOR_WEIGHT', 'SMOOTHING',
-           'SHELL_WEIGHT', 'SHELL_SMOOTHING', 'SHELL_FLOOR', 'columns_of', 'FitSums', 'add_up', 'sums_of',
-           'ElectronCounts', 'count_electrons', 'solve', 'fit_atoms', 'choose_atoms']
+           'SHELL_WEIGHT', 'SHELL_SMOOTHING', 'SHELL_FLOOR', 'ANALYTIC_PRIOR', 'columns_of', 'FitSums', 'add_up',
+           'sums_of', 'ElectronCounts', 'count_electrons', 'solve', 'fit_atoms', 'choose_atoms']
 
 # %% ../../nbs/02_atoms/04_fit_atoms.ipynb #6cb22cde
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -227,6 +227,8 @@ def _equations(sums: FitSums, counted: ElectronCounts, prior: FreeAtoms,
     return left, right
 
 # %% ../../nbs/02_atoms/04_fit_atoms.ipynb #7e9a8b76
+ANALYTIC_PRIOR = FreeAtoms({}, "analytic atoms")  # a prior that pulls every element towards Slater's shells
+
 def solve(sums: FitSums,                  # sums of the materials to fit
           prior: FreeAtoms | None = None,  # atoms that the fit is pulled towards; None: the packaged ones
           ) -> FreeAtoms:
@@ -293,6 +295,12 @@ def _sum_if_usable(id: str, read: Callable[[str], Density]) -> FitSums:
     density = read(id)
     return sums_of(density) if _usable(density) else FitSums({}, {}, {}, {})
 
+def _of_another_code(sums: FitSums) -> bool:
+    "Whether an element has other electrons than its packaged atom, whose shape then says nothing about these densities."
+    counted, atoms = count_electrons(sums, packaged_atoms()), packaged_atoms().atoms
+    pairs = zip(counted.symbols, counted.electrons, counted.known, strict=True)
+    return any(known and s in atoms and abs(atoms[s].n_valence - n) > 1e-3 for s, n, known in pairs)
+
 def choose_atoms(source: Source,      # densities to train on
                  ids: Sequence[str],  # ids of the materials
                  workers: int = 1,    # processes
@@ -308,7 +316,8 @@ def choose_atoms(source: Source,      # densities to train on
         if not reason:
             return packaged_atoms(), f"The packaged atoms are used: they have the electrons of all {len(ids)} materials."
     one = partial(_sum_if_usable, read=source.read)
-    atoms = solve(add_up(track(in_order(one, ids, workers), "fit atoms", len(ids), "materials")))
+    sums = add_up(track(in_order(one, ids, workers), "fit atoms", len(ids), "materials"))
+    atoms = solve(sums, ANALYTIC_PRIOR if _of_another_code(sums) else packaged_atoms())
     n, unexplained = atoms.metadata["materials"], atoms.metadata["electrons_unexplained"]
     why = f"The packaged atoms do not fit, since {reason}: atoms" if reason else "Atoms"
     which = f"of {len(atoms.atoms)} element{'s'[:len(atoms.atoms) != 1]} were fitted to {n} material{'s'[:n != 1]}"

@@ -102,12 +102,12 @@ def fit_atoms(source: Annotated[str, typer.Argument(help="A raw store, a folder 
     from dataclasses import replace
 
     from tomat.atoms import fit_atoms as fits
-    from tomat.atoms.sad import FreeAtoms, save_atoms
+    from tomat.atoms.sad import save_atoms
     if prior not in ("packaged", "analytic"):
         raise TomatError(f"--prior is {prior!r}: use packaged or analytic.")
     found = opened(source)
-    atoms, _ = fits.fit_atoms(selected_ids(found, split), found.read, None if prior == "packaged" else FreeAtoms({}, "analytic atoms"),
-                              voxels, seed, n_processes(workers))
+    atoms, _ = fits.fit_atoms(selected_ids(found, split), found.read, fits.ANALYTIC_PRIOR if prior == "analytic" else None, voxels,
+                              seed, n_processes(workers))
     atoms = replace(atoms, metadata={**atoms.metadata, "source": source, "split": part_of(found, split, "train"), "voxels": voxels,
                                         "seed": seed})
     save_atoms(atoms, out)
