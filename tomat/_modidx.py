@@ -260,6 +260,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'tomat.dataset.prepare._column_starts': ( '04_dataset/prepare.html#_column_starts',
                                                                                  'tomat/dataset/prepare.py'),
                                        'tomat.dataset.prepare._fetched': ('04_dataset/prepare.html#_fetched', 'tomat/dataset/prepare.py'),
+                                       'tomat.dataset.prepare._most_maps': ( '04_dataset/prepare.html#_most_maps',
+                                                                             'tomat/dataset/prepare.py'),
                                        'tomat.dataset.prepare._table_of': ('04_dataset/prepare.html#_table_of', 'tomat/dataset/prepare.py'),
                                        'tomat.dataset.prepare.balanced_order': ( '04_dataset/prepare.html#balanced_order',
                                                                                  'tomat/dataset/prepare.py'),

@@ -8,6 +8,8 @@ __all__ = ['prepare', 'VoxelSet', 'balanced_order', 'batch_materials']
 # %% ../../nbs/04_dataset/10_prepare.ipynb #a1035ec1
 import hashlib
 import mmap
+import resource
+from bisect import bisect
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
@@ -102,8 +104,10 @@ def _table_of(materials: Sequence[dict[str, Any]],  # entries of a shard's foote
     frac = np.concatenate([np.array(material["frac"]).reshape(-1, 3) for material in materials])
     return _Table(voxels, shape, mean, lattice, classes, n_atoms, np.array(symbols, np.int16), frac)
 
-# %% ../../nbs/04_dataset/10_prepare.ipynb #e85bd3e1
-_MAPS = 128  # largest number of shards that a process maps at a time; each keeps a file open
+# %% ../../nbs/04_dataset/10_prepare.ipynb #6e4244f9
+def _most_maps() -> int:
+    "Largest number of shards that a process maps at a time: each keeps a file open, and half of the allowed ones stay free."
+    return int(max(8, min(4096, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)))
 
 class VoxelSet:
     "The drawn voxels of a folder that `prepare` wrote; can be pickled, and shared by processes."
@@ -119,18 +123,18 @@ class VoxelSet:
         self.atoms = read_atoms((self.path / self.shards[0]).parent, self.meta)
         self.ids: list[str] = []
         names: dict[str, int] = {}
-        tables, places = [], []
-        for number, name in enumerate(track(self.shards, "open", unit="shards")):
+        tables, self._first = [], [0]  # index of the first material of each shard, and their number
+        for name in track(self.shards, "open", unit="shards"):
             footer = _checked_footer(self.path, name, self.meta)
             ids = [id for id in footer["ids"] if id in footer["materials"]]
             tables.append(_table_of([footer["materials"][id] for id in ids], names))
-            places += [(number, batch) for batch in range(len(ids))]
             self.ids += ids
-        self._table = _Table(*map(np.concatenate, zip(*tables, strict=True)))
-        self._symbols, self._place_Mx2 = list(names), np.array(places, np.int32)
+            self._first.append(len(self.ids))
+        self._table, self._symbols = _Table(*map(np.concatenate, zip(*tables, strict=True))), list(names)
         self._first_atom = np.concatenate([[0], np.cumsum(self._table.atoms_M)])
         self._starts_Mx3 = np.full((len(self.ids), 3), -1)  # first byte of each column in its file; -1: not known yet
         self._maps: OrderedDict[int, mmap.mmap] = OrderedDict()
+        self._most_maps = _most_maps()
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -179,8 +183,7 @@ class VoxelSet:
     def columns(self, i: int,  # index of the material
                 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         "Index (V,) int32, SAD (V,) float32 and density (V,) float32 of a material's voxels, e/Å³, as views of the file."
-        number, n = int(self._place_Mx2[i, 0]), int(self._table.voxels_M[i])
-        content = self._mapped(number)
+        content, n = self._mapped(bisect(self._first, i) - 1), int(self._table.voxels_M[i])
         index, sad, rho = self._starts_Mx3[i].tolist()
         return (np.frombuffer(content, np.int32, n, index), np.frombuffer(content, np.float32, n, sad),
                 np.frombuffer(content, np.float32, n, rho))
@@ -192,10 +195,10 @@ class VoxelSet:
         if content is None:
             with open(self.path / self.shards[number], "rb") as file:
                 content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            own_M = np.flatnonzero(self._place_Mx2[:, 0] == number)
-            if self._starts_Mx3[own_M[0], 0] < 0:
-                self._starts_Mx3[own_M] = _column_starts(content, self._table.voxels_M[own_M], self.path / self.shards[number])
-            while len(self._maps) >= _MAPS:
+            own = slice(self._first[number], self._first[number + 1])
+            if self._starts_Mx3[own.start, 0] < 0:
+                self._starts_Mx3[own] = _column_starts(content, self._table.voxels_M[own], self.path / self.shards[number])
+            while len(self._maps) >= self._most_maps:
                 self._maps.popitem(last=False)  # arrays that still use it keep it
         self._maps[number] = content
         return content

@@ -117,7 +117,9 @@ def read_voxels(path: str | Path,  # a local shard
     try:
         reader = pa.ipc.open_file(content or pa.memory_map(str(path)))
         batches = [reader.get_batch(k) for k in range(reader.num_record_batches)]
-        same = reader.schema.equals(VOXEL_SCHEMA)
+        for batch in batches:
+            batch.validate()
+        same = reader.schema.equals(VOXEL_SCHEMA) and not any(column.null_count for batch in batches for column in batch.columns)
     except (pa.ArrowException, OSError, ValueError) as err:
         why = " ".join(str(err).split()).rstrip(".")
         raise TomatError(f"{path} cannot be read as Arrow, make it again with `tomat prepare`: {why}.") from err
