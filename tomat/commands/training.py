@@ -13,9 +13,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .base import Json, print_result
+from .base import Json, opened, print_result
 from ..io.remote import TomatError, is_remote
-from ..train.config import RunConfig, TrainConfig, with_options
+from ..train.config import DECODERS, GivenOptions, ProbeTrainConfig, RunConfig, TrainConfig, with_options
 
 if TYPE_CHECKING:
     from tomat.tokens.tokenizer import Tokenizer
@@ -26,13 +26,15 @@ def run_folders(data: str | None,     # argument DATA
                 out: str | None,      # option --out
                 label: str,           # option --label
                 results_label: str,   # option --results-label
-                ) -> tuple[str, str]:  # folder of the rows, folder of the run
+                decoder: str = "",    # option --decoder: which store has the label
+                ) -> tuple[str, str]:  # the data, folder of the run
     "The folders of a run, from paths or labels; raises `TomatError` if one is missing."
     from tomat.io.settings import setting
-    data = data or (f"{setting('token_store', 'rows').rstrip('/')}/{label}" if label else None)
+    store = setting("voxel_store", "voxels") if decoder == "probe" else setting("token_store", "rows")
+    data = data or (f"{store.rstrip('/')}/{label}" if label else None)
     out = out or (f"runs/{results_label}" if results_label else None)
     if not data or not out:
-        raise TomatError("Training needs rows and a folder: give DATA or --label, and --out or --results-label.")
+        raise TomatError("Training needs data and a folder: give DATA or --label, and --out or --results-label.")
     if is_remote(out):
         raise TomatError(f"{out} is remote, and a run is kept on a disk: give a local folder and copy it with `tomat sync`.")
     return data, out
@@ -57,32 +59,52 @@ def nmae_callback(store: str,      # raw store with a part validation
     return mean_nmae
 
 # %% ../../nbs/11_commands/05_training.ipynb #8ff9ecc5
-@with_options(config=TrainConfig, run_config=RunConfig)
-def train(config: TrainConfig,
+_Data = Annotated[str | None, typer.Argument(
+    help="Densities (a raw store, a folder of CHGCARs, mp-ids) or a folder of prepared voxels for the probe network, a folder of "
+         "rows for the language model; or give --label.")]
+_Decoder = Annotated[str, typer.Option(help="Decoder that the data should train, causal or probe; a check, since the data decide.")]
+_Val = Annotated[str | None, typer.Option(
+    help="Validation data of the same kind; for densities the part validation of DATA, if not given.")]
+_Atoms = Annotated[str, typer.Option(
+    help="Densities: free atoms of their sum, a file of `tomat fit-atoms`, packaged or fit; decided by the electrons if not given.")]
+_EvalStore = Annotated[str | None, typer.Option(
+    envvar=["TOMAT_EVAL_STORE", "TOMAT_JUDGE"], show_envvar=False, rich_help_panel=f"Options of the {TrainConfig.network_name}",
+    help="Raw store; predictions for its validation materials are scored (NMAE) at each evaluation.")]
+_EvalMaterials = Annotated[int, typer.Option(
+    envvar=["TOMAT_EVAL_MATERIALS", "TOMAT_JUDGE_MATERIALS"], show_envvar=False,
+    rich_help_panel=f"Options of the {TrainConfig.network_name}", help="Number of materials that --eval-store scores.")]
+
+@with_options(config=(TrainConfig, ProbeTrainConfig), run_config=RunConfig)
+def train(config: GivenOptions,
           run_config: RunConfig,
-          data: Annotated[str | None, typer.Argument(help="Folder of rows; or give --label.")] = None,
+          data: _Data = None,
           out: Annotated[str | None, typer.Option(help="Folder of the run; a stopped run is resumed.")] = None,
-          label: Annotated[str, typer.Option(help="Label of rows in the token store of settings.ini.")] = "",
+          label: Annotated[str, typer.Option(help="Label of rows in the token store of settings.ini, or of voxels.")] = "",
           results_label: Annotated[str, typer.Option(help="Name of the run, which is written to runs/NAME.")] = "",
-          val: Annotated[str | None, typer.Option(help="Folder of validation rows.")] = None,
-          eval_store: Annotated[str | None, typer.Option(
-              envvar=["TOMAT_EVAL_STORE", "TOMAT_JUDGE"], show_envvar=False,
-              help="Raw store; predictions for its validation materials are scored (NMAE) at each evaluation.")] = None,
-          eval_materials: Annotated[int, typer.Option(
-              envvar=["TOMAT_EVAL_MATERIALS", "TOMAT_JUDGE_MATERIALS"], show_envvar=False,
-              help="Number of materials that --eval-store scores.")] = 2,
+          decoder: _Decoder = "",
+          val: _Val = None,
+          split: Annotated[str, typer.Option(help="Densities: part of DATA; train if not given, or all where it has no parts.")] = "",
+          first: Annotated[int, typer.Option(help="Densities: number of materials, from the beginning of the part; 0: all.")] = 0,
+          atoms: _Atoms = "",
+          eval_store: _EvalStore = None,
+          eval_materials: _EvalMaterials = 2,
           dry: Annotated[bool, typer.Option("--dry-run", help="Print parameters, FLOPs, memory and time; do not train.")] = False,
           ) -> None:
-    """Train a model on rows; writes OUT/model, a checkpoint for `tomat predict` and for transformers.
+    """Train the network that the data ask for; writes OUT/model, a checkpoint for `tomat predict`.
 
-    Example: `tomat train rows/ --out run/ --size nano --steps 500`
+    Example: `tomat train densities/ --out run/ --size S`, `tomat train rows/ --out run/ --size nano --steps 500`
     """
-    from tomat.train import causal, cost
-    data, out = run_folders(data, out or ("-" if dry else None), label, results_label)
-    callback = nmae_callback(eval_store, eval_materials) if eval_store else None
+    from tomat.train import start
+    data, out = run_folders(data, out or ("-" if dry else None), label, results_label, decoder)
+    found = start.decoder_of(data, decoder)
+    if eval_store and found == "probe":
+        raise TomatError("--eval-store belongs to the language model and this run trains the probe network: give --val instead.")
+    source = opened(data) if start.data_kind(data) == "densities" else data
+    kind, selection = config.make(DECODERS[found]), start.Selection(split, first, atoms)
     if dry:
-        return print_result(cost.dry_run(data, config, run_config), False)
-    causal.train(data, out, config, run_config, val, callback)
+        return print_result(start.dry_run(source, out, kind, run_config, selection), False)
+    callback = nmae_callback(eval_store, eval_materials) if eval_store else None
+    start.start_run(source, out, kind, run_config, val, selection, callback)
     if os.environ.get("RANK", "0") == "0":
         print(f"{out}/model")
 
