@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCHEDULES', 'OPTIMIZERS', 'LOSSES', 'PROBE_SIZE_NAMES', 'DECODERS', 'C', 'option', 'check_options', 'TrainConfig',
            'ProbeTrainConfig', 'RunConfig', 'from_variables', 'config_from', 'GivenOptions', 'check_names',
-           'with_options']
+           'check_variables', 'with_options']
 
 # %% ../../nbs/06_train/01_config.ipynb #572c834e
 import math
@@ -219,6 +219,12 @@ def check_names(kind: Any,               # TrainConfig or ProbeTrainConfig
         if other and name not in _names_of(kind):
             raise TomatError(f"--{name.replace('_', '-')} belongs to the {other.network_name} and this run trains the "
                              f"{kind.network_name}: leave it out, or unset TOMAT_{name.upper()} where that is set.")
+
+def check_variables(kind: Any,  # TrainConfig or ProbeTrainConfig
+                    ) -> None:
+    "Raise `TomatError` for a variable TOMAT_<FIELD> that only the configuration of the other decoder has."
+    names = {name for other in DECODERS.values() for name in _names_of(other)}
+    check_names(kind, sorted(name for name in names if os.environ.get(f"TOMAT_{name.upper()}")))
 
 def _shown_help(found: dict[type, Any],  # kinds with an option of one name → their fields
                 ) -> str:

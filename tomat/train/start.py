@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..atoms.sad import FreeAtoms, load_atoms, packaged_atoms
-from ..dataset.meta import ROWS, VOXELS
+from ..dataset.meta import form_of
+from ..dataset.voxels import saved_form
 from ..density.core import Density
 from ..density.source import Source, Unsplit, open_source
 from ..density.store import is_store
-from ..io.files import read_json
 from ..io.remote import TomatError, entries, kind_of
 from .config import DECODERS, ProbeTrainConfig, RunConfig, TrainConfig
 
@@ -41,17 +41,8 @@ def data_kind(data: str | Path,  # a folder or file, local or remote, or ids of 
                              "densities, or ids such as mp-2680643.") from err
     if kind != "folder" or is_store(text):
         return "densities"
-    inside = entries(text)
-    part = next((name for name, is_folder in inside.items() if is_folder and re.fullmatch(r"worker-\d+", name)), None)
-    folder = f"{text}/{part}" if part else text
-    names = entries(folder)
-    for form in (ROWS, VOXELS):
-        if any(re.fullmatch(rf"{form.unit}-\d+\.({form.suffix}|json)", name) for name in names):
-            return form.unit
-    meta = read_json(f"{folder}/meta.json") if "meta.json" in names else {}
-    if isinstance(meta, dict) and meta.get("format") == VOXELS.format:
-        return VOXELS.unit
-    return ROWS.unit if names.keys() & {"meta.json", "unfinished.json"} else "densities"
+    form = form_of(text)
+    return form.unit if any(re.fullmatch(form.own_files, name) for name in entries(text)) else "densities"
 
 # %% ../../nbs/06_train/11_start.ipynb #161c4f5b
 def decoder_of(data: str | Path,    # as `data_kind` takes it
@@ -150,6 +141,7 @@ def _train_densities(source: Source, out: str | Path, config: ProbeTrainConfig, 
             chosen = load_atoms(before)
         elif context.rank == 0:
             chosen, sentence = decide_atoms(source, ids, selection.atoms, run_config.workers)
+            chosen, _ = saved_form(chosen)  # as a resumed run reads them
             print(f"tomat: {sentence}", file=sys.stderr)
         atoms = context.gathered(chosen)[0]
         return train_probe(joined, ids, out, config, held_out, run_config, atoms)
