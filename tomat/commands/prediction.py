@@ -43,18 +43,25 @@ def predict(structures: Annotated[list[str], typer.Argument(help="POSCAR, CIF or
                 help="Format of many densities: chgcar, cube, mp-json or zarr.  [default: chgcar]")] = None,
             strategy: Strategy = None,
             overlap: Annotated[int, typer.Option(help="Voxels that neighbouring patches share, for causal checkpoints.")] = 0,
+            zval: Annotated[str | None, typer.Option(
+                help="Valence electrons of your potentials, such as Na=1,Cl=7; if the checkpoint has others, nothing is written. A "
+                     "POTCAR beside a structure is compared without this option.")] = None,
             as_json: Json = False,
             ) -> None:
     """Predict densities from structures alone, on whole grids, with the exact number of electrons.
 
     Example: `tomat predict POSCAR --out CHGCAR`, `tomat predict cells/ --out densities/ --expected-error errors/`
     """
+    from tomat.atoms.zval import check_zval, parse_zval
     from tomat.prediction.batch import plan_tasks, run_tasks
     from tomat.prediction.predictors import load_predictor
-    tasks, skipped = plan_tasks(structures, out, grid, expected_error, picture, format)
+    given = parse_zval(zval) if zval is not None else []
+    predictor = load_predictor(checkpoint, strategy=strategy, overlap=overlap)
+    tasks, skipped = plan_tasks(structures, out, grid, expected_error, picture, format, predictor.atoms)
     for name, why in skipped.items():
         print(f"tomat: skipped {name}: {why}", file=sys.stderr)
-    predictor = load_predictor(checkpoint, strategy=strategy, overlap=overlap)
+    for task in tasks:
+        check_zval(task.structure, given, predictor.atoms, "--zval")
     results = []
     for result in run_tasks(tasks, predictor):
         warn_of_new_elements(result)

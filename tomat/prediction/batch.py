@@ -25,6 +25,8 @@ from ase import Atoms
 from pymatgen.core import IStructure, Structure
 from zarr.codecs import ZstdCodec
 
+from ..atoms.sad import FreeAtoms
+from ..atoms.zval import check_zval, potcar_beside, read_zval
 from ..density.core import Density, formula_of, plot_slice
 from ..density.formats import format_of, id_of, known_format, read_structure, write_density
 from ..density.zarr_group import pack_folder, write_group
@@ -57,15 +59,18 @@ class Crystal(NamedTuple):
 _ENDINGS = re.compile(r"\.(cif|mcif|json|yaml|xsf|cssr|res|xml|vasp|poscar)$", re.IGNORECASE)
 
 def read_crystal(source: Any,  # pymatgen Structure, ase Atoms, or the path of a structure or density file
+                 atoms: FreeAtoms | None = None,  # atoms of the predictor; None: the packaged ones
                  ) -> Crystal:
-    "The crystal of a source, checked; raises `TomatError` where it cannot be read or predicted."
+    "The crystal of a source, checked, also against a POTCAR beside it; raises `TomatError` where it cannot be predicted."
     if not isinstance(source, (str, Path)):
         structure = as_structure(source)
-        check_crystal(structure)
+        check_crystal(structure, atoms)
         return Crystal(formula_of(structure), structure, None)
     structure, grid = read_structure(source)
     try:
-        check_crystal(structure)
+        check_crystal(structure, atoms)
+        if potcar := potcar_beside(source):
+            check_zval(structure, read_zval(potcar), atoms, potcar)
     except TomatError as err:
         raise TomatError(f"{source}: {err}") from err
     name = _ENDINGS.sub("", id_of(source))
@@ -96,8 +101,9 @@ def predict(crystal: Any,                                # pymatgen Structure, a
             show: bool = False,                          # show a progress bar
             ) -> Density:
     "The density of a crystal, predicted from its structure alone, with the exact number of valence electrons."
-    name, structure, grid = read_crystal(crystal)
-    found = (predictor or load_predictor()).predict(structure, shape or grid or default_grid(structure), show)
+    predictor = predictor or load_predictor()
+    name, structure, grid = read_crystal(crystal, getattr(predictor, "atoms", None))
+    found = predictor.predict(structure, shape or grid or default_grid(structure), show)
     return replace(found.density, id=name)
 
 # %% ../../nbs/07_prediction/05_batch.ipynb #506ff83f
@@ -132,17 +138,18 @@ def _is_folder(source: Any) -> bool:
     return isinstance(source, (str, Path)) and kind_of(source) == "folder" and not exists(f"{source}/zarr.json")
 
 def find_crystals(sources: Sequence[Any],  # paths of files and folders, objects of pymatgen or ase
+                  atoms: FreeAtoms | None = None,  # atoms of the predictor; None: the packaged ones
                   ) -> tuple[list[Crystal], dict[str, str]]:  # crystals; files skipped in folders: name → reason
     "All crystals of some paths and objects."
     found: list[Crystal] = []
     skipped: dict[str, str] = {}
     for source in sources:
         if not _is_folder(source):
-            found.append(read_crystal(source))
+            found.append(read_crystal(source, atoms))
             continue
         for name in list_folder(source):
             try:
-                found.append(read_crystal(f"{str(source).rstrip('/')}/{name}"))
+                found.append(read_crystal(f"{str(source).rstrip('/')}/{name}", atoms))
             except TomatError as err:
                 skipped[name] = str(err)
     if not found:
@@ -157,11 +164,12 @@ def plan_tasks(sources: Sequence[Any],                    # paths of files and f
                expected_error: str | None = None,         # file or folder of expected errors, as `out`
                picture: str | None = None,                # PNG or folder of PNGs, as `out`
                format: str | None = None,                 # of many densities, a key of SUFFIXES; None: chgcar
+               atoms: FreeAtoms | None = None,            # atoms of the predictor; None: the packaged ones
                ) -> tuple[list[PredictionTask], dict[str, str]]:  # tasks; files skipped in folders: name → reason
     "Tasks for all crystals, after all crystals were read and all paths were tried."
     if not out:
         raise TomatError("The result has no name: give a file, or a folder with / at its end.")
-    found, skipped = find_crystals(sources)
+    found, skipped = find_crystals(sources, atoms)
     is_folder = out.endswith("/") or (kind_of(out) == "folder" and known_format(out) is None)
     many = len(found) > 1 or any(map(_is_folder, sources)) or is_folder
     if many and known_format(out) and kind_of(out) != "folder" and not out.endswith("/"):

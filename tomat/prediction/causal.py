@@ -15,12 +15,13 @@ import numpy as np
 import torch
 from pymatgen.core import Structure
 
-from ..atoms.sad import sad_density
+from ..atoms.sad import FreeAtoms, sad_density
 from ..density.core import RHO, Density
 from ..io.remote import TomatError
 from ..io.progress import track
 from ..models.causal import hidden_states
-from .core import Prediction, check_crystal, finish, weights_digest
+from ..models.weights import model_atoms
+from .core import Prediction, check_crystal, finish, named_atoms, weights_digest
 from .decoding import DecodingStrategy, Written, best_strategy, free_run, patch_values
 from ..tokens.patches import cover, stitch
 from ..tokens.tokenizer import Tokenizer
@@ -62,6 +63,11 @@ class CausalPredictor:
         object.__setattr__(self, "strategy", self.strategy or best_strategy(self.tokenizer))
 
     @property
+    def atoms(self) -> FreeAtoms:
+        "The atoms of the model's training data."
+        return model_atoms(self.model)
+
+    @property
     def gives_error(self) -> bool:
         "True if predictions carry an expected error, that is, with one token per value."
         return self.tokenizer.density_codec.tokens_per_value == 1
@@ -73,7 +79,7 @@ class CausalPredictor:
                 ) -> Prediction:
         "A free-running prediction: the model writes every voxel and reads none."
         tokenizer, shape = self.tokenizer, (shape[0], shape[1], shape[2])
-        check_crystal(structure)
+        check_crystal(structure, self.atoms)
         offsets_Nx3 = cover(shape, tokenizer.size, self.overlap)
         prompts_NxL = tokenizer.prompt(structure, shape, offsets_Nx3)
         steps: Iterable[_Step] = _free_steps(self, prompts_NxL)
@@ -82,14 +88,15 @@ class CausalPredictor:
             steps = track(steps, "predict", total=n_steps, unit="tokens/row")
         total_xyz, error_xyz = _field(tokenizer, structure, offsets_Nx3, shape, steps)
         if tokenizer.target == "difference":
-            total_xyz = total_xyz + sad_density(structure, shape)
-        return finish(structure, total_xyz, error_xyz, "tomat, causal, free-running", self.elements,
-                      "scale" if self.rescale else None, _borders(shape, tokenizer.size, self.overlap))
+            total_xyz = total_xyz + sad_density(structure, shape, self.atoms)
+        found = finish(structure, total_xyz, error_xyz, "tomat, causal, free-running", self.elements,
+                       "scale" if self.rescale else None, self.atoms)
+        return replace(found, borders=_borders(shape, tokenizer.size, self.overlap))
 
     def identity(self) -> dict[str, Any]:
         "Weights, tokenizer and settings, ready for JSON; without the batch size, which changes nothing but rounding."
         return {"decoder": self.kind, "weights": weights_digest(self.model), "tokenizer": self.tokenizer.to_dict(),
-                "strategy": self.strategy, "overlap": self.overlap, "rescale": self.rescale}
+                "strategy": self.strategy, "overlap": self.overlap, "rescale": self.rescale, **named_atoms(self.atoms)}
 
     def references(self) -> dict[str, Callable[[Density], Prediction]]:
         "Entries that read the true density, by name."

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pymatgen.core import Structure
 
-from ..atoms.sad import sad_density
+from ..atoms.sad import FreeAtoms, sad_density
 from ..io.remote import TomatError, exists
 from ..io.files import read_json
 from ..models.probe import ProbeNet, load_probe, predict_field
-from .core import Prediction, check_crystal, finish, weights_digest
+from ..models.weights import model_atoms
+from .core import Prediction, check_crystal, finish, named_atoms, weights_digest
 
 if TYPE_CHECKING:
     from tomat.prediction.causal import CausalPredictor
@@ -31,6 +32,11 @@ class ProbePredictor:
     kind: ClassVar[str] = "probe"
     gives_error: ClassVar[bool] = True
 
+    @property
+    def atoms(self) -> FreeAtoms:
+        "The atoms of the model's training data."
+        return model_atoms(self.model)
+
     def predict(self,
                 structure: Structure,         # the crystal
                 shape: tuple[int, int, int],  # (nx, ny, nz) of the grid to fill
@@ -38,16 +44,17 @@ class ProbePredictor:
                 ) -> Prediction:
         "A prediction of all voxels at once."
         shape = (shape[0], shape[1], shape[2])
-        check_crystal(structure)
-        sad_xyz = sad_density(structure, shape)
+        check_crystal(structure, self.atoms)
+        sad_xyz = sad_density(structure, shape, self.atoms)
         difference_xyz, error_xyz = predict_field(self.model, structure, shape, sad_xyz / structure.volume, show=show)
         elements = frozenset(self.model.training_metadata["elements"])
         return finish(structure, sad_xyz + difference_xyz * structure.volume, error_xyz, "tomat, probe", elements,
-                      "shift" if self.rescale else None)
+                      "shift" if self.rescale else None, self.atoms)
 
     def identity(self) -> dict[str, Any]:
         "Weights and settings that decide the predictions, ready for JSON."
-        return {"decoder": self.kind, "weights": weights_digest(self.model), "rescale": self.rescale}
+        return {"decoder": self.kind, "weights": weights_digest(self.model), "rescale": self.rescale,
+                **named_atoms(self.atoms)}
 
 # %% ../../nbs/07_prediction/04_predictors.ipynb #2fe26556
 def load_predictor(path: str | Path | None = None,  # folder or URL of a checkpoint; None: the packaged probe network

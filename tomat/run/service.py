@@ -59,7 +59,7 @@ def answer(predictor: Predictor,
             if (n := len(read_structure(path)[0])) > LARGEST_ATOMS:
                 raise TomatError(f"A crystal of {n:,} atoms is too large for this service, which takes up to {LARGEST_ATOMS:,}: "
                                  "use `tomat predict`.")
-            tasks, _ = plan_tasks([str(path)], f"{folder}/{out}", grid)
+            tasks, _ = plan_tasks([str(path)], f"{folder}/{out}", grid, atoms=getattr(predictor, "atoms", None))
             if prod(tasks[0].shape) > LARGEST_GRID:
                 raise TomatError(f"A grid of {prod(tasks[0].shape):,} voxels is too large for this service, which predicts up to "
                                  f"{LARGEST_GRID:,}: ask for a coarser one with grid=…, or use `tomat predict`.")

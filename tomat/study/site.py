@@ -84,7 +84,7 @@ def density_view(true: Density,                     # density of DFT
                  ) -> dict[str, Any]:  # ready for JSON
     "Data of one material: crystal, tokens of the true and the predicted density, prompts and scores."
     predicted = predictor.predict(true.structure, true.shape).density
-    sad_xyz = sad_density(true.structure, true.shape)
+    sad_xyz = sad_density(true.structure, true.shape, getattr(predictor, "atoms", None))
     sites = ((site.specie.symbol, (site.frac_coords % 1).round(6).tolist()) for site in true.structure)
     view = {"id": true.id, "formula": true.formula, "class": classify(true.structure), "shape": list(true.shape),
             "volume": true.volume, "electrons": round(true.n_electrons, 4),
