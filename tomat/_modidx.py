@@ -103,6 +103,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'tomat.commands.data.info': ('11_commands/data.html#info', 'tomat/commands/data.py'),
                                      'tomat.commands.data.labelled': ('11_commands/data.html#labelled', 'tomat/commands/data.py'),
                                      'tomat.commands.data.part_from': ('11_commands/data.html#part_from', 'tomat/commands/data.py'),
+                                     'tomat.commands.data.prepare': ('11_commands/data.html#prepare', 'tomat/commands/data.py'),
                                      'tomat.commands.data.rows_summary': ('11_commands/data.html#rows_summary', 'tomat/commands/data.py'),
                                      'tomat.commands.data.show_tokens': ('11_commands/data.html#show_tokens', 'tomat/commands/data.py'),
                                      'tomat.commands.data.sync': ('11_commands/data.html#sync', 'tomat/commands/data.py'),

@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .base import Json, opened, print_result
+from .base import Atoms, Json, opened, print_result
 from ..io.remote import TomatError, is_remote
 from ..train.config import DECODERS, GivenOptions, ProbeTrainConfig, RunConfig, TrainConfig, with_options
 
@@ -65,8 +65,6 @@ _Data = Annotated[str | None, typer.Argument(
 _Decoder = Annotated[str, typer.Option(help="Decoder that the data should train, causal or probe; a check, since the data decide.")]
 _Val = Annotated[str | None, typer.Option(
     help="Validation data of the same kind; for densities the part validation of DATA, if not given.")]
-_Atoms = Annotated[str, typer.Option(
-    help="Densities: free atoms of their sum, a file of `tomat fit-atoms`, packaged or fit; decided by the electrons if not given.")]
 _EvalStore = Annotated[str | None, typer.Option(
     envvar=["TOMAT_EVAL_STORE", "TOMAT_JUDGE"], show_envvar=False, rich_help_panel=f"Options of the {TrainConfig.network_name}",
     help="Raw store; predictions for its validation materials are scored (NMAE) at each evaluation.")]
@@ -85,7 +83,7 @@ def train(config: GivenOptions,
           val: _Val = None,
           split: Annotated[str, typer.Option(help="Densities: part of DATA; train if not given, or all where it has no parts.")] = "",
           first: Annotated[int, typer.Option(help="Densities: number of materials, from the beginning of the part; 0: all.")] = 0,
-          atoms: _Atoms = "",
+          atoms: Atoms = None,
           eval_store: _EvalStore = None,
           eval_materials: _EvalMaterials = 2,
           dry: Annotated[bool, typer.Option("--dry-run", help="Print parameters, FLOPs, memory and time; do not train.")] = False,
@@ -99,8 +97,12 @@ def train(config: GivenOptions,
     found = start.decoder_of(data, decoder)
     if eval_store and found == "probe":
         raise TomatError("--eval-store belongs to the language model and this run trains the probe network: give --val instead.")
-    source = opened(data) if start.data_kind(data) == "densities" else data
-    kind, selection = config.make(DECODERS[found]), start.Selection(split, first, atoms)
+    holds = start.data_kind(data)
+    if holds == "voxels" and "kept" in config.values:
+        raise TomatError(f"--kept is an option of `tomat prepare`, and {data} holds voxels that are drawn already: leave it out, or "
+                         "unset TOMAT_KEPT.")
+    source = opened(data) if holds == "densities" else data
+    kind, selection = config.make(DECODERS[found]), start.Selection(split, first, atoms or "")
     if dry:
         return print_result(start.dry_run(source, out, kind, run_config, selection), False)
     callback = nmae_callback(eval_store, eval_materials) if eval_store else None
@@ -125,7 +127,7 @@ def runs(folder: Annotated[str, typer.Argument(help="Folder with runs, at any de
         return print_result({"folder": folder, "runs": [asdict(run) for run in found]}, True)
     table = Table("run", "decoder", "size", "data", "steps", "read", "loss", "held-out", "per s", "MFU", box=None)
     for run in found:
-        shown = zip((run.loss, run.best, run.per_s, run.mfu), ("{:.4f}", "{:.4f}", f"{{:,.0f}} {run.unit}", "{:.1%}"), strict=True)
+        shown = zip((run.loss, run.best, run.per_s, run.mfu), ("{:.4f}", "{:.4f}", "{:,.0f}", "{:.1%}"), strict=True)
         numbers = ["" if value is None else form.format(value) for value, form in shown]
         table.add_row(run.run, run.decoder, run.size, run.data, run.steps, f"{run.count:,} {run.unit}", *numbers)
     Console(soft_wrap=True).print(table)

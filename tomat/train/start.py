@@ -117,15 +117,12 @@ def decide_atoms(source: Source,
                  workers: int = 0,    # number of processes
                  ) -> tuple[FreeAtoms, str]:  # the atoms, and a sentence about them
     "The atoms of the SAD of a run."
-    from tomat.atoms import fit_atoms as fits
+    from tomat.atoms.fit_atoms import choose_atoms
     if atoms == "packaged":
-        return packaged_atoms(), "the packaged atoms, as --atoms says."
-    if atoms == "fit":
-        fitted, _ = fits.fit_atoms(ids, source.read, workers=max(1, workers))
-        return fitted, f"atoms of {len(fitted.atoms)} elements, fitted to {len(ids)} materials, as --atoms says."
-    if atoms:
-        return load_atoms(atoms), f"the atoms of {atoms}, as --atoms says."
-    return fits.choose_atoms(source, ids, max(1, workers))
+        return packaged_atoms(), "The packaged atoms are used, as --atoms says."
+    if atoms not in ("", "fit"):
+        return load_atoms(atoms), f"The atoms of {atoms} are used, as --atoms says."
+    return choose_atoms(source, ids, max(1, workers), fit=atoms == "fit")
 
 # %% ../../nbs/06_train/11_start.ipynb #b027d13d
 def _train_densities(source: Source, out: str | Path, config: ProbeTrainConfig, run_config: RunConfig, val: str | Path | None,
