@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from pymatgen.core import Lattice, Structure
 from pymatgen.io.vasp.outputs import Chgcar
 from small_models import SMALL, attentive_model
+from typer.testing import CliRunner
 
 import tomat.prediction.causal
 import tomat.prediction.core
@@ -36,6 +37,8 @@ from tomat.models.causal import load_checkpoint, make_model, save_checkpoint
 from tomat.models.probe import ProbeConfig, ProbeNet
 from tomat.prediction.causal import CausalPredictor
 from tomat.prediction.predictors import ProbePredictor, load_predictor
+from tomat.cli import app
+from tomat.density.store import write_store
 from tomat.prediction.core import check_crystal
 from tomat.atoms.sad import sad_density, valence_electrons
 from tomat.tokens.tokenizer import Tokenizer
@@ -630,3 +633,20 @@ def test_what_is_named_one_by_one_is_not_passed_over(tmp_path):
     Structure(Lattice.cubic(4), ["Tc"], [[0, 0, 0]]).to(str(tmp_path / "a.cif"), fmt="cif")
     with pytest.raises(TomatError, match=r"a\.cif.*Tc"):
         find_crystals([tmp_path / "a.cif"])
+
+
+@pytest.mark.parametrize("command", ["predict", "evaluate"])
+@pytest.mark.parametrize("decoder", ["probe", "causal"])
+def test_the_option_device_reaches_the_network(decoder, command, tmp_path, monkeypatch):
+    """Both decoders compute where the option says: here on PyTorch's device without memory, which has no numbers to give back."""
+    asked: list[str] = []
+    monkeypatch.setattr(tomat.prediction.predictors, "pick_device", lambda name: asked.append(name) or torch.device("meta"))
+    density = a_density(0, shape=(6, 6, 6))
+    write_store([density], {"validation": [density.id]}, tmp_path / "store")
+    write_density(density, tmp_path / "POSCAR.chgcar")
+    save_checkpoint(*small(), tmp_path / "causal", {"elements": ["O"]})
+    line = {"predict": [tmp_path / "POSCAR.chgcar", "--out", tmp_path / "CHGCAR"],
+            "evaluate": [tmp_path / "store", "--out", tmp_path / "scores"]}[command]
+    checkpoint = ["--checkpoint", tmp_path / "causal"] if decoder == "causal" else []
+    found = CliRunner().invoke(app, [command, *map(str, [*line, *checkpoint]), "--device", "cuda:1"])
+    assert asked == ["cuda:1"] and found.exit_code and "meta" in str(found.exception), found.output

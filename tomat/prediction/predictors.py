@@ -17,6 +17,7 @@ from ..atoms.sad import FreeAtoms, sad_density
 from ..io.remote import TomatError, exists
 from ..io.files import read_json
 from ..models.probe import ProbeNet, load_probe, predict_field
+from ..train.distributed import pick_device
 from ..models.weights import model_atoms
 from .core import Prediction, check_crystal, finish, named_atoms, weights_digest
 
@@ -61,21 +62,24 @@ def load_predictor(path: str | Path | None = None,  # folder or URL of a checkpo
                    strategy: str | None = None,     # decoding strategy of a causal checkpoint, one of STRATEGIES; None: the best
                    overlap: int = 0,                # of a causal checkpoint: voxels that neighbouring patches share and average
                    batch_size: int = 256,           # of a causal checkpoint: patches written together
+                   device: str = "",                # cpu, cuda or cuda:1; "": a GPU where there is one
                    ) -> "CausalPredictor | ProbePredictor":
     "A predictor for a checkpoint of either decoder."
     folder = str(files("tomat") / "data" / "probe") if path is None else str(path)
     if path is None and not exists(f"{folder}/tomat.json"):
         raise TomatError("This copy of tomat comes without a packaged checkpoint: name one, such as RUN/model of `tomat train`.")
+    where = pick_device(device)
     metadata = read_json(f"{folder}/tomat.json") if exists(f"{folder}/tomat.json") else {}
     metadata = metadata if isinstance(metadata, dict) else {}
     if metadata.get("decoder") in ("probe", "parallel"):  # reads old files: "parallel"
         for name, value in {"strategy": strategy, "overlap": overlap}.items():
             if value:
                 raise TomatError(f"{folder} is a probe network, which has no {name}: leave it out, or load a causal checkpoint.")
-        return ProbePredictor(load_probe(folder))
+        return ProbePredictor(load_probe(folder).to(where))
     from tomat.models.causal import load_checkpoint  # imported late, because it imports transformers
     from tomat.prediction.causal import CausalPredictor
     model, tokenizer = load_checkpoint(folder)
     elements = (metadata.get("training") or {}).get("elements")
+    model.to(where)  # type: ignore[arg-type]
     return CausalPredictor(model, tokenizer, strategy or "", overlap, batch_size,
                            elements=None if elements is None else frozenset(elements))

@@ -88,9 +88,10 @@ def _body_of(request: dict[str, Any]) -> bytes:
     return request["wsgi.input"].read(int(length))
 
 def density_app(checkpoint: str = "",  # a folder or URL that `tomat train` wrote; "": the packaged one
+                device: str = "",      # cpu, cuda or cuda:1; "": a GPU where there is one
                 ) -> Application:
     "An application that answers a structure with its density."
-    predictor = load_predictor(checkpoint or None)
+    predictor = load_predictor(checkpoint or None, device=device)
     about = {"decoder": predictor.identity()["decoder"], "weights": predictor.identity()["weights"], "formats": list(ANSWERS),
              "use": "POST a POSCAR, or a CIF with ?name=x.cif; grid=48,48,60 sets the grid, and format=cube the format"}
 
