@@ -40,7 +40,7 @@ from tomat.tokens.tokenizer import tokenizer_from_dict
 
 NACL = Path(__file__).parent / "files" / "CHGCAR.NaCl.gz"
 TOMAT = Path(sys.executable).parent / "tomat"
-COMMANDS = ("info", "convert", "fetch", "tokenize", "verify", "sync", "fit-codec", "fit-atoms", "fidelity", "show-tokens", "runs",
+COMMANDS = ("info", "convert", "fetch", "tokenize", "prepare", "verify", "sync", "fit-codec", "fit-atoms", "fidelity", "show-tokens", "runs",
             "train", "predict", "evaluate", "demo")
 ROWS = ("--patch-size", "3", "--pad-to", "0", "--patches-per-material", "4")  # small rows
 GRID = ("--grid", "4", "4", "4")
@@ -503,7 +503,28 @@ tokenize {salt} --out . --overwrite --patch-size 3 | .
 train {made}/rows --out {bad}/letter.txt/run | letter.txt/run
 train {made}/rows --out {run} --steps 9 | run another
 train {made}/rows --out {made}/rows --steps 1 | rows
-train {made}/store --out {tmp}/run | store tokenize
+train {made}/store --out {tmp}/run --decoder causal | store tokenize
+train {made}/rows --out {tmp}/run --decoder probe | rows densities
+train {made}/rows --out {tmp}/run --decoder nerf | nerf causal
+train {made}/store --out {tmp}/run --batch-size 4 | --batch-size language
+train {made}/rows --out {tmp}/run --voxels 4 | --voxels probe
+train {made}/store --out {tmp}/run --size nano | nano XL
+train {made}/rows --out {tmp}/run --size XL | XL nano
+train {made}/rows --out {tmp}/run --atoms packaged | --atoms densities
+train {made}/rows --out {tmp}/run --first 1 | --first densities
+train {made}/store --out {tmp}/run --split test | test
+train {made}/store --out {tmp}/run --first 3 | 3 fewer
+train {made}/store --out {tmp}/run --first -1 | fewer
+train {made}/store --out {tmp}/run --val {made}/rows | rows prepare
+train {made}/store --out {tmp}/run --atoms {tmp}/none.json | none.json
+train {made}/store --out {tmp}/run --eval-store {made}/store | --eval-store --val
+train {made}/store --out {tmp}/run --shard | shard
+train {made}/store --out {tmp}/run --device mps | mps cpu
+train {tmp}/none --out {tmp}/run | none rows voxels
+prepare {made}/store --out {tmp}/voxels --worker 1/2 | --worker --atoms
+prepare {made}/store --out {tmp}/voxels --kept 0 | kept
+prepare {made}/store --out {tmp}/voxels --split nothing | nothing
+prepare {made}/rows --out {tmp}/voxels | rows
 predict {made}/POSCAR --checkpoint {run}/model --out {bad}/letter.txt/x.cube --grid 4 4 4 | letter.txt/x.cube
 evaluate {made}/store --checkpoint {run}/model --out {bad}/letter.txt | letter.txt
 evaluate {made}/rows --checkpoint {run}/model --out {tmp}/scores | rows
@@ -513,7 +534,7 @@ tokenize {made}/store --out {tmp}/rows --split holiday | holiday validation
 tokenize {made}/store --out {tmp}/rows --split test | test
 evaluate {made}/store --checkpoint {run}/model --out {tmp}/scores --split holiday | holiday validation
 evaluate {made}/store --checkpoint {run}/model --out {tmp}/scores --split test | test
-train --out {tmp}/run | rows DATA
+train --out {tmp}/run | DATA --label
 train {made}/rows | --out
 train {made}/rows --out s3://bucket/run | remote
 train {made}/rows --out {tmp}/run --schedule linear | linear
@@ -850,6 +871,90 @@ def test_train_takes_its_options_from_variables(tomat, tmp_path, made, monkeypat
     assert len((tmp_path / "other/log.jsonl").read_text().splitlines()) == 4
     monkeypatch.setenv("TOMAT_STEPS", "many")
     assert tomat("train").code == 2
+
+
+PROBE = ("--steps", 3, "--materials", 2, "--voxels", 10, "--warmup", 1, "--levels", 16, "--kept", 100)
+
+
+def test_densities_train_a_probe_network(tomat, tmp_path, made):
+    "From a store by one command; resumed, listed, and read by predict."
+    done = tomat("train", made / "store", "--out", tmp_path / "runs/probe", *PROBE)
+    assert done == Done(0, f"{tmp_path}/runs/probe/model\n", done.err) and done.err.startswith("tomat: The packaged atoms are used")
+    config = json.loads((tmp_path / "runs/probe/config.json").read_text())
+    assert config["config"]["size"] == "S" and (config["data"]["ids"], config["data"]["held_out"]) == (["salt", "metal"], ["oxide"])
+    log = (tmp_path / "runs/probe/log.jsonl").read_bytes()
+    again = tomat("train", made / "store", "--out", tmp_path / "runs/probe", *PROBE, "--decoder", "probe")
+    assert again == Done(0, done.out, "") and (tmp_path / "runs/probe/log.jsonl").read_bytes() == log  # no density was read again
+    (run,) = json.loads(tomat("runs", tmp_path / "runs", "--json").out)["runs"]
+    assert (run["decoder"], run["size"], run["unit"], run["count"]) == ("probe", "S", "voxels", 60) and run["finished"]
+    done = tomat("runs", tmp_path / "runs")
+    assert "60 voxels" in done.out and "tokens" not in done.out
+    assert tomat("predict", made / "POSCAR", *GRID, "--checkpoint", tmp_path / "runs/probe/model", "--out", tmp_path / "CHGCAR").code == 0
+
+
+def test_prepared_voxels_train_the_same_network(tomat, tmp_path, made):
+    "As the run that draws its voxels itself; two workers of tomat prepare make the voxels of one."
+    voxels = ("--kept", 100, "--atoms", "packaged", "--workers", 1)
+    done = tomat("prepare", made / "store", "--out", tmp_path / "train", *voxels, "--json")
+    result = json.loads(done.out)
+    assert done.err == "" and (result["voxels"], result["materials"], result["skipped"]) == (200, 2, [])
+    for worker in ("0/2", "1/2"):
+        assert tomat("prepare", made / "store", "--out", tmp_path / "parts", *voxels, "--worker", worker).code == 0
+    assert tomat("prepare", made / "store", "--out", tmp_path / "val", *voxels, "--split", "validation").code == 0
+    options = [*PROBE[:-2], "--val", tmp_path / "val"]
+    for name in ("train", "parts"):
+        assert tomat("train", tmp_path / name, "--out", tmp_path / f"run-{name}", *options).code == 0
+    assert tomat("train", made / "store", "--out", tmp_path / "run-store", *PROBE, "--atoms", "packaged").code == 0
+    weights = {(tmp_path / f"run-{name}/model/model.safetensors").read_bytes() for name in ("train", "parts", "store")}
+    assert len(weights) == 1
+    is_one_sentence(tomat("train", tmp_path / "train", "--out", tmp_path / "x", "--kept", 7), "--kept", "tomat prepare")
+    is_one_sentence(tomat("train", tmp_path / "train", "--out", tmp_path / "x", "--atoms", "fit"), "--atoms", "train")
+    is_one_sentence(tomat("train", tmp_path / "train", "--out", tmp_path / "x", "--val", made / "store"), "store", "prepare")
+
+
+def test_atoms_are_fitted_where_the_packaged_ones_are_wrong(tomat, tmp_path, made):
+    "Sodium without its semicore electrons, as VASP has it: the sentence says so, and the fitted atoms lie beside the voxels."
+    from tomat.atoms.sad import load_atoms
+    store = RawStore(made / "store")
+    salt = store.read("salt")
+    write_store([replace(salt, values=salt.values * np.float32(8 / salt.n_electrons))], {}, tmp_path / "vasp")
+    done = tomat("train", tmp_path / "vasp", "--out", tmp_path / "run", *PROBE)
+    assert done.code == 0 and "fitted" in done.err, done.err
+    atoms = load_atoms(tmp_path / "run/voxels/atoms.json")
+    assert sum(atoms[symbol].n_valence for symbol in ("Na", "Cl")) == pytest.approx(8, abs=1e-3)
+    assert tomat("train", tmp_path / "vasp", "--out", tmp_path / "run", *PROBE) == Done(0, done.out, "")
+
+
+def test_validation_densities_come_from_another_source(tomat, tmp_path, made):
+    (tmp_path / "train").mkdir()
+    for name in ("salt", "metal"):
+        shutil.copy(made / f"CHGCAR.{name}", tmp_path / "train" / f"CHGCAR.{name}")
+    assert tomat("train", tmp_path / "train", "--out", tmp_path / "run", *PROBE, "--val", made / "store").code == 0
+    data = json.loads((tmp_path / "run/config.json").read_text())["data"]
+    assert (sorted(data["ids"]), data["held_out"]) == (["metal", "salt"], ["oxide"])
+    last = json.loads((tmp_path / "run/log.jsonl").read_text().splitlines()[-1])
+    assert last["val"]["loss"] > 0
+    is_one_sentence(tomat("train", made / "store", "--out", tmp_path / "x", *PROBE, "--val", made / "CHGCAR.salt"), "salt is in")
+
+
+def test_a_probe_network_takes_its_options_from_variables(tomat, tmp_path, made, monkeypatch):
+    for name, value in {"STEPS": 2, "MATERIALS": 1, "VOXELS": 5, "KEPT": 50, "LEVELS": 8, "DECODER": "probe", "SIZE": "S",
+                        "ATOMS": "packaged"}.items():
+        monkeypatch.setenv(f"TOMAT_{name}", str(value))
+    assert tomat("train", made / "store", "--out", tmp_path / "run").code == 0
+    config = json.loads((tmp_path / "run/config.json").read_text())["config"]
+    assert [config[key] for key in ("steps", "materials", "voxels", "kept")] == [2, 1, 5, 50]
+    monkeypatch.setenv("TOMAT_EMD", "0.5")
+    is_one_sentence(tomat("train", made / "store", "--out", tmp_path / "run"), "--emd", "TOMAT_EMD", "language model")
+
+
+def test_a_dry_run_of_a_probe_network(tomat, tmp_path, made):
+    with nothing_changes(tmp_path, made):
+        done = tomat("train", made / "store", "--dry-run", "--size", "M", "--out", tmp_path / "run")
+    assert done.code == 0 and all(word in done.out for word in ("459233", "FLOPs per voxel", "prepared voxels, GB", "unknown"))
+    assert tomat("train", made / "store", "--out", tmp_path / "first", *PROBE).code == 0
+    done = tomat("train", made / "store", "--dry-run", "--out", tmp_path / "run")
+    assert done.code == 0 and f"the run in {tmp_path}/first" in done.out and "unknown" not in done.out
 
 
 def test_a_dry_run_writes_nothing(tomat, tmp_path, made):

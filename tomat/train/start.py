@@ -129,10 +129,11 @@ def _train_densities(source: Source, out: str | Path, config: ProbeTrainConfig, 
                      selection: Selection) -> Path:
     "Train the probe network on densities; returns the folder of its checkpoint."
     from tomat.train.distributed import distributed_context
-    from tomat.train.probe import train_probe
+    from tomat.train import probe
     ids = selection.ids(source)
     joined, held_out = with_held_out(source, ids, val)
     with distributed_context(run_config.device) as context:
+        probe._check(config, run_config, context)  # before densities are read
         before, chosen = Path(out, "voxels", "atoms.json"), None
         if context.rank == 0 and before.is_file() and not selection.atoms:
             chosen = load_atoms(before)
@@ -141,7 +142,7 @@ def _train_densities(source: Source, out: str | Path, config: ProbeTrainConfig, 
             chosen, _ = saved_form(chosen)  # as a resumed run reads them
             print(f"tomat: {sentence}", file=sys.stderr)
         atoms = context.gathered(chosen)[0]
-        return train_probe(joined, ids, out, config, held_out, run_config, atoms)
+        return probe.train_probe(joined, ids, out, config, held_out, run_config, atoms)
 
 def check_selection(selection: Selection,
                     data: str | Path,  # a folder of rows or voxels
