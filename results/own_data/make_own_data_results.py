@@ -43,10 +43,10 @@ def tomat(*line: Any) -> str:
     return done.stdout
 
 
-def scores(folder: Path, entry: str) -> dict[str, float]:
-    "Mean and median NMAE of an entry, and of SAD."
-    found = json.loads((folder / "summary.json").read_text())["entries"]
-    return {"mean": found[entry]["nmae"]["mean"], "median": found[entry]["nmae"]["median"],
+def scores(printed: str) -> dict[str, float]:
+    "Mean and median NMAE of the probe network and of SAD, from what `tomat evaluate --json` printed."
+    found = json.loads(printed)
+    return {"mean": found["probe"]["nmae"]["mean"], "median": found["probe"]["nmae"]["median"],
             "sad_mean": found["SAD"]["nmae"]["mean"], "sad_median": found["SAD"]["nmae"]["median"]}
 
 
@@ -68,8 +68,8 @@ def chgcars(store: RawStore, work: Path, steps: int, most: int | None) -> None:
     for name, atoms in (("fitted", work / "atoms.json"), ("packaged", "packaged")):
         run = work / f"run-{name}"
         tomat("train", densities, "--out", run, "--atoms", atoms, "--steps", steps)
-        tomat("evaluate", densities, "--checkpoint", f"probe={run}/model", "--out", work / f"scores-{name}", "--pictures", 0)
-        found[name] = scores(work / f"scores-{name}", "probe")
+        found[name] = scores(tomat("evaluate", densities, "--checkpoint", f"probe={run}/model", "--out", work / f"scores-{name}",
+                                   "--pictures", 0, "--json"))
     right = packaged_atoms()
     fitted = load_atoms(work / "atoms.json")
     wrong = sorted(s for s, atom in fitted.atoms.items() if abs(atom.n_valence - right[s].n_valence) > 1e-3)
