@@ -14,6 +14,8 @@ from typing import Protocol
 import numpy as np
 from torch.utils.data import get_worker_info
 
+from ..atoms.sad import FreeAtoms, own_digest
+from .parquet import prepared
 from .order import RowOrder, hash_keys, permuted
 from .stream import Stream, UnitRows, id_dtype
 from ..density.core import AXIS_PERMUTATIONS, Density, preparation_name
@@ -32,6 +34,7 @@ class PatchConfig:
     patches: int = 32            # number of rows of a visit
     permute_axes: bool = False   # True: describe the crystal with a random one of `AXIS_PERMUTATIONS` at each visit
     prepare: Callable[[Density], Density] | None = None  # registered preparation of each density, such as `with_sad`
+    atoms: FreeAtoms | None = None  # atoms of `with_sad`; None: the packaged ones
     cache_bytes: int = 0         # largest size of the densities that are kept in memory, all workers together
 
     def __post_init__(self) -> None:
@@ -71,8 +74,10 @@ class FreshPatches(Stream):
         self._cache: dict[str, Density] = {}
         self._cached_bytes = 0
         # Reads old files: states saved before names were registered hold the last part of a name, and this one for none.
-        prepared = preparation_name(config.prepare).rpartition(".")[2] or "<class 'NoneType'>"
-        settings = {"tokenizer": tokenizer.to_dict(), "turn": config.permute_axes, "prepare": prepared}
+        name = preparation_name(config.prepare).rpartition(".")[2] or "<class 'NoneType'>"
+        settings = {"tokenizer": tokenizer.to_dict(), "turn": config.permute_axes, "prepare": name}
+        if digest := own_digest(config.atoms):
+            settings["atoms"] = digest
         super().__init__(ids, RowOrder(np.full(len(ids), config.patches), seed, window), settings, epochs, id_dtype(tokenizer))
 
     def _density(self, id: str,  # id of a material
@@ -80,8 +85,7 @@ class FreshPatches(Stream):
         "The prepared density, read or kept from an earlier visit."
         if id in self._cache:
             return self._cache[id]
-        density = self.store.read(id)
-        density = self.config.prepare(density) if self.config.prepare else density
+        density = prepared(self.store.read(id), self.config.prepare, self.config.atoms)
         more = density.values.nbytes + sum(a.nbytes for a in [density.sad, *density.spin.values()] if a is not None)
         info = get_worker_info()
         if self._cached_bytes + more <= self.config.cache_bytes // (info.num_workers if info else 1):
@@ -123,6 +127,7 @@ def streamable(store: Reader,         # source of the densities, by id
                ids: Sequence[str],    # ids of the materials to check
                tokenizer: Tokenizer,
                prepare: Callable[[Density], Density] | None = None,  # registered preparation of each density
+               atoms: FreeAtoms | None = None,  # atoms of `with_sad`; None: the packaged ones
                ) -> tuple[list[str], dict[str, str]]:  # ids that rows can hold; the reason for every other id
     "The materials that a stream can draw from, and the reason for each of the others."
     kept: list[str] = []
@@ -131,7 +136,7 @@ def streamable(store: Reader,         # source of the densities, by id
         try:
             density = store.read(id)
             tokenizer.check(density.structure, density.shape)
-            tokenizer.target_of(prepare(density) if prepare else density)
+            tokenizer.target_of(prepared(density, prepare, atoms))
             kept.append(id)
         except TomatError as reason:
             skipped[id] = str(reason)

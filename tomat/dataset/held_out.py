@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from .meta import read_meta
 from .stream import Batches, Block, ParquetRows, Stream, UnitRows
 from ..io.remote import TomatError
 
@@ -45,6 +46,8 @@ def train_and_val(data: str | Path,        # folder of a data set
         other = ParquetRows(val, seed, window, epochs=1)
         if other.tokenizer != whole.tokenizer:
             raise TomatError(f"{val} was written by another tokenizer than {data}: make both with the same options.")
+        if read_meta(val).get("atoms") != read_meta(data).get("atoms"):
+            raise TomatError(f"{val} was made with other atoms than {data}: make both with the same --atoms.")
         return whole, other
     if not val_seqs:
         return whole, None

@@ -19,6 +19,7 @@ from uuid import uuid4
 
 from .meta import ROWS, FolderForm, has_form, is_part
 from .parquet import TokenizeConfig, density_checksum, hash_of, is_intact, read_footer, shard_rows, write_shard
+from ..atoms.sad import own_digest, save_atoms
 from ..density.core import Density
 from ..density.source import InMemory, Source
 from ..io.files import atomic_write, check_folder, make_durable, read_json, write_json
@@ -117,7 +118,8 @@ class RowShards:
         return read_footer(path)
 
     def finish(self, folder: str) -> None:
-        "Nothing lies beside the rows."
+        if self.config.atoms is not None and own_digest(self.config.atoms) is not None:
+            save_atoms(self.config.atoms, f"{folder}/atoms.json")
 
 # %% ../../nbs/04_dataset/03_shards.ipynb #b36faf37
 def _sidecar(path: str,  # path of a shard

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from .meta import ROWS, VOXELS, FolderForm, form_of, read_meta, tokenizer_of
+from .meta import ROWS, VOXELS, FolderForm, form_of, read_meta, recipe_of, row_atoms, tokenizer_of
 from .parquet import hash_of, is_intact, read_footer, read_shard
 from .voxels import read_atoms, read_voxel_footer, read_voxels
 from ..io.remote import TomatError, list_folder
@@ -143,14 +143,15 @@ def _count_faults(meta: dict[str, Any],  # content of meta.json
     return faults + [f"{id}: it was skipped, but meta.json does not list it as skipped" for id in lost]
 
 # %% ../../nbs/04_dataset/11_verify.ipynb #e18d14fa
-def _atom_faults(path: str,             # folder of drawn voxels
+def _atom_faults(path: str,             # folder of the data set
                  meta: dict[str, Any],  # content of its meta.json
+                 form: FolderForm,
                  ) -> list[str]:
     "What is wrong with the files of free atoms beside the shards."
     faults = []
     for folder in sorted({name.rpartition("/")[0] for name in meta["shards"]}):
         try:
-            read_atoms(f"{path}/{folder}" if folder else path, meta)
+            (read_atoms if form is VOXELS else row_atoms)(f"{path}/{folder}" if folder else path, meta)
         except TomatError as err:
             faults.append(str(err))
     return faults
@@ -161,8 +162,8 @@ def verify(path: str | Path,  # a folder that `tokenize` or `prepare` wrote, loc
     "Read a whole data set, compare it with its `meta.json`, and return the faults."
     form, path = form_of(path), str(path)
     meta = read_meta(path, form)
-    recipe = {key: meta[key] for key in form.recipe}
+    recipe = recipe_of(meta, form)
     check = partial(_check_rows, path, tokenizer_of(path, meta), recipe) if form is ROWS else partial(_check_voxels, path, recipe)
     found = list(track(in_order(check, meta["shards"].items(), workers), "verify", len(meta["shards"]), "shards"))
     faults = [*(fault for shard in found for fault in shard.faults), *_strays(path, meta, form), *_count_faults(meta, found, form)]
-    return faults + (_atom_faults(path, meta) if form is VOXELS else [])
+    return faults + _atom_faults(path, meta, form)

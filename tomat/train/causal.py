@@ -20,9 +20,10 @@ from transformers import Qwen3ForCausalLM
 from ..dataset.held_out import validation_rows, micro_batches, train_and_val
 from ..dataset.meta import read_meta
 from ..dataset.stream import Batches, Block
-from ..dataset.meta import tokenizer_of
+from ..dataset.meta import data_atoms, tokenizer_of
 from ..io.remote import TomatError
-from ..models.causal import make_model, save_checkpoint
+from ..models.causal import make_model, save_checkpoint, with_atoms
+from ..models.weights import model_atoms
 from ..models.loss import LossModule
 from ..models.objective import objective_of
 from ..models.sizes import model_size, n_parameters
@@ -133,6 +134,7 @@ class CausalTask:
             return self.model
         weights = get_model_state_dict(self.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         whole = make_model(model_size(self.config.size), self.tokenizer.vocab, context=self.model.config.max_position_embeddings)
+        with_atoms(whole, model_atoms(self.model))
         if self.context.rank == 0:
             whole.load_state_dict(weights)
         return whole
@@ -171,14 +173,14 @@ def train(data: str | Path,            # a folder that `tokenize` wrote
         if config.batch_size % context.ranks:
             raise TomatError(f"batch_size must be a multiple of {context.ranks}, the number of devices, got {config.batch_size}.")
         meta, size = read_meta(data), model_size(config.size)
-        tokenizer = tokenizer_of(data, meta)
+        tokenizer, atoms = tokenizer_of(data, meta), data_atoms(data, meta)
         objective = objective_of(tokenizer, config.loss_on, config.emd)
         training, validation = train_and_val(data, config.seed, config.window, config.val_seqs, val)
         about = {**config.written(), "parameters": n_parameters(size, tokenizer.vocab.size), "data": meta["label"],
                  "rows": meta["rows"], "materials": sorted(meta["materials"])}
 
         def make_task() -> CausalTask:
-            model = make_model(size, tokenizer.vocab, config.seed, context=max(8192, tokenizer.pad_to or 0))
+            model = with_atoms(make_model(size, tokenizer.vocab, config.seed, context=max(8192, tokenizer.pad_to or 0)), atoms)
             wrapped = wrap_model(LossModule(model, objective), context, run_config.shard, run_config.compiled, run_config.bf16)
             optimizers = make_optimizers(model, config.optimizer, config.peak_lr, config.weight_decay)
             batches = Batches(training, config.batch_size // context.ranks, run_config.workers, context.rank, context.ranks)
