@@ -149,22 +149,15 @@ def test_the_atoms_of_the_set_are_those_of_its_sad(tmp_path):
     assert "atoms.json is missing" in "".join(verify(tmp_path / "set"))
     with pytest.raises(TomatError, match=r"atoms\.json is missing"):
         VoxelSet(tmp_path / "set")
-    prepare(densities, tmp_path / "set", CONFIG, atoms=load_atoms_of(found))
+    prepare(densities, tmp_path / "set", CONFIG, atoms=found.atoms)
     assert verify(tmp_path / "set") == []
 
 
-def load_atoms_of(found):
-    "Written and read atoms give the same set: six digits stay six digits."
-    atoms, text = saved_form(found.atoms)
-    assert saved_form(atoms)[1] == text
-    return atoms
-
-
-def test_packaged_atoms_lose_nothing_in_a_file():
-    saved, _ = saved_form(packaged_atoms())
-    for symbol, atom in packaged_atoms().atoms.items():
-        np.testing.assert_array_equal(saved[symbol].density_r.c, atom.density_r.c)
-        np.testing.assert_array_equal(saved[symbol].density_r.x, atom.density_r.x)
+def test_packaged_atoms_are_used_as_they_are(tmp_path):
+    """A file rounds their smallest numbers, and the draw of before does not."""
+    assert saved_form(None) is packaged_atoms()
+    prepare(noisy(1), tmp_path / "set", CONFIG)
+    assert VoxelSet(tmp_path / "set").atoms is packaged_atoms()
 
 
 # Materials that are left out
@@ -174,13 +167,12 @@ def test_materials_without_a_draw_are_skipped(tmp_path):
     good = noisy(1)[0]
     cell = good.structure.lattice
     mixed = Structure(cell, [{"Fe": 0.5, "Na": 0.5}], [[0, 0, 0]])
-    helium = FreeAtoms({"Fe": packaged_atoms()["Fe"]}, "iron alone")
     bad = [Density(good.values, mixed, id="mixed", sad=good.sad), replace(good, id="empty", values=good.values * 0),
            replace(good, id="other electrons", sad=None),
-           Density(good.values, Structure(cell, ["Na"], [[0, 0, 0]]), id="no atom")]
-    meta = prepare([*bad[:2], good, *bad[2:]], tmp_path / "set", CONFIG, atoms=helium)
+           Density(good.values, Structure(cell, ["Fm"], [[0, 0, 0]]), id="no atom")]
+    meta = prepare([*bad[:2], good, *bad[2:]], tmp_path / "set", CONFIG)
     assert list(meta["materials"]) == ["m-0"] and list(meta["skipped"]) == [density.id for density in bad]
-    for id, reason in {"mixed": "partly occupied", "empty": "no electrons", "no atom": "There is no free atom for Na"}.items():
+    for id, reason in {"mixed": "partly occupied", "empty": "no electrons", "no atom": "There is no free atom for Fm"}.items():
         assert reason in meta["skipped"][id]
     assert VoxelSet(tmp_path / "set").ids == ["m-0"] and verify(tmp_path / "set") == []
     meta = prepare([replace(good, sad=None)], tmp_path / "other", part=(0, 1))

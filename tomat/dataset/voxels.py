@@ -4,27 +4,25 @@
 
 # %% auto #0
 __all__ = ['VOXEL_SCHEMA', 'PrepareConfig', 'Drawn', 'draw_voxels', 'write_voxels', 'read_voxel_footer', 'read_voxels',
-           'saved_form', 'atoms_digest', 'read_atoms', 'VoxelShards']
+           'saved_form', 'read_atoms', 'VoxelShards']
 
 # %% ../../nbs/04_dataset/04_voxels.ipynb #229c3acf
 import hashlib
 import json
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
-from ..atoms.sad import FreeAtoms, load_atoms, packaged_atoms, save_atoms, with_sad
+from ..atoms.sad import FreeAtom, FreeAtoms, load_atoms, own_digest, packaged_atoms, save_atoms, with_sad
 from .meta import VOXELS, FolderForm, has_form
 from .parquet import density_checksum, hash_of
 from ..density.classify import classify
 from ..density.core import RHO, Density
-from ..io.files import atomic_write, open_binary, read_text, write_text
+from ..io.files import atomic_write, open_binary
 from ..io.remote import TomatError, exists
 
 # %% ../../nbs/04_dataset/04_voxels.ipynb #fdf449da
@@ -128,19 +126,14 @@ def read_voxels(path: str | Path,  # a local shard
                          f"`tomat prepare` wrote, with {VOXEL_SCHEMA.names}.")
     return batches
 
-# %% ../../nbs/04_dataset/04_voxels.ipynb #9ab343b2
-def saved_form(atoms: FreeAtoms,  # any set of free atoms
-               ) -> tuple[FreeAtoms, str]:  # the same atoms as a reader of their file has them; content of the file
-    "Free atoms after writing and reading: their tables have six digits."
-    with tempfile.TemporaryDirectory(prefix="tomat-") as folder:
-        path = Path(folder) / "atoms.json"
-        save_atoms(atoms, path)
-        return replace(load_atoms(path), name=atoms.name), read_text(path)
-
-def atoms_digest(text: str,  # content of a file of free atoms
-                 ) -> str:  # 64 hexadecimal digits
-    "The SHA-256 of the tables in a file of free atoms; names and remarks do not count."
-    return hash_of(json.loads(text)["atoms"])
+# %% ../../nbs/04_dataset/04_voxels.ipynb #50a6f8c8
+def saved_form(atoms: FreeAtoms | None,  # any set of free atoms; None: the packaged ones
+               ) -> FreeAtoms:
+    "Free atoms as a reader of their file has them, with tables of few digits; the packaged ones as they are."
+    if atoms is None or own_digest(atoms) is None:
+        return packaged_atoms()
+    read = {symbol: FreeAtom.of(symbol, table["n_valence"], table["dr"], table["rho"]) for symbol, table in atoms.tables().items()}
+    return replace(atoms, atoms=read)
 
 def read_atoms(folder: str | Path,    # folder of a data set or of a part, local or remote
                meta: dict[str, Any],  # content of its meta.json
@@ -148,10 +141,10 @@ def read_atoms(folder: str | Path,    # folder of a data set or of a part, local
     "The free atoms of a data set; raises `TomatError` where they are not those that made it."
     file = f"{folder}/atoms.json"
     atoms = load_atoms(file) if exists(file) else None
-    if atoms is None or atoms_digest(read_text(file)) != meta["atoms"]:
+    if atoms is None or atoms.digest != meta["atoms"]:
         raise TomatError(f"{file} is missing or holds other atoms than meta.json names: copy it again, or run the same "
                          "`tomat prepare` again.")
-    return atoms
+    return saved_form(atoms)
 
 # %% ../../nbs/04_dataset/04_voxels.ipynb #03a360db
 def _described(density: Density,
@@ -168,7 +161,6 @@ class VoxelShards:
     "Shards of drawn voxels; made by `of`."
     config: PrepareConfig
     atoms: FreeAtoms  # in the form of `saved_form`
-    text: str         # content of their file
     form: ClassVar[FolderForm] = VOXELS
 
     @classmethod
@@ -176,7 +168,7 @@ class VoxelShards:
            atoms: FreeAtoms | None = None,  # None: the packaged ones
            ) -> "VoxelShards":
         "The shards of these settings and atoms."
-        return cls(config, *saved_form(atoms or packaged_atoms()))
+        return cls(config, saved_form(atoms))
 
     @property
     def per_material(self) -> int:
@@ -186,14 +178,9 @@ class VoxelShards:
     def per_shard(self) -> int:
         return self.config.voxels_per_shard
 
-    @cached_property
-    def digest(self) -> str:
-        "The digest of the atoms' tables."
-        return atoms_digest(self.text)
-
     def recipe(self) -> dict[str, Any]:
         return {"format": VOXELS.format, "label": self.config.label, "seed": self.config.seed, "kept": self.config.kept,
-                "atoms": self.digest}
+                "atoms": self.atoms.digest}
 
     def make(self, read: Callable[[str], Density], ids: Sequence[str]) -> tuple[list[pa.RecordBatch], dict[str, Any]]:
         batches: list[pa.RecordBatch] = []
@@ -216,4 +203,4 @@ class VoxelShards:
         return read_voxel_footer(path)
 
     def finish(self, folder: str) -> None:
-        write_text(f"{folder}/atoms.json", self.text)
+        save_atoms(self.atoms, f"{folder}/atoms.json")

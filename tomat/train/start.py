@@ -139,7 +139,7 @@ def _train_densities(source: Source, out: str | Path, config: ProbeTrainConfig, 
             chosen = load_atoms(before)
         elif context.rank == 0:
             chosen, sentence = decide_atoms(source, ids, selection.atoms, run_config.workers)
-            chosen, _ = saved_form(chosen)  # as a resumed run reads them
+            chosen = saved_form(chosen)  # as a resumed run reads them
             print(f"tomat: {sentence}", file=sys.stderr)
         atoms = context.gathered(chosen)[0]
         return probe.train_probe(joined, ids, out, config, held_out, run_config, atoms)
