@@ -20,9 +20,11 @@ from packaging.requirements import Requirement
 from tomat.io.remote import TomatError
 from tomat.run.jobs import TASKS, Job, Resources, carry_out, read_job
 from tomat.run.jobs import main as run_lines
-from tomat.run.launch import (SweepLaunch, SyncLaunch, TokenizeLaunch, TrainLaunch, modal_needs, modal_options, shared_env,
-                              submit)
-from tomat.dataset.meta import read_meta
+from tomat.run.launch import (PrepareLaunch, SweepLaunch, SyncLaunch, TokenizeLaunch, TrainLaunch, VerifyLaunch, modal_needs,
+                              modal_options, shared_env, submit)
+from tomat.dataset.meta import VOXELS, read_meta
+from tomat.dataset.prepare import VoxelSet
+from tomat.dataset.verify import verify as tomat_verify
 
 pytest.importorskip("modal")
 pytestmark = pytest.mark.filterwarnings("ignore:The .* function is executing locally:UserWarning")
@@ -113,6 +115,7 @@ def test_sixteen_workers_give_the_bytes_of_one(place, rows):
 
 
 CALLS = {
+    "prepare_modal": ("parallel", {"label": "tiny", "n_workers": 2, "materials": 4, "cores": 1, "kept": 50}, 3),
     "fidelity_sweep_modal": ("sweep", {"n_workers": 3, "materials": 4, "split": "validation", "only": "coarse", "cores": 1}, 4),
     "tokenize_patches_modal": ("parallel", {"label": "tiny", "n_workers": 2, "materials": 4, "cores": 1}, 2),
     "train_modal": ("train", {"label": "tiny", "options": "steps=1 batch_size=1"}, 1),
@@ -152,6 +155,72 @@ def test_a_run_is_trained_and_goes_on(place, few, monkeypatch):
     assert first["steps"] == "2/2" and first["finished"] and (place / "few/runs/mine/model/tomat.json").exists()
     before = (place / "few/runs/mine/log.jsonl").read_bytes()
     assert carry_out(job.text) == first and (place / "few/runs/mine/log.jsonl").read_bytes() == before
+
+
+@pytest.fixture(scope="module")
+def voxels(place):
+    "Voxels of a label, by three workers after a job that chose the atoms, and those of other materials with the same atoms."
+    stages = PrepareLaunch("tiny", n_workers=3, materials=5, cores=1, kept=60, here=str(place)).stages()
+    results = submit(stages, here=str(place))
+    assert [len(stage) for stage in stages] == [1, 3] and results[0]["sentence"].startswith("The packaged atoms are used")
+    assert sum(result["voxels"] for result in results[1:]) == 5 * 60
+    return place / "voxels" / "tiny"
+
+
+def test_parts_of_voxels_are_those_of_one_worker(place, voxels):
+    alone = PrepareLaunch("tiny", n_workers=1, materials=5, cores=1, kept=60, atoms=f"{place}/atoms/tiny.json", here=str(place / "one"))
+    assert [len(stage) for stage in alone.stages()] == [1]  # the atoms are there
+    submit(alone.stages(), here=str(place / "one"))
+    assert tomat_verify(voxels) == []
+    one, many = VoxelSet(place / "one/voxels/tiny"), VoxelSet(voxels)
+    assert one.ids == many.ids and len(one) == 5
+    for i in range(5):
+        for a, b in zip(one.columns(i), many.columns(i), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_a_probe_network_is_trained_and_goes_on(place, voxels, monkeypatch):
+    monkeypatch.setenv("TOMAT_STEPS", "2")
+    options = "materials=2 voxels=10 levels=8"
+    ((job,),) = TrainLaunch("tiny", "A100:1", options, decoder="probe", size="S", here=str(place)).stages()
+    assert (job.settings["data"], job.settings["out"]) == (str(voxels), f"{place}/runs/probe-S-tiny-s0")
+    assert job.settings["config"]["steps"] == 2 and job.settings["setup"]["workers"] == 8
+    assert job.env["WANDB_RUN_GROUP"] == "probe-S-tiny" and {"S", "tiny", "A100:1", "probe"} <= set(job.env["WANDB_TAGS"].split(","))
+    text = json.dumps(json.loads(job.text) | {"settings": job.settings | {"setup": job.settings["setup"] | {"workers": 0}}})
+    first = carry_out(text)
+    assert (first["decoder"], first["size"], first["unit"], first["count"], first["finished"]) == ("probe", "S", "voxels", 40, True)
+    before = (place / "runs/probe-S-tiny-s0/log.jsonl").read_bytes()
+    assert carry_out(text) == first and (place / "runs/probe-S-tiny-s0/log.jsonl").read_bytes() == before
+
+
+def test_a_job_trains_on_densities(place, tmp_path):
+    "Without a launcher: the line names a store, and the network is the probe network."
+    config = {"steps": 1, "materials": 1, "voxels": 5, "kept": 20, "levels": 8}
+    settings = {"data": SAMPLE, "out": str(tmp_path / "run"), "config": config, "setup": {}, "val": None}
+    done = carry_out(Job("train", settings | {"decoder": "probe", "first": 2, "atoms": "packaged"}).text)
+    assert (done["decoder"], done["steps"]) == ("probe", "1/1")
+    with pytest.raises(TomatError, match="make rows of the densities with `tomat tokenize`"):
+        carry_out(Job("train", settings | {"config": {}}).text)
+    with pytest.raises(TomatError, match="decoder must be one of causal, probe, got 'nerf'"):
+        carry_out(Job("train", settings | {"decoder": "nerf"}).text)
+
+
+def test_a_line_of_an_earlier_version_trains_the_language_model(few, tmp_path):
+    "It names no decoder, and the size of the model is called model."
+    config = {"model": "nano", "steps": 1, "batch_size": 1, "lr": 0.002}
+    done = carry_out(Job("train", {"data": str(few), "out": str(tmp_path / "run"), "config": config, "setup": {}, "val": None}).text)
+    assert (done["decoder"], done["size"], done["steps"]) == ("causal", "nano", "1/1")
+
+
+def test_voxels_are_verified_and_go_to_the_bucket(place, voxels, scripts, s3, monkeypatch):
+    ((job,),) = VerifyLaunch("tiny", cores=1, kind="voxels", here=str(place)).stages()
+    assert carry_out(job.text) == {"data": str(voxels), "faults": 0}
+    with pytest.raises(TomatError, match="TOMAT_VOXEL_STORE"):
+        SyncLaunch("tiny", kind="voxels", here=str(place)).stages()
+    monkeypatch.setenv("TOMAT_VOXEL_STORE", f"{s3}/voxels/")
+    ((job,),) = SyncLaunch("tiny", kind="voxels", here=str(place)).stages()
+    assert scripts["sync_modal"].run.local(job.text)["target"] == f"{s3}/voxels/tiny"
+    assert read_meta(f"{s3}/voxels/tiny", VOXELS) == read_meta(voxels, VOXELS)
 
 
 def test_several_gpus_are_processes_of_torchrun(few):
@@ -317,11 +386,27 @@ def test_counts_are_checked(place, wrong):
     ({"options": "steps"}, "no option 'steps', or its value is missing"), ({"options": "clip=-1"}, "clip must be above 0"),
     ({"options": "warmup=-4"}, "warmup must be at least 0"), ({"options": "emd=2"}, "emd must be at most 1"),
     ({"options": "emd=nan"}, "emd must be a finite number"), ({"options": "val_seqs=-3"}, "val_seqs must be at least 0"),
-    ({"gpu": "A100:8", "options": "batch_size=3"}, "batch_size must be at least"),
+    ({"gpu": "A100:8", "options": "batch_size=12"}, "batch_size must be a multiple of 8"),
+    ({"gpu": "A100:8", "options": "materials=12", "decoder": "probe"}, "materials must be a multiple of 8"),
+    ({"options": "voxels=5"}, "--voxels belongs to the probe network"), ({"decoder": "nerf"}, "decoder must be one of"),
+    ({"options": "emd=0.5", "decoder": "probe"}, "--emd belongs to the language model"),
+    ({"size": "S"}, "size is 'S', which is one of the probe network"),
+    ({"size": "30M", "decoder": "probe"}, "size is '30M', which is one of the language model"),
     ({"name": "../../away"}, "no name"), ({"label": "a/b"}, "no name"), ({"val_label": ".."}, "no name")])
 def test_a_slip_is_refused_before_a_gpu_is_paid_for(place, wrong, sentence):
     with pytest.raises(TomatError, match=sentence):
         TrainLaunch(**{"label": "tiny", **wrong}).stages()
+
+
+def test_variables_of_the_other_decoder_are_refused(place, monkeypatch):
+    monkeypatch.setenv("TOMAT_DECODER", "probe")
+    assert TrainLaunch("tiny").stages()[0][0].settings["decoder"] == "probe"
+    monkeypatch.setenv("TOMAT_BATCH_SIZE", "8")
+    with pytest.raises(TomatError, match="--batch-size belongs to the language model .*unset TOMAT_BATCH_SIZE"):
+        TrainLaunch("tiny").stages()
+    monkeypatch.setenv("TOMAT_DECODER", "nerf")
+    with pytest.raises(TomatError, match="a decoder, causal or probe"):
+        TrainLaunch("tiny").stages()
 
 
 def test_sync_copies_one_thing(place, monkeypatch):
