@@ -40,8 +40,8 @@ from tomat.tokens.tokenizer import tokenizer_from_dict
 
 NACL = Path(__file__).parent / "files" / "CHGCAR.NaCl.gz"
 TOMAT = Path(sys.executable).parent / "tomat"
-COMMANDS = ("info", "convert", "fetch", "tokenize", "prepare", "verify", "sync", "fit-codec", "fit-atoms", "fidelity", "show-tokens", "runs",
-            "train", "predict", "evaluate", "demo")
+COMMANDS = ("info", "convert", "fetch", "tokenize", "prepare", "verify", "sync", "fit-codec", "fit-atoms", "fidelity", "show-tokens",
+            "runs", "train", "predict", "evaluate", "demo")
 ROWS = ("--patch-size", "3", "--pad-to", "0", "--patches-per-material", "4")  # small rows
 GRID = ("--grid", "4", "4", "4")
 
@@ -889,7 +889,8 @@ def test_densities_train_a_probe_network(tomat, tmp_path, made):
     assert (run["decoder"], run["size"], run["unit"], run["count"]) == ("probe", "S", "voxels", 60) and run["finished"]
     done = tomat("runs", tmp_path / "runs")
     assert "60 voxels" in done.out and "tokens" not in done.out
-    assert tomat("predict", made / "POSCAR", *GRID, "--checkpoint", tmp_path / "runs/probe/model", "--out", tmp_path / "CHGCAR").code == 0
+    model = ("--checkpoint", tmp_path / "runs/probe/model")
+    assert tomat("predict", made / "POSCAR", *GRID, *model, "--out", tmp_path / "CHGCAR").code == 0
 
 
 def test_prepared_voxels_train_the_same_network(tomat, tmp_path, made):
@@ -923,6 +924,20 @@ def test_atoms_are_fitted_where_the_packaged_ones_are_wrong(tomat, tmp_path, mad
     atoms = load_atoms(tmp_path / "run/voxels/atoms.json")
     assert sum(atoms[symbol].n_valence for symbol in ("Na", "Cl")) == pytest.approx(8, abs=1e-3)
     assert tomat("train", tmp_path / "vasp", "--out", tmp_path / "run", *PROBE) == Done(0, done.out, "")
+
+
+def test_two_processes_train_the_network_of_one(tmp_path, made):
+    "Of densities: the first process chooses the atoms and draws the voxels, and says so once."
+    losses = []
+    for n in (1, 2):
+        line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", n, "-m", "tomat.cli", "train",
+                made / "store", "--out", tmp_path / str(n), *PROBE, "--device", "cpu"]
+        env = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(list(map(str, line)), env=env, text=True, capture_output=True, timeout=300)
+        assert done.returncode == 0 and done.stdout == f"{tmp_path}/{n}/model\n", done.stderr
+        assert done.stderr.count("The packaged atoms are used") == 1
+        losses.append([json.loads(line)["loss"] for line in (tmp_path / str(n) / "log.jsonl").read_text().splitlines()])
+    np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
 def test_validation_densities_come_from_another_source(tomat, tmp_path, made):

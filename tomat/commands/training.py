@@ -81,7 +81,7 @@ def train(config: GivenOptions,
           results_label: Annotated[str, typer.Option(help="Name of the run, which is written to runs/NAME.")] = "",
           decoder: _Decoder = "",
           val: _Val = None,
-          split: Annotated[str, typer.Option(help="Densities: part of DATA; train if not given, or all where it has no parts.")] = "",
+          split: Annotated[str, typer.Option(help="Densities: part of DATA; train if not given, or all if it has no parts.")] = "",
           first: Annotated[int, typer.Option(help="Densities: number of materials, from the beginning of the part; 0: all.")] = 0,
           atoms: Atoms = None,
           eval_store: _EvalStore = None,
@@ -99,8 +99,8 @@ def train(config: GivenOptions,
         raise TomatError("--eval-store belongs to the language model and this run trains the probe network: give --val instead.")
     holds = start.data_kind(data)
     if holds == "voxels" and "kept" in config.values:
-        raise TomatError(f"--kept is an option of `tomat prepare`, and {data} holds voxels that are drawn already: leave it out, or "
-                         "unset TOMAT_KEPT.")
+        raise TomatError(f"--kept is an option of `tomat prepare`, and {data} holds voxels that are drawn already: leave it out, "
+                         "or unset TOMAT_KEPT.")
     source = opened(data) if holds == "densities" else data
     kind, selection = config.make(DECODERS[found]), start.Selection(split, first, atoms or "")
     if dry:

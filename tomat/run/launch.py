@@ -163,7 +163,8 @@ def _run_options(text: str,  # options of a run, such as "size=30M steps=2560"
     "The options of a run; raises `TomatError` for an unknown name, one of the other decoder, or a missing value."
     given = {name: value for name, _, value in (pair.partition("=") for pair in text.split())}
     check_names(kind, given)
-    known = {name for part in (kind, RunConfig) for one in fields(part) if one.metadata for name in (one.name, *one.metadata["was"])}
+    options = [one for part in (kind, RunConfig) for one in fields(part) if one.metadata]
+    known = {name for one in options for name in (one.name, *one.metadata["was"])}
     if unknown := sorted(name for name, value in given.items() if name not in known or not value):
         raise TomatError(f"A run has no option {unknown[0]!r}, or its value is missing: use name=value with one of "
                          f"{', '.join(sorted(known))}.")
@@ -173,8 +174,8 @@ def _shared_by_gpus(config: TrainConfig | ProbeTrainConfig, needs: Resources) ->
     "Raise `TomatError` for a batch that the GPUs cannot share."
     name, n = ("materials", config.materials) if isinstance(config, ProbeTrainConfig) else ("batch_size", config.batch_size)
     if needs.gpus and n % needs.gpus:
-        raise TomatError(f"{name} must be a multiple of {needs.gpus}, the number of GPUs of {needs.gpu}, got {n}: use another number "
-                         f"of GPUs, or another {name}.")
+        raise TomatError(f"{name} must be a multiple of {needs.gpus}, the number of GPUs of {needs.gpu}, got {n}: use another "
+                         f"number of GPUs, or another {name}.")
 
 @dataclass(frozen=True)
 class TrainLaunch(Launch):
@@ -188,18 +189,19 @@ class TrainLaunch(Launch):
     size: str = option("", "Size of the network, such as 30M or M; the same as size=… in --options.")
 
     def stages(self) -> list[list[Job]]:
-        label, decoder = self.label or os.environ.get("TOMAT_LABEL", ""), self.decoder or os.environ.get("TOMAT_DECODER") or "causal"
+        label = self.label or os.environ.get("TOMAT_LABEL", "")
+        decoder = self.decoder or os.environ.get("TOMAT_DECODER") or "causal"
         if not label or decoder not in DECODERS:
-            raise TomatError("Training needs the label of its data and a decoder, causal or probe: give --label and --decoder, or set "
-                             f"TOMAT_LABEL and TOMAT_DECODER; got {label!r} and {decoder!r}.")
+            raise TomatError("Training needs the label of its data and a decoder, causal or probe: give --label and --decoder, or "
+                             f"set TOMAT_LABEL and TOMAT_DECODER; got {label!r} and {decoder!r}.")
         kind, needs, probe = DECODERS[decoder], Resources(8, 64, self.gpu, 24, 8), decoder == "probe"
         check_variables(kind)
         given = ({"size": self.size} if self.size else {}) | _run_options(self.options, kind)
         config = from_variables(kind, given)
         _shared_by_gpus(config, needs)
         group = f"probe-{config.size}-{label}" if probe else f"{config.size}-{label}"
-        usual = f"{group}-s{config.seed}" if isinstance(config, ProbeTrainConfig) else f"{group}-b{config.batch_size}-s{config.seed}"
-        name = self.name or os.environ.get("TOMAT_RESULTS_LABEL", "") or usual
+        usual = group if isinstance(config, ProbeTrainConfig) else f"{group}-b{config.batch_size}"
+        name = self.name or os.environ.get("TOMAT_RESULTS_LABEL", "") or f"{usual}-s{config.seed}"
         readers = {"workers": os.environ.get("TOMAT_WORKERS") or str(needs.cpu // max(1, needs.gpus))} if probe else {}
         setup = from_variables(RunConfig, {"name": name} | readers | given)
         tags = (config.size, label, self.gpu, getattr(config, "optimizer", "probe"), "launch")

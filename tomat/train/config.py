@@ -76,8 +76,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_options(self)
         if self.size in PROBE_SIZE_NAMES:
-            raise TomatError(f"size is {self.size!r}, which is one of the probe network, and rows train the language model: use one "
-                             f"of {', '.join(MODELS)}, or give densities.")
+            raise TomatError(f"size is {self.size!r}, which is one of the probe network, and rows train the language model: use "
+                             f"one of {', '.join(MODELS)}, or give densities.")
         model_size(self.size)
 
     @property

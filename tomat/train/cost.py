@@ -19,7 +19,7 @@ import torch
 from pymatgen.core import Structure
 
 from ..dataset.meta import read_meta
-from ..models.geometry import N_DESCRIPTOR, N_RADIAL, STEP
+from ..models.geometry import N_DESCRIPTOR, N_HARMONICS, N_RADIAL, STEP
 from ..models.loss import MAX_LOGITS
 from ..models.messages import ProbeConfig
 from ..models.sizes import ModelSize, flops_per_token, model_size, n_parameters
@@ -178,8 +178,8 @@ def _received(channels: tuple[int, ...],  # learned functions of l = 0, 1, 2
               pairs: float,               # number of neighbours
               ) -> float:
     "FLOPs of the messages to a point: sums of two rows of a table for each neighbour, and products of the sums."
-    sums = pairs * (50 + sum(4 * (2 * l + 1) * c for l, c in enumerate(summed)))  # 50: distance and nine harmonics
-    products = sum((2 * l + 1) * (4 * c * c + 2 * c) for l, c in enumerate(channels))
+    sums = pairs * (50 + sum(4 * m * c for m, c in zip(N_HARMONICS, summed, strict=True)))  # 50: distance and nine harmonics
+    products = sum(m * (4 * c * c + 2 * c) for m, c in zip(N_HARMONICS, channels, strict=True))
     return 2 * sums + 3 * products
 
 def _sent(width: int,                # W, length of an atom's state
@@ -215,7 +215,7 @@ def probe_memory(network: ProbeConfig,
     n, c, w = _n_probe(network), network.voxel_channels, network.width
     rows = [math.ceil(cutoff / STEP) + 2 for cutoff in (network.cutoff, network.atom_cutoff)]
     pairs = voxels * sphere_atoms(network.cutoff, per_A3) + atoms * network.n_layers * sphere_atoms(network.atom_cutoff, per_A3)
-    sums = sum((2 * l + 1) * 4 * x for l, x in enumerate(c)) + 3 * (c[0] + sum(c)) + 3 * w
+    sums = sum(4 * m * x for m, x in zip(N_HARMONICS, c, strict=True)) + 3 * (c[0] + sum(c)) + 3 * w
     kept = sums + network.readout_width * (2 + 8 * network.readout_blocks)
     tables = rows[0] * (N_RADIAL + 6) + rows[1] * N_RADIAL
     activations = 96 * pairs + 4 * (voxels * kept + atoms * tables)
@@ -252,8 +252,8 @@ def probe_dry_run(data: VoxelData,
     step, share = materials * config.voxels, -(-materials // ranks)
     voxels, flops = step * config.steps, probe_flops(network, per_A3).per_voxel(atoms, config.voxels)
     memory = probe_memory(network, per_A3, share * atoms, share * config.voxels)
-    return {"parameters": _n_probe(network), "atoms of a material": atoms, "neighbours of a voxel": sphere_atoms(network.cutoff, per_A3),
-            "voxels a step": step, "FLOPs per voxel": flops, "FLOPs": flops * voxels, "voxels": voxels, "materials": data.materials,
+    return {"parameters": _n_probe(network), "atoms of a material": atoms,
+            "neighbours of a voxel": sphere_atoms(network.cutoff, per_A3), "voxels a step": step, "FLOPs per voxel": flops, "FLOPs": flops * voxels, "voxels": voxels, "materials": data.materials,
             "epochs": config.steps * materials / data.materials, "prepared voxels": data.voxels,
             "prepared voxels, GB": data.voxels * VOXEL_BYTES / 1e9, "device": str(device), "devices": ranks,
             **{f"memory, {part}, GB": n / 1e9 for part, n in memory.items()},

@@ -77,8 +77,8 @@ class Selection:
         "The ids of the materials; raises `TomatError` where there are too few."
         ids = list(source.split(self.part(source)))
         if not 0 <= self.first <= len(ids) or not ids:
-            raise TomatError(f"{source} has {len(ids)} materials in its part {self.part(source)!r} and {max(1, self.first)} are asked "
-                             "for: take another part, or fewer.")
+            raise TomatError(f"{source} has {len(ids)} materials in its part {self.part(source)!r} and {max(1, self.first)} are "
+                             "asked for: take another part, or fewer.")
         return ids[:self.first or None]
 
 # %% ../../nbs/06_train/11_start.ipynb #07c69fa7
@@ -179,7 +179,8 @@ def start_run(data: str | Path | Source,  # as `data_kind` takes it, or a source
         from tomat.train import probe
         check_selection(selection, str(data), "prepared voxels with atoms of their own")
         return probe.train_voxels(str(data), out, config, run_config, val)
-    return _train_densities(data if not isinstance(data, str | Path) else open_source(data), out, config, run_config, val, selection)
+    source = open_source(data) if isinstance(data, str | Path) else data
+    return _train_densities(source, out, config, run_config, val, selection)
 
 # %% ../../nbs/06_train/11_start.ipynb #174214fa
 _SOME = 8  # number of crystals that a dry run looks at
