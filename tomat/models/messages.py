@@ -36,8 +36,8 @@ class ProbeConfig:
 PROBE_SIZES = {
     "S": ProbeConfig(),
     "M": ProbeConfig(64, 2, (32, 16, 16), (48, 24, 24), 96, 2),
-    "L": ProbeConfig(128, 3, (64, 32, 32), (96, 48, 48), 256, 3, cutoff=5.0),
-    "XL": ProbeConfig(256, 3, (128, 64, 64), (192, 96, 96), 512, 4, cutoff=5.0, dropout=0.05)}
+    "L": ProbeConfig(128, 3, (64, 32, 32), (96, 48, 48), 256, 3),
+    "XL": ProbeConfig(224, 3, (112, 56, 56), (176, 88, 88), 480, 4, dropout=0.05)}
 
 OLD_FIELDS = {"rounds": "n_layers", "trunk": "readout_width", "blocks": "readout_blocks",  # reads old files: ProbeConfig's fields
               "reach": "cutoff", "atom_reach": "atom_cutoff"}
