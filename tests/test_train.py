@@ -28,7 +28,7 @@ import tomat.train.log
 from tomat.train import loop
 from tomat.tokens.codecs import PUBLISHED_DENSITY
 from tomat.tokens.levels import fit_levels
-from tomat.train.cost import Placement, dry_run, largest_micro_batch, memory_estimate
+from tomat.train.cost import Placement, Rate, dry_run, largest_micro_batch, memory_estimate, plan_full, read_rates
 from tomat.dataset.held_out import validation_rows, micro_batches, train_and_val
 from tomat.io.remote import TomatError
 from tomat.train.probe import ProbeTrainConfig, train_probe
@@ -585,6 +585,20 @@ def test_one_line_on_the_terminal_lives(rows, tmp_path, monkeypatch, capsys):
     train(rows, tmp_path / "run", replace(CONFIG, steps=8), RUN_CONFIG)
     said = capsys.readouterr().err
     assert all(word in said for word in ("train", "8/8", "loss ", "held-out ", "tokens/s"))
+
+
+def test_a_plan_follows_from_measured_rates(tmp_path):
+    "As results/probe/bench_train.py writes them, a file for each device."
+    for name, device, rate in (("", "one thread of a CPU", 8e3), ("_gpu", "NVIDIA H100 80GB HBM3", 4e6)):
+        line = {"size": "S", "training": {"voxels_per_s": rate}}
+        (tmp_path / f"bench_train{name}.json").write_text(json.dumps({"device": device, "sizes": [line]}))
+    rates = read_rates(tmp_path)
+    assert set(rates) == {("one thread of a CPU", "S"), ("NVIDIA H100 80GB HBM3", "S")}
+    rate = rates["NVIDIA H100 80GB HBM3", "S"]
+    assert rate == Rate(4e6, True, "measured on NVIDIA H100 80GB HBM3")
+    plan = plan_full(77_498, 20_000, 10, rate, "H100:2")
+    assert (plan.bytes, plan.hours) == (77_498 * 20_000 * 12, 77_498 * 20_000 * 10 / 8e6 / 3600)
+    assert plan.dollars == pytest.approx(2 * plan.hours * 3.9492)
 
 
 def test_a_device_is_picked(monkeypatch):
