@@ -40,6 +40,9 @@ SHAPES: dict[str, ProbeConfig] = {
     "M, readout 64": replace(M, readout_width=64),
     "M, atoms as in S": replace(M, width=32, atom_channels=S.atom_channels),
     "M, three layers": replace(M, n_layers=3),
+    "voxels 64/32/32, readout 128": replace(S, voxel_channels=(64, 32, 32), readout_width=128),
+    "width 48, voxels 64/32/32, readout 128": replace(S, width=48, voxel_channels=(64, 32, 32), readout_width=128),
+    "voxels 96/48/48, readout 128, three blocks": replace(S, voxel_channels=(96, 48, 48), readout_width=128, readout_blocks=3),
 }
 
 

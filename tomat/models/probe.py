@@ -9,7 +9,7 @@ __all__ = ['BLOCK', 'GPU_BLOCKS', 'AtomGraph', 'atom_graph', 'ProbeNet', 'level_
 # %% ../../nbs/05_models/08_probe.ipynb #06b64eef
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,11 @@ from ..io.remote import TomatError
 from ..io.files import atomic_write, local_copy, read_json, write_json
 from ..io.progress import T, track
 from ..atoms.neighbours import ImageBatch, Neighbours, find_neighbours, periodic_images, stack_images
-from ..atoms.sad import FreeAtom, FreeAtoms, load_atoms, packaged_atoms, save_atoms
+from ..atoms.sad import FreeAtom, FreeAtoms, packaged_atoms, save_atoms
 from ..tokens.levels import LevelCodec, codec_from_dict
 from .geometry import DENSITY, N_DESCRIPTOR, N_RADIAL, POTENTIAL, aggregate, descriptor, radial_basis
 from .messages import OLD_FIELDS, OLD_LAYERS, Dropout, Message, ProbeConfig, mlp, squash
-from .weights import one_line, read_metadata, save_weights
+from .weights import one_line, read_metadata, read_model_atoms, save_weights
 
 # %% ../../nbs/05_models/08_probe.ipynb #ee2324b9
 @dataclass(frozen=True)
@@ -299,10 +299,9 @@ def load_probe(path: str | Path,  # folder or URL of a checkpoint that `save_pro
             raise TomatError(f"{path}/tomat.json names the decoder {metadata.get('decoder')!r}, not 'probe': "
                              "give a checkpoint of `train_probe`.")
         settings = read_json(folder / "config.json")
-        atoms = load_atoms(folder / "atoms.json") if (folder / "atoms.json").exists() else packaged_atoms()  # reads old files
         try:
             config = ProbeConfig(**{OLD_FIELDS.get(name, name): x for name, x in settings.items() if name != "model_type"})
-            model = ProbeNet(config, replace(atoms, name=f"the atoms of {path}"))
+            model = ProbeNet(config, read_model_atoms(folder, path))
             model.load_state_dict(load_file(folder / "model.safetensors"))
         except (TypeError, ValueError, RuntimeError, SafetensorError) as err:
             raise TomatError(f"{path} cannot be read with this version of tomat, copy or train it again: {one_line(err)}.") from err
