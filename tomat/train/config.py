@@ -244,7 +244,9 @@ def _parameter(name: str,         # name of the option
     "The command-line parameter of an option."
     import typer
     (kind, one), *others = found.items()
-    flag, type_ = f"--{name.replace('_', '-')}", one.type
+    flag = f"--{name.replace('_', '-')}"
+    type_: Any = one.type
+    shown: Any
     names = [flag] if type_ is bool else [f"{flag}/--no-{flag[2:]}"] if isinstance(one.default, bool | None) else []
     if not several:
         shown = Annotated[type_, typer.Option(*names, help=one.metadata.get("help"))]
@@ -262,8 +264,9 @@ def _options_of(kinds: tuple[type, ...]) -> list[Parameter]:
         found.setdefault(one.name, {})[kind] = one
     parameters = {name: _parameter(name, ones, len(kinds) > 1) for name, ones in found.items()}
     for _, one in options:
+        type_: Any = one.type
         for old in one.metadata.get("was", ()):
-            hidden = Annotated[one.type | None, typer.Option(hidden=True)]
+            hidden = Annotated[type_ | None, typer.Option(hidden=True)]
             parameters[old] = Parameter(old, Parameter.KEYWORD_ONLY, default=None, annotation=hidden)
     return list(parameters.values())
 

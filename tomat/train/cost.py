@@ -277,7 +277,7 @@ class Rate(NamedTuple):
 def read_rates(folder: str | Path,  # with bench_train*.json of results/probe/bench_train.py
                ) -> dict[tuple[str, str], Rate]:  # (name of the device, size of the network) → rate
     "Measured speeds; none where no file is there."
-    rates = {}
+    rates: dict[tuple[str, str], Rate] = {}
     for path in sorted(Path(folder).glob("bench_train*.json")):
         found = read_json(path)
         rates |= {(found["device"], line["size"]): Rate(line["training"]["voxels_per_s"], True, f"measured on {found['device']}")

@@ -63,7 +63,7 @@ def pick_device(name: str = "",  # "cpu", "cuda", "cuda:1", or "" for the best t
         raise TomatError(f"device is {name!r} and torchrun has started several processes, each with a GPU of its own: set cuda.")
     if kind == "cpu" or not there:
         return torch.device("cpu")
-    index = int(number or os.environ.get("LOCAL_RANK", 0))
+    index = int(number or os.environ.get("LOCAL_RANK", "0"))
     if index >= there:
         fix = "set a smaller number" if number else "let torchrun start fewer processes"
         raise TomatError(f"device {index} is asked for and there are {there} GPUs, numbered from 0: {fix}.")
