@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KNOTS', 'TABLE_R', 'BASIS', 'N_BASIS', 'ELECTRONS', 'OVERLAP', 'ROUGHNESS', 'PRIOR_WEIGHT', 'SMOOTHING',
            'SHELL_WEIGHT', 'SHELL_SMOOTHING', 'SHELL_FLOOR', 'ANALYTIC_PRIOR', 'columns_of', 'FitSums', 'add_up',
-           'sums_of', 'ElectronCounts', 'count_electrons', 'solve', 'fit_atoms', 'choose_atoms']
+           'sums_of', 'ElectronCounts', 'count_electrons', 'solve', 'fit_atoms', 'disagreement', 'choose_atoms']
 
 # %% ../../nbs/02_atoms/04_fit_atoms.ipynb #6cb22cde
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -274,13 +274,15 @@ def fit_atoms(ids: Sequence[T],              # ids of materials
     sums = add_up([*parts, add_up(track(in_order(one, ids, workers), "fit atoms", len(ids), "materials"))])
     return solve(sums, prior), sums
 
-# %% ../../nbs/02_atoms/04_fit_atoms.ipynb #9291eeda
+# %% ../../nbs/02_atoms/04_fit_atoms.ipynb #a8a63f99
 def _usable(density: Density) -> bool:
     "Whether a density has a sum of atoms."
     return bool(density.structure.is_ordered) and density.n_electrons > 0
 
-def _disagreement(id: str, read: Callable[[str], Density]) -> str:
-    "The disagreement of a material's electrons with the packaged atoms, \"\" where they agree."
+def disagreement(id: str,  # id of a material
+                 read: Callable[[str], Density],  # id → density
+                 ) -> str:
+    "The disagreement of a material's electrons with the packaged atoms; empty where they agree."
     density, atoms = read(id), packaged_atoms()
     if not _usable(density):
         return ""
@@ -290,6 +292,7 @@ def _disagreement(id: str, read: Callable[[str], Density]) -> str:
     off = abs(electrons - density.n_electrons) > 1e-3 * electrons
     return f"{id} holds {density.n_electrons:.2f} electrons and they {electrons:.2f}" if off else ""
 
+# %% ../../nbs/02_atoms/04_fit_atoms.ipynb #9291eeda
 def _sum_if_usable(id: str, read: Callable[[str], Density]) -> FitSums:
     "The sums of one material; empty sums where it has no sum of atoms."
     density = read(id)
@@ -311,7 +314,7 @@ def choose_atoms(source: Source,      # densities to train on
         raise TomatError(f"{source} has no material to choose atoms for: choose another part of it.")
     reason = ""
     if not fit:
-        look = in_order(partial(_disagreement, read=source.read), ids, workers)
+        look = in_order(partial(disagreement, read=source.read), ids, workers)
         reason = next((why for why in track(look, "compare electrons", len(ids), "materials") if why), "")
         if not reason:
             return packaged_atoms(), f"The packaged atoms are used: they have the electrons of all {len(ids)} materials."
