@@ -22,7 +22,8 @@ from tomat.train.config import ProbeTrainConfig, RunConfig
 from tomat.train.log import read_log
 from tomat.train.probe import train_voxels
 
-TINY = {"width": 8, "n_layers": 1, "atom_channels": (4, 2, 2), "voxel_channels": (4, 2, 2), "readout_width": 16, "readout_blocks": 1}
+TINY = {"width": 8, "n_layers": 1, "atom_channels": (4, 2, 2), "voxel_channels": (4, 2, 2), "readout_width": 16,
+        "readout_blocks": 1}
 CONFIG = ProbeTrainConfig(ProbeConfig(**TINY), steps=40, materials=4, voxels=20, kept=300, warmup=4, average=0.5, levels=16,
                           eval_every=10)
 PROGRAM = """
@@ -127,7 +128,7 @@ def test_what_does_not_fit_is_refused(data, tmp_path):
         train_voxels(data[0], tmp_path / "a", CONFIG, val=data[0])
     with pytest.raises(TomatError, match="PyTorch finds no GPU"):
         train_voxels(data[0], tmp_path / "b", CONFIG, RunConfig(device="cuda"))
-    with pytest.raises(TomatError, match="holds no meta.json"):
+    with pytest.raises(TomatError, match=r"holds no meta\.json"):
         train_voxels(tmp_path, tmp_path / "c", CONFIG)
     assert not list(tmp_path.iterdir())
 

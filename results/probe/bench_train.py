@@ -168,7 +168,8 @@ def agreement(data: VoxelSet, size: str, steps: int = 50) -> float:
 
 
 def measured(data: VoxelSet, size: str, repeats: int) -> dict[str, Any]:
-    config = ProbeTrainConfig(size=size, steps=10**6, materials=64, voxels=2048) if CUDA else ProbeTrainConfig(size=size, steps=10**6)
+    config = ProbeTrainConfig(size=size, steps=10**6)
+    config = replace(config, materials=64, voxels=2048) if CUDA else config
     found = {"size": size, "parameters": sum(p.numel() for p in ProbeNet(PROBE_SIZES[size]).parameters()),
              "training": training(data, size, config, repeats, 20 if CUDA else 5),
              "prediction": prediction(data, size, repeats, 128 if CUDA else 48)}

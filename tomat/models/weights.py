@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..atoms.sad import FreeAtoms, load_atoms, packaged_atoms, save_atoms
+from ..atoms.sad import FreeAtoms, load_atoms, own_digest, packaged_atoms
 from ..io.remote import TomatError
 from ..io.files import md5_of, read_json, write_json
 
@@ -68,4 +68,5 @@ def read_model_atoms(folder: Path,      # folder of the checkpoint, local
     "The atoms of a checkpoint; the packaged ones where it has none."
     if not (folder / "atoms.json").is_file():
         return packaged_atoms()  # reads old files
-    return replace(load_atoms(folder / "atoms.json"), name=f"the atoms of {path}")
+    found = load_atoms(folder / "atoms.json")
+    return packaged_atoms() if own_digest(found) is None else replace(found, name=f"the atoms of {path}")

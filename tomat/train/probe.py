@@ -108,8 +108,8 @@ class ProbeTask:
     data: VoxelSet              # training materials
     held_out: VoxelSet | None   # materials to score and to calibrate on
     out: Path                   # folder of the run, whose log holds the times
-    run_config: RunConfig = RunConfig()
-    context: DistributedContext = DistributedContext(torch.device("cpu"))
+    run_config: RunConfig
+    context: DistributedContext
     validation: dict[str, float] | None = None  # scores of the weights as they are; None: not computed yet
     counts: tuple[str, ...] = ("tokens",)       # number of voxels
     position_: int = field(default=-1, init=False)  # number of the step that comes next from `drawn`
@@ -216,7 +216,8 @@ def _metadata(config: ProbeTrainConfig,
               ) -> dict[str, Any]:
     "Configuration, network and data of a run, ready for JSON."
     network = json.loads(json.dumps(asdict(network_of(config))))
-    return {"config": {**config.written(), "model": "probe"}, "network": network, "data": data | ({"atoms": atoms} if atoms else {})}
+    config_ = {**config.written(), "model": "probe"}
+    return {"config": config_, "network": network, "data": data | ({"atoms": atoms} if atoms else {})}
 
 def _upgraded(metadata: dict[str, Any],  # reads old files: a run's config.json
               ) -> dict[str, Any]:
@@ -235,7 +236,8 @@ def _check(config: ProbeTrainConfig, run_config: RunConfig, context: Distributed
 def _check_data(data: VoxelSet, held_out: VoxelSet | None, context: DistributedContext) -> None:
     "Raise `TomatError` for data sets that do not fit the run or each other."
     if len(data) < context.ranks:
-        raise TomatError(f"{data.path} holds {len(data)} materials and each of {context.ranks} devices needs one: use fewer devices.")
+        raise TomatError(f"{data.path} holds {len(data)} materials and each of {context.ranks} devices needs one: use fewer "
+                         "devices.")
     if held_out and held_out.meta["atoms"] != data.meta["atoms"]:
         raise TomatError(f"{held_out.path} was prepared with other atoms than {data.path}: prepare it again with the atoms.json "
                          "of the training data.")
