@@ -928,14 +928,17 @@ def test_atoms_are_fitted_where_the_packaged_ones_are_wrong(tomat, tmp_path, mad
 
 def test_two_processes_train_the_network_of_one(tmp_path, made):
     "Of densities: the first process chooses the atoms and draws the voxels, and says so once."
-    losses = []
+    store, losses = RawStore(made / "store"), []
+    write_store([replace(store.read(id), values=store.read(id).values * np.float32(0.5)) for id in ("salt", "metal")], {},
+                tmp_path / "half")  # with half the electrons, so that atoms are fitted
     for n in (1, 2):
         line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", n, "-m", "tomat.cli", "train",
-                made / "store", "--out", tmp_path / str(n), *PROBE, "--device", "cpu"]
+                tmp_path / "half", "--out", tmp_path / str(n), *PROBE, "--device", "cpu"]
         env = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(list(map(str, line)), env=env, text=True, capture_output=True, timeout=300)
-        assert done.returncode == 0 and done.stdout == f"{tmp_path}/{n}/model\n", done.stderr
-        assert done.stderr.count("The packaged atoms are used") == 1
+        for said in (1, 0):  # trained, then found finished by all processes
+            done = subprocess.run(list(map(str, line)), env=env, text=True, capture_output=True, timeout=300)
+            assert done.returncode == 0 and done.stdout == f"{tmp_path}/{n}/model\n", done.stderr
+            assert done.stderr.count("were fitted to 2 materials") == said, done.stderr
         losses.append([json.loads(line)["loss"] for line in (tmp_path / str(n) / "log.jsonl").read_text().splitlines()])
     np.testing.assert_allclose(*losses, rtol=1e-5)
 

@@ -23,8 +23,10 @@ from tomat.run.jobs import main as run_lines
 from tomat.run.launch import (PrepareLaunch, SweepLaunch, SyncLaunch, TokenizeLaunch, TrainLaunch, VerifyLaunch, modal_needs,
                               modal_options, shared_env, submit)
 from tomat.dataset.meta import VOXELS, read_meta
-from tomat.dataset.prepare import VoxelSet
+from tomat.dataset.prepare import VoxelSet, prepare
 from tomat.dataset.verify import verify as tomat_verify
+from tomat.dataset.voxels import PrepareConfig
+from tomat.density.source import open_source
 
 pytest.importorskip("modal")
 pytestmark = pytest.mark.filterwarnings("ignore:The .* function is executing locally:UserWarning")
@@ -173,11 +175,13 @@ def test_parts_of_voxels_are_those_of_one_worker(place, voxels):
     assert [len(stage) for stage in alone.stages()] == [1]  # the atoms are there
     submit(alone.stages(), here=str(place / "one"))
     assert tomat_verify(voxels) == []
-    one, many = VoxelSet(place / "one/voxels/tiny"), VoxelSet(voxels)
-    assert one.ids == many.ids and len(one) == 5
-    for i in range(5):
-        for a, b in zip(one.columns(i), many.columns(i), strict=True):
-            np.testing.assert_array_equal(a, b)
+    prepare(open_source(SAMPLE), place / "direct", PrepareConfig(60, 0, "tiny"), open_source(SAMPLE).ids[:5])
+    direct, *others = VoxelSet(place / "direct"), VoxelSet(place / "one/voxels/tiny"), VoxelSet(voxels)
+    for other in others:
+        assert direct.ids == other.ids and len(other) == 5
+        for i in range(5):
+            for a, b in zip(direct.columns(i), other.columns(i), strict=True):
+                np.testing.assert_array_equal(a, b)
 
 
 def test_a_probe_network_is_trained_and_goes_on(place, voxels, monkeypatch):
