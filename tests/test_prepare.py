@@ -492,9 +492,9 @@ def data():
     "Memory of this process that the limit counts, bytes."
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmData")).split()[1]) * 1024
 
-limit = min(2 << 30, data() + (64 << 20))  # all voxels are 104 MB
-resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 what, out = sys.argv[1:]
+limit = 2 << 30 if what == "train" else min(2 << 30, data() + (64 << 20))  # all voxels are 104 MB
+resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 if what == "prepare":
     prepare(Made(), out, PrepareConfig())
 elif what == "read":
@@ -504,6 +504,12 @@ elif what == "read":
         batch = [found.columns(i)[2][rng.integers(1728, size=100)] for i in batch_materials(step, found.strata, 24, 0)]
         assert len(batch) == 24 and all(0 <= rho.min() <= rho.max() < 1 for rho in batch)
     print(len(found), int(found.n_voxels.sum()))
+elif what == "train":
+    from tomat.train.config import ProbeTrainConfig
+    from tomat.train.log import read_log
+    from tomat.train.probe import train_voxels
+    train_voxels(out, out + "-run", ProbeTrainConfig(steps=30))
+    print([line["tokens"] for line in read_log(out + "-run")][-1])
 else:
     found = VoxelSet(out)
     kept = [column.copy() for i in range(len(found)) for column in found.columns(i)]
@@ -512,7 +518,8 @@ else:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_five_thousand_materials_on_little_memory(tmp_path):
-    """64 MB beside the libraries, of at most 2 GB: killed and resumed they give the same bytes, and batches are read from them."""
+    """64 MB beside the libraries, of at most 2 GB: killed and resumed they give the same bytes, and batches are read from them.
+    A network trains on them with 2 GB in all."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "ARROW_DEFAULT_MEMORY_POOL": "system"}
     run = partial(subprocess.Popen, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -535,4 +542,6 @@ def test_five_thousand_materials_on_little_memory(tmp_path):
     assert contents(tmp_path / "killed") == contents(tmp_path / "straight")
     said = run(line("read", "straight")).communicate()
     assert said[0].split() == ["5000", str(5000 * 12**3)], said
+    said = run(line("train", "straight")).communicate()
+    assert said[0].split() == [str(30 * 24 * 100)], said
     assert "MemoryError" in run(line("copy all", "straight")).communicate()[1], "the limit limits nothing"

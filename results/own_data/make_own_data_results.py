@@ -27,7 +27,7 @@ from tomat.density.store import RawStore
 from tomat.io.files import write_json
 from tomat.io.progress import track
 from tomat.run.launch import sentences
-from tomat.study.site import write_table
+from tomat.study.site import read_table, write_table
 
 RESULTS = Path(__file__).resolve().parent
 TOMAT = Path(sys.executable).with_name("tomat")
@@ -43,11 +43,10 @@ def tomat(*line: Any) -> str:
     return done.stdout
 
 
-def scores(printed: str) -> dict[str, float]:
-    "Mean and median NMAE of the probe network and of SAD, from what `tomat evaluate --json` printed."
-    found = json.loads(printed)
-    return {"mean": found["probe"]["nmae"]["mean"], "median": found["probe"]["nmae"]["median"],
-            "sad_mean": found["SAD"]["nmae"]["mean"], "sad_median": found["SAD"]["nmae"]["median"]}
+def scores(folder: Path) -> dict[str, dict[str, float]]:
+    "NMAE of the probe network and of SAD, by material."
+    rows = read_table(folder / "scores.csv")
+    return {entry: {row["id"]: float(row["nmae"]) for row in rows if row["entry"] == entry} for entry in ("probe", "SAD")}
 
 
 def write_chgcars(store: RawStore, folder: Path, most: int | None) -> None:
@@ -68,12 +67,17 @@ def chgcars(store: RawStore, work: Path, steps: int, most: int | None) -> None:
     for name, atoms in (("fitted", work / "atoms.json"), ("packaged", "packaged")):
         run = work / f"run-{name}"
         tomat("train", densities, "--out", run, "--atoms", atoms, "--steps", steps)
-        found[name] = scores(tomat("evaluate", densities, "--checkpoint", f"probe={run}/model", "--out", work / f"scores-{name}",
-                                   "--pictures", 0, "--json"))
+        tomat("evaluate", densities, "--checkpoint", f"probe={run}/model", "--out", work / f"scores-{name}", "--pictures", 0)
+    by_name = {name: scores(work / f"scores-{name}") for name in ("fitted", "packaged")}
+    both = sorted(by_name["fitted"]["probe"].keys() & by_name["packaged"]["probe"].keys())
+    for name, entries in by_name.items():
+        found[name] = {f"{entry}_{kind}": float(middle([errors[id] for id in both])) for entry, errors in entries.items()
+                       for kind, middle in (("mean", np.mean), ("median", np.median))}
+    found["scored"] = len(both)  # those whose elements are all in the training part, so that all have a fitted atom
     right = packaged_atoms()
     fitted = load_atoms(work / "atoms.json")
     wrong = sorted(s for s, atom in fitted.atoms.items() if abs(atom.n_valence - right[s].n_valence) > 1e-3)
-    found |= {"ratio": found["fitted"]["mean"] / found["packaged"]["mean"], "elements": len(fitted.atoms),
+    found |= {"ratio": found["fitted"]["probe_mean"] / found["packaged"]["probe_mean"], "elements": len(fitted.atoms),
               "elements_with_other_valence": wrong}
     validation = RawStore(densities).split("validation")[0]
     structure = read_density(work / "calculations" / validation / "CHGCAR").structure
