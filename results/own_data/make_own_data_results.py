@@ -79,7 +79,7 @@ def chgcars(store: RawStore, work: Path, steps: int, most: int | None) -> None:
     wrong = sorted(s for s, atom in fitted.atoms.items() if abs(atom.n_valence - right[s].n_valence) > 1e-3)
     found |= {"ratio": found["fitted"]["probe_mean"] / found["packaged"]["probe_mean"], "elements": len(fitted.atoms),
               "elements_with_other_valence": wrong}
-    validation = RawStore(densities).split("validation")[0]
+    validation = both[0]
     structure = read_density(work / "calculations" / validation / "CHGCAR").structure
     structure.to(str(work / "POSCAR"), fmt="poscar")
     tomat("predict", work / "POSCAR", "--checkpoint", work / "run-fitted" / "model", "--out", work / "CHGCAR")

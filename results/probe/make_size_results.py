@@ -30,19 +30,19 @@ from tomat.train.probe import train_voxels
 
 RESULTS = Path(__file__).resolve().parent
 S, M = PROBE_SIZES["S"], PROBE_SIZES["M"]
+WIDE = ProbeConfig(64, 2, (32, 16, 16), (48, 24, 24), 96, 2)
 SHAPES: dict[str, ProbeConfig] = {
     "S": S,
     "S, cutoff 5 Å": replace(S, cutoff=5.0),
     "S, one layer": replace(S, n_layers=1),
     "S, l = 0 and 1": replace(S, atom_channels=(16, 8, 0), voxel_channels=(32, 16, 0)),
+    "atoms 64, voxels 48, readout 96": WIDE,
+    "atoms 64, voxels 48, readout 96, cutoff 5 Å": replace(WIDE, cutoff=5.0),
+    "atoms 64, voxels 48, readout 64": replace(WIDE, readout_width=64),
+    "atoms 32, voxels 48, readout 96": replace(WIDE, width=32, atom_channels=S.atom_channels),
+    "atoms 32, voxels 64, readout 128": replace(M, width=32),
     "M": M,
-    "M, cutoff 5 Å": replace(M, cutoff=5.0),
-    "M, readout 64": replace(M, readout_width=64),
-    "M, atoms as in S": replace(M, width=32, atom_channels=S.atom_channels),
-    "M, three layers": replace(M, n_layers=3),
-    "voxels 64/32/32, readout 128": replace(S, voxel_channels=(64, 32, 32), readout_width=128),
-    "width 48, voxels 64/32/32, readout 128": replace(S, width=48, voxel_channels=(64, 32, 32), readout_width=128),
-    "voxels 96/48/48, readout 128, three blocks": replace(S, voxel_channels=(96, 48, 48), readout_width=128, readout_blocks=3),
+    "atoms 32, voxels 96, readout 128, three blocks": replace(M, width=32, voxel_channels=(96, 48, 48), readout_blocks=3),
 }
 
 

@@ -35,7 +35,7 @@ class ProbeConfig:
 
 PROBE_SIZES = {
     "S": ProbeConfig(),
-    "M": ProbeConfig(64, 2, (32, 16, 16), (48, 24, 24), 96, 2),
+    "M": ProbeConfig(48, 2, (16, 8, 8), (64, 32, 32), 128, 2),
     "L": ProbeConfig(128, 3, (64, 32, 32), (96, 48, 48), 256, 3),
     "XL": ProbeConfig(224, 3, (112, 56, 56), (176, 88, 88), 480, 4, dropout=0.05)}
 
