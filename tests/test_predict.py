@@ -639,7 +639,7 @@ def test_what_is_named_one_by_one_is_not_passed_over(tmp_path):
 @pytest.mark.parametrize("decoder", ["probe", "causal"])
 def test_the_option_device_reaches_the_network(decoder, command, tmp_path, monkeypatch):
     """Both decoders compute where the option says: here on PyTorch's device without memory, which has no numbers to give back."""
-    asked: list[str] = []
+    asked = []
     monkeypatch.setattr(tomat.prediction.predictors, "pick_device", lambda name: asked.append(name) or torch.device("meta"))
     density = a_density(0, shape=(6, 6, 6))
     write_store([density], {"validation": [density.id]}, tmp_path / "store")

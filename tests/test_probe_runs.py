@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,8 +23,8 @@ from tomat.train.config import ProbeTrainConfig, RunConfig
 from tomat.train.log import read_log
 from tomat.train.probe import train_voxels
 
-TINY = {"width": 8, "n_layers": 1, "atom_channels": (4, 2, 2), "voxel_channels": (4, 2, 2), "readout_width": 16,
-        "readout_blocks": 1}
+TINY: dict[str, Any] = {"width": 8, "n_layers": 1, "atom_channels": (4, 2, 2), "voxel_channels": (4, 2, 2), "readout_width": 16,
+                        "readout_blocks": 1}
 CONFIG = ProbeTrainConfig(ProbeConfig(**TINY), steps=40, materials=4, voxels=20, kept=300, warmup=4, average=0.5, levels=16,
                           eval_every=10)
 PROGRAM = """
@@ -105,7 +106,7 @@ def test_a_killed_run_goes_on_bit_for_bit(data, whole, tmp_path, workers):
 
 def test_a_batch_never_holds_a_material_twice(data, tmp_path, monkeypatch):
     """Nine materials in steps of four: passes do not end with a step."""
-    seen: list[list[str]] = []
+    seen = []
     from tomat.train.probe import ProbeTask
     gradient = ProbeTask.gradient
 

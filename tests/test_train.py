@@ -588,10 +588,10 @@ def test_one_line_on_the_terminal_lives(rows, tmp_path, monkeypatch, capsys):
 
 
 def test_a_plan_follows_from_measured_rates(tmp_path):
-    "As results/probe/bench_train.py writes them, a file for each device."
+    "As results/probe/bench_probe.py writes them, a file for each device."
     for name, device, rate in (("", "one thread of a CPU", 8e3), ("_gpu", "NVIDIA H100 80GB HBM3", 4e6)):
         line = {"size": "S", "training": {"voxels_per_s": rate}}
-        (tmp_path / f"bench_train{name}.json").write_text(json.dumps({"device": device, "sizes": [line]}))
+        (tmp_path / f"bench_probe{name}.json").write_text(json.dumps({"device": device, "sizes": [line]}))
     rates = read_rates(tmp_path)
     assert set(rates) == {("one thread of a CPU", "S"), ("NVIDIA H100 80GB HBM3", "S")}
     rate = rates["NVIDIA H100 80GB HBM3", "S"]

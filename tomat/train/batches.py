@@ -150,5 +150,5 @@ def read_ahead(draws: Draws,
                workers: int,  # number of processes that draw ahead; 0: this process draws
                ) -> DataLoader[DrawnVoxels]:
     "The draws of the steps, in order."
-    return DataLoader(draws, batch_size=None, sampler=range(first, last), num_workers=workers, collate_fn=_same,
-                      prefetch_factor=4 if workers else None)
+    return DataLoader(draws, batch_size=None, sampler=range(first, last), num_workers=workers,
+                      collate_fn=_same, prefetch_factor=4 if workers else None)  # type: ignore[arg-type]

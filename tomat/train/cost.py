@@ -274,11 +274,11 @@ class Rate(NamedTuple):
     measured: bool  # False: an estimate
     source: str     # where the number comes from
 
-def read_rates(folder: str | Path,  # with bench_train*.json of results/probe/bench_train.py
+def read_rates(folder: str | Path,  # with bench_probe*.json of results/probe/bench_probe.py
                ) -> dict[tuple[str, str], Rate]:  # (name of the device, size of the network) → rate
     "Measured speeds; none where no file is there."
     rates: dict[tuple[str, str], Rate] = {}
-    for path in sorted(Path(folder).glob("bench_train*.json")):
+    for path in sorted(Path(folder).glob("bench_probe*.json")):
         found = read_json(path)
         rates |= {(found["device"], line["size"]): Rate(line["training"]["voxels_per_s"], True, f"measured on {found['device']}")
                   for line in found["sizes"]}

@@ -254,15 +254,16 @@ def train_voxels(data: str | Path,               # a folder that `prepare` wrote
     "Train a probe network on prepared voxels, or resume; returns the folder of its checkpoint."
     with distributed_context(run_config.device) as context:
         _check(config, run_config, context)
-        sets = [VoxelSet(path) if path else None for path in (data, val)]
-        assert sets[0] is not None
-        config = replace(config, kept=sets[0].meta["kept"])
-        named = {"label": sets[0].meta["label"] or Path(data).name, "plan": sets[0].meta["plan"], "materials": len(sets[0]),
-                 "held_out": sets[1].meta["plan"] if sets[1] else None}
+        voxels, held_out = VoxelSet(data), VoxelSet(val) if val else None
+        config = replace(config, kept=voxels.meta["kept"])
+        named = {"label": voxels.meta["label"] or Path(data).name, "plan": voxels.meta["plan"], "materials": len(voxels),
+                 "held_out": held_out.meta["plan"] if held_out else None}
+
         def make_task() -> ProbeTask:
-            _check_data(sets[0], sets[1], context)
-            return ProbeTask(config, sets[0], sets[1], Path(out), run_config, context)
-        return run_task(make_task, Path(out), _metadata(config, named, sets[0].meta["atoms"]), run_config, context)
+            _check_data(voxels, held_out, context)
+            return ProbeTask(config, voxels, held_out, Path(out), run_config, context)
+
+        return run_task(make_task, Path(out), _metadata(config, named, voxels.meta["atoms"]), run_config, context)
 
 # %% ../../nbs/06_train/10_probe.ipynb #6ba500b4
 def train_probe(source: Source,

@@ -1,6 +1,6 @@
 """Training and prediction of the probe network on this machine's device, beside named opponents in the same run.
 
-    python results/probe/bench_train.py VOXELS [--sizes S M] [--out results/probe/bench_train.json]
+    python results/probe/bench_probe.py VOXELS [--sizes S M] [--out results/probe/bench_probe.json]
 
 VOXELS is a folder of `tomat prepare`. On a CPU one thread works and the clock is the process's own, so that other programs do
 not count; where there is a CUDA device it is used, with large batches, compiled.  For every size:
@@ -188,7 +188,7 @@ def main() -> None:
     if not CUDA:
         torch.set_num_threads(1)
     data = VoxelSet(args.voxels)
-    result = {"device": torch.cuda.get_device_name() if CUDA else "one thread of a CPU", "torch": torch.__version__,
+    result: dict[str, Any] = {"device": torch.cuda.get_device_name() if CUDA else "one thread of a CPU", "torch": torch.__version__,
               "python": platform.python_version(), "materials": len(data), "sizes": []}
     for size in args.sizes:
         result["sizes"].append(measured(data, size, args.repeats))
