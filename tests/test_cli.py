@@ -211,7 +211,8 @@ def test_a_folder_becomes_a_store_with_a_split(tomat, tmp_path, made):
 def test_tokenize_a_store(tomat, tmp_path, made, layout, target):
     done = tomat("tokenize", made / "store", "--out", tmp_path / "rows", "--layout", layout, "--target", target,
                  "--label", "small", "--seed", 7, *ROWS)
-    assert done.code == 0 and done.err == ""
+    said = "tomat: The packaged atoms are used: they have the electrons of all 2 materials.\n"
+    assert done.code == 0 and done.err == (said if target == "difference" else "")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["rows"]
     meta = json.loads((tmp_path / "rows" / "meta.json").read_text())
     assert (meta["label"], meta["seed"], meta["rows"], list(meta["materials"])) == ("small", 7, 8, ["metal", "salt"])
@@ -403,7 +404,7 @@ convert {bad}/shared.zarr {tmp}/x.cube | Fe shared
 convert {bad}/shared.zarr {tmp}/x.json | Fe shared
 predict {bad}/shared.zarr --checkpoint {run}/model --out {tmp}/x.cube | shared.zarr Fe
 predict {bad}/shared.cif --grid 4 4 4 --checkpoint {run}/model --out {tmp}/x.cube | shared.cif Fe
-tokenize {bad}/Tc.zarr --out {tmp}/rows --pad-to 0 --patch-size 3 --target difference | Tc
+tokenize {bad}/Tc.zarr --out {tmp}/rows --pad-to 0 --patch-size 3 --target difference --atoms packaged | Tc
 predict {bad}/Tc.cif --grid 4 4 4 --checkpoint {run}/model --out {tmp}/x.cube | Tc
 
 tokenize {salt} --out {tmp}/rows --patch-size 0 | patch 0
@@ -711,7 +712,7 @@ def test_what_a_row_cannot_hold_is_skipped_and_named(tomat, tmp_path, made):
     ids = ["long", "shared", "no-atom", "salt"]
     write_store([*others, good], {"train": ids}, tmp_path / "store")
     for target, skipped in (("total", ids[:2]), ("difference", ids[:3])):
-        done = tomat("tokenize", tmp_path / "store", "--out", tmp_path / target, "--target", target, *ROWS)
+        done = tomat("tokenize", tmp_path / "store", "--out", tmp_path / target, "--target", target, "--atoms", "packaged", *ROWS)
         assert done.code == 0, done.err
         meta = json.loads((tmp_path / target / "meta.json").read_text())
         assert sorted(meta["skipped"]) == sorted(skipped) and "1200" in meta["skipped"]["long"] and "salt" in meta["materials"]
@@ -730,7 +731,8 @@ def test_a_run_that_failed_can_be_started_again_with_better_options(tomat, tmp_p
 def test_a_file_that_cannot_grow_is_one_sentence(tomat, tmp_path, made, limit):
     """20 kB stop every writer; 5 MB let the model of a training run pass, and stop the state beside it."""
     place = tmp_path / "new"
-    lines = [["convert", NACL, place / "x.zarr"], ["convert", NACL, place / "CHGCAR"], ["tokenize", NACL, "--out", place / "rows"]]
+    lines = [["convert", NACL, place / "x.zarr"], ["convert", NACL, place / "CHGCAR"],
+             ["tokenize", NACL, "--atoms", "packaged", "--out", place / "rows"]]
     lines += [["train", made / "rows", "--out", place / "run", "--steps", 1, "--batch-size", 1]]
     for line in lines[3 * (limit > 100_000):]:
         with limited(resource.RLIMIT_FSIZE, limit):
@@ -769,7 +771,7 @@ def test_a_full_disk_is_one_sentence(tmp_path, made):
     if not shutil.which("unshare") or subprocess.run([*mount, "true"], cwd=tmp_path, capture_output=True).returncode:
         pytest.skip("this user may not mount a file system")
     names = ["x.zarr", "x.zarr.zip", "CHGCAR", "x.cube", "x.json.gz"]
-    lines = [["convert", str(NACL), f"disk/{name}"] for name in names] + [["tokenize", str(NACL), "--out", "disk/rows"]]
+    lines = [["convert", str(NACL), f"disk/{name}"] for name in names] + [["tokenize", str(NACL), "--atoms", "packaged", "--out", "disk/rows"]]
     run = subprocess.run([*mount, sys.executable, "-c", FULL_DISK, json.dumps(lines)], cwd=tmp_path, capture_output=True, text=True,
                          check=True)
     for (code, err, left), name in zip(json.loads(run.stdout), [*names, "rows"], strict=True):

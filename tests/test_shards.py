@@ -551,7 +551,8 @@ def test_killed_at_random_moments_the_result_is_the_same(tmp_path):
     densities = [a_density(seed, shape=(16, 16, 16)) for seed in range(12)]
     write_store(densities, {"train": [d.id for d in densities]}, tmp_path / "store")
     out, rng = tmp_path / "out" / "rows", np.random.default_rng(11)
-    line = ["tokenize", tmp_path / "store", "--out", out, "--patches-per-material", "600", "--patch-size", "10", "--workers", "2"]
+    line = ["tokenize", tmp_path / "store", "--out", out, "--patches-per-material", "600", "--patch-size", "10", "--workers", "2",
+            "--atoms", "packaged"]
     ends, groups = [], []
     for wanted in sorted(rng.integers(0, 11, 5).tolist()):  # kill when so many shards are there
         run = subprocess.Popen([TOMAT, *map(str, line)], env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL,

@@ -98,7 +98,7 @@ def _merged(path: str | Path,                  # folder of the data set
     first = next(iter(metas.values()))
     n = max(meta.get("worker", [0, 1])[1] for meta in metas.values())
     missing = [f"worker-{i:02}" for i in range(n) if f"worker-{i:02}" not in metas]
-    strangers = [folder for folder, meta in metas.items() if any(meta[key] != first[key] for key in ("plan", *form.recipe))
+    strangers = [folder for folder, meta in metas.items() if any(meta.get(key) != first.get(key) for key in ("plan", "atoms", *form.recipe))
                  or meta.get("worker") != [int(folder.removeprefix("worker-")), n]]
     if missing or strangers:
         wrong = f"lacks {missing[0]}" if missing else f"holds {strangers[0]} from another run"
@@ -150,8 +150,8 @@ def tokenizer_of(path: str | Path,      # folder of a data set, for errors
 def recipe_of(meta: dict[str, Any],  # content of a meta.json
               form: FolderForm,
               ) -> dict[str, Any]:
-    "The settings that decided the content, as they were hashed."
-    return {key: meta[key] for key in dict.fromkeys((*form.recipe, "atoms")) if key in meta}
+    "The settings that decided the content, as they were hashed; atoms only where a sum of them was taken."
+    return {key: meta[key] for key in (*form.recipe, *(["atoms"] if form is ROWS and "atoms" in meta and meta["prepared"] else []))}
 
 def row_atoms(folder: str | Path,    # folder of rows or of a part, local or remote
               meta: dict[str, Any],  # content of its meta.json

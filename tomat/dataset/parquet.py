@@ -96,8 +96,8 @@ class TokenizeConfig:
 
     def recipe(self, tokenizer: Tokenizer,
                ) -> dict[str, Any]:
-        "All settings that decide the rows, in the form that `meta.json` holds; atoms only if they are not the packaged ones."
-        digest = own_digest(self.atoms)
+        "All settings that decide the rows, in the form that `meta.json` holds; atoms only if rows depend on others than the packaged."
+        digest = own_digest(self.atoms) if self.prepare is with_sad else None
         return {"format": "tomat-rows-1", "label": self.label, "seed": self.seed, "prepared": preparation_name(self.prepare),
                 "patches_per_material": self.patches_per_material, "tokenizer": tokenizer.to_dict()} | (
                     {} if digest is None else {"atoms": digest})

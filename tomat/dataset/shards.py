@@ -57,6 +57,9 @@ class ShardKind(Protocol):
     def read_footer(self, path: str) -> dict[str, Any] | None:
         "The footer of a shard; None for a damaged file."
 
+    def notes(self) -> dict[str, Any]:
+        "Entries of `meta.json` that decide no content."
+
     def finish(self, folder: str) -> None:
         "Write the files beside the shards."
 
@@ -116,6 +119,10 @@ class RowShards:
 
     def read_footer(self, path: str) -> dict[str, Any] | None:
         return read_footer(path)
+
+    def notes(self) -> dict[str, Any]:
+        digest = own_digest(self.config.atoms)
+        return {} if digest is None else {"atoms": digest}
 
     def finish(self, folder: str) -> None:
         if self.config.atoms is not None and own_digest(self.config.atoms) is not None:
@@ -275,7 +282,7 @@ def _meta(job: _Job,
     united = {key: {id: value for shard in made for id, value in shard[key].items()} for key in ("materials", "skipped")}
     sums = {key: sum(shard[key] for shard in made) for key in form.sums}
     shards = {shard["name"]: {key: shard[key] for key in form.shard} for shard in made if shard[form.unit]}
-    return job.kind.recipe() | united | sums | {"shards": shards} | job.to_dict()
+    return job.kind.recipe() | job.kind.notes() | united | sums | {"shards": shards} | job.to_dict()
 
 def _make_all(source: Source,
               job: _Job,

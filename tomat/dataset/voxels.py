@@ -202,5 +202,8 @@ class VoxelShards:
     def read_footer(self, path: str) -> dict[str, Any] | None:
         return read_voxel_footer(path)
 
+    def notes(self) -> dict[str, Any]:
+        return {}
+
     def finish(self, folder: str) -> None:
         save_atoms(self.atoms, f"{folder}/atoms.json")
