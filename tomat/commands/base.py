@@ -103,13 +103,8 @@ def chosen_atoms(choice: str | None,  # option --atoms
                  ids: list[str],      # materials that the atoms are for
                  workers: int = 1,    # number of processes
                  ) -> "FreeAtoms":
-    "The atoms that an option names; those of a choice or a fit are described on standard error."
-    from tomat.atoms.fit_atoms import choose_atoms
-    from tomat.atoms.sad import load_atoms, packaged_atoms
-    if choice == "packaged":
-        return packaged_atoms()
-    if choice not in (None, "fit"):
-        return load_atoms(choice)
-    atoms, sentence = choose_atoms(source, ids, workers, choice == "fit")
+    "The atoms that an option names; a sentence about them is printed on standard error."
+    from tomat.train.start import decide_atoms
+    atoms, sentence = decide_atoms(source, ids, choice or "", workers)
     print(f"tomat: {sentence}", file=sys.stderr)
     return atoms
