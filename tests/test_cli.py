@@ -969,9 +969,12 @@ def test_a_probe_network_takes_its_options_from_variables(tomat, tmp_path, made,
 
 
 def test_a_dry_run_of_a_probe_network(tomat, tmp_path, made):
+    from tomat.models.messages import PROBE_SIZES
+    from tomat.models.probe import ProbeNet
+    parameters = str(sum(p.numel() for p in ProbeNet(PROBE_SIZES["M"]).parameters()))
     with nothing_changes(tmp_path, made):
         done = tomat("train", made / "store", "--dry-run", "--size", "M", "--out", tmp_path / "run")
-    assert done.code == 0 and all(word in done.out for word in ("459233", "FLOPs per voxel", "prepared voxels, GB", "unknown"))
+    assert done.code == 0 and all(word in done.out for word in (parameters, "FLOPs per voxel", "prepared voxels, GB", "unknown"))
     assert tomat("train", made / "store", "--out", tmp_path / "first", *PROBE).code == 0
     done = tomat("train", made / "store", "--dry-run", "--out", tmp_path / "run")
     assert done.code == 0 and f"the run in {tmp_path}/first" in done.out and "unknown" not in done.out

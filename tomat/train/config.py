@@ -50,7 +50,7 @@ def check_options(config: Any,  # a dataclass whose fields were made by `option`
 SCHEDULES = ("cosine", "constant", "wsd", "cosine50")
 OPTIMIZERS = ("adamw", "muon")
 LOSSES = ("density", "all")
-PROBE_SIZE_NAMES = ("S", "M", "L", "XL")  # keys of `tomat.models.probe.PROBE_SIZES`, which needs PyTorch
+PROBE_SIZE_NAMES = ("S", "M", "L", "XL")  # keys of `tomat.models.messages.PROBE_SIZES`, which needs PyTorch
 
 @dataclass(frozen=True)
 class TrainConfig:
