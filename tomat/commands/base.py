@@ -103,8 +103,9 @@ def chosen_atoms(choice: str | None,  # option --atoms
                  ids: list[str],      # materials that the atoms are for
                  workers: int = 1,    # number of processes
                  ) -> "FreeAtoms":
-    "The atoms that an option names; a sentence about them is printed on standard error."
+    "The atoms that an option names; a choice and a fit are described on standard error."
     from tomat.train.start import decide_atoms
     atoms, sentence = decide_atoms(source, ids, choice or "", workers)
-    print(f"tomat: {sentence}", file=sys.stderr)
+    if choice in (None, "fit"):
+        print(f"tomat: {sentence}", file=sys.stderr)
     return atoms
