@@ -17,6 +17,8 @@ import torch
 
 from .tokens.codecs import POSITIONS
 from .tokens.levels import fit_levels
+from .atoms.fit_atoms import choose_atoms
+from .atoms.sad import with_sad
 from .density.core import Density
 from .prediction.evaluate import Evaluation, evaluate
 from .train.probe import ProbeTrainConfig, train_probe
@@ -60,9 +62,10 @@ def demo_causal(store: RawStore,     # densities in the parts train and validati
                 config: DemoConfig,
                 ) -> Predictor:
     "Tokenize the training part and train a language model; returns its predictor."
-    training = [store.read(id) for id in track(store.split("train"), "read", unit="materials")]
+    atoms, _ = choose_atoms(store, store.split("train"))
+    training = [with_sad(store.read(id), atoms) for id in track(store.split("train"), "read", unit="materials")]
     tokenize(training, demo_tokenizer(training, config), out / "rows",
-             TokenizeConfig(config.patches, seed=config.seed, label="demo", overwrite=True))
+             TokenizeConfig(config.patches, seed=config.seed, label="demo", atoms=atoms, overwrite=True))
     return load_predictor(train(out / "rows", out / "run", config.causal), strategy=config.strategy)
 
 # %% ../nbs/11_commands/01_demo.ipynb #2bbcc0e3
@@ -71,7 +74,8 @@ def demo_probe(store: RawStore,     # densities in the parts train and validatio
                config: DemoConfig,
                ) -> Predictor:
     "Train a probe network; returns its predictor."
-    return load_predictor(train_probe(store, store.split("train"), out / "probe", config.probe))
+    atoms, _ = choose_atoms(store, store.split("train"))
+    return load_predictor(train_probe(store, store.split("train"), out / "probe", config.probe, atoms=atoms))
 
 # %% ../nbs/11_commands/01_demo.ipynb #08171735
 @contextmanager

@@ -29,7 +29,7 @@ import tomat.atoms.fit_atoms as fits
 from tomat.atoms.analytic import ANALYTIC, analytic_atoms
 from tomat.density.core import Density
 from tomat.io.files import write_json
-from tomat.atoms.fit_atoms import FitSums, add_up, columns_of, solve, sums_of
+from tomat.atoms.fit_atoms import ANALYTIC_PRIOR, FitSums, add_up, columns_of, solve, sums_of
 from tomat.density.formats import read_density
 from tomat.density.metrics import nmae
 from tomat.io.progress import track
@@ -125,15 +125,14 @@ def scores(densities: list[Density], atoms: FreeAtoms) -> dict[str, float]:
     return found
 
 
-def fitted_to(parts: list[FitSums], pull: float = fits.PRIOR_WEIGHT, nothing: float = fits.ZERO_WEIGHT,
-              prior: FreeAtoms | None = None) -> FreeAtoms:
-    "The atoms of some materials under another pull than the chosen one."
-    kept = fits.PRIOR_WEIGHT, fits.ZERO_WEIGHT
-    fits.PRIOR_WEIGHT, fits.ZERO_WEIGHT = pull, nothing
+def fitted_to(parts: list[FitSums], pull: float, prior: FreeAtoms | None = None) -> FreeAtoms:
+    "The atoms of some materials under another pull than the chosen one, to free atoms or to analytic ones."
+    kept = fits.PRIOR_WEIGHT, fits.SHELL_WEIGHT
+    fits.PRIOR_WEIGHT, fits.SHELL_WEIGHT = pull, pull
     try:
         return solve(add_up(parts), prior)
     finally:
-        fits.PRIOR_WEIGHT, fits.ZERO_WEIGHT = kept
+        fits.PRIOR_WEIGHT, fits.SHELL_WEIGHT = kept
 
 
 def of_system(density: Density) -> int:
@@ -144,12 +143,11 @@ def of_system(density: Density) -> int:
 def folds(train: list[Density], parts: list[FitSums]) -> list[Row]:
     "How hard to pull, without a look at the validation part."
     fold, rows = [of_system(density) for density in train], []
-    nobody = replace(packaged_atoms(), atoms={})
-    for kind, prior, pulls in (("to free atoms", None, PULLS), ("to nothing", nobody, (1e-6, 1e-5, 1e-4, 1e-3, 1e-2))):
+    for kind, prior, pulls in (("to free atoms", None, PULLS), ("to analytic atoms", ANALYTIC_PRIOR, (1e-4, 3e-4, 1e-3, 3e-3, 1e-2))):
         for pull in track(pulls, kind):
             found: list[float] = []
             for left_out in range(FOLDS):
-                atoms = fitted_to([p for p, f in zip(parts, fold, strict=True) if f != left_out], pull, pull, prior)
+                atoms = fitted_to([p for p, f in zip(parts, fold, strict=True) if f != left_out], pull, prior)
                 found += scores([d for d, f in zip(train, fold, strict=True) if f == left_out][::3], atoms).values()
             rows.append({"pull": pull, "kind": kind, "materials": len(found), "mean": mean(found), "median": median(found),
                          "worst": max(found)})
@@ -188,7 +186,7 @@ def vasp(paths: list[str]) -> list[Row]:
     "Files of another code: packaged atoms scaled to their electrons, and atoms fitted to the three together and each alone."
     densities = [read_density(path, id=Path(path).name) for path in paths]
     parts = [sums_of(density) for density in densities]
-    together, unpulled = solve(add_up(parts)), fitted_to(parts, fits.ZERO_WEIGHT)
+    together, analytic = solve(add_up(parts)), solve(add_up(parts), ANALYTIC_PRIOR)
     rows = []
     for density in densities:
         packaged = sad_density(density.structure, density.shape)
@@ -199,7 +197,7 @@ def vasp(paths: list[str]) -> list[Row]:
                      "electrons_fitted": valence_electrons(density.structure, together),
                      "packaged": nmae(packaged * (density.n_electrons / packaged.mean()), density.total),
                      "fitted": nmae(ours, density.total),
-                     "fitted_no_pull": nmae(sad_density(density.structure, density.shape, unpulled), density.total),
+                     "fitted_analytic": nmae(sad_density(density.structure, density.shape, analytic), density.total),
                      "other_voxels": half_fitted(density),
                      "valences": " ".join(f"{s} {together[s].n_valence:.3f}" for s in symbols)})
     return rows
@@ -220,8 +218,7 @@ def main() -> None:
     parts = [sums_of(density) for density in track(train, "sum", unit="materials")]
     fitted = solve(add_up(parts))
     save_atoms(fitted, args.out / "fitted.json")
-    unpulled = solve(add_up(parts), replace(packaged_atoms(), atoms={}))
-    sets = {"free": packaged_atoms(), "fitted": fitted, "fitted_no_pull": unpulled}
+    sets = {"free": packaged_atoms(), "fitted": fitted, "fitted_analytic": solve(add_up(parts), ANALYTIC_PRIOR)}
     sets |= {name: analytic_atoms(name) for name in ANALYTIC}
     write_table(args.out / "fit.csv", fit_rows(validation, sets))
     write_table(args.out / "learning.csv", learning(validation, parts))

@@ -139,7 +139,8 @@ def _material_table(scores: Sequence[Score]) -> str:
 _LEGEND = """NMAE over the whole grid, Σ|ρ̂ - ρ| / Σ|ρ|. Entries that read the structure alone are predictions: structure and grid
 in, density out. Entries in grey italics, or with a *, read the truth and are references: the codec floor is the quantisation
 error, the score of perfect tokens; teacher-forced, a model guesses each voxel from the true voxels before it; the copy takes
-the difference to SAD from the true voxel before, without any model. SAD is the sum of atomic densities. NEMD is the expected
+the difference to SAD from the true voxel before, without any model. SAD is the sum of atomic densities, of
+the atoms in the first checkpoint, and SAD of a name is that of the atoms in the checkpoint with this name. NEMD is the expected
 error of a draw from the predicted distribution. Regions by the distance to the nearest atom in covalent radii: near nuclei
 below 0.5, bonds below 1. Seam: the jump of the error across the borders of patches over the jump inside them. Rank
 correlation: of expected and true error over the voxels of a material. Miscalibration: the distance of both in bins of the
