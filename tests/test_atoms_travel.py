@@ -155,15 +155,15 @@ def test_parts_share_one_file(made, tomat, tmp_path):
 
 def test_rows_of_whole_densities_carry_atoms_too(made, tomat, tmp_path):
     "The density is written as it is, and the electrons of predictions are those of its atoms."
-    done = tomat("tokenize", made / "store", "--out", tmp_path / "rows", "--patch-size", 4, "--patches-per-material", 4, "--pad-to", 0)
+    options = ["--patch-size", 4, "--patches-per-material", 4, "--pad-to", 0]
+    done = tomat("tokenize", made / "store", "--out", tmp_path / "rows", *options)
     assert done.code == 0 and "8.00 electrons" in done.err, done.err
     meta = read_meta(tmp_path / "rows")
     assert valence(data_atoms(tmp_path / "rows", meta))["Na"] == 1 and verify(tmp_path / "rows") == []
     tokenizer = tokenizer_of(tmp_path / "rows", meta)  # the rows are those of before, whatever the atoms
     assert tokenize(InMemory([LITHIUM, SALT]), tokenizer, tmp_path / "rows", TokenizeConfig(4), ["salt", "lithium"]) | {
         "atoms": meta["atoms"]} == meta
-    done = tomat("tokenize", made / "store", "--out", tmp_path / "parts", "--patch-size", 4, "--patches-per-material", 4, "--pad-to", 0,
-                 "--worker", "0/1")
+    done = tomat("tokenize", made / "store", "--out", tmp_path / "parts", "--worker", "0/1", *options)
     assert done.code == 0 and "will have other electrons" in done.err and "atoms" not in read_meta(tmp_path / "parts")
 
 
@@ -183,7 +183,8 @@ def load_packaged(folder):
 
 def test_validation_rows_need_the_same_atoms(made, tmp_path):
     atoms = load_atoms(made / "rows/atoms.json")
-    other = replace(atoms, atoms=atoms.atoms | {"Cl": FreeAtom.of("Cl", 7, 0.05, atoms["Cl"].density_r(np.arange(121) * 0.05) * 1.001)})
+    chlorine = FreeAtom.of("Cl", 7, 0.05, atoms["Cl"].density_r(np.arange(121) * 0.05) * 1.001)
+    other = replace(atoms, atoms=atoms.atoms | {"Cl": chlorine})
     for name, chosen in (("same", atoms), ("other", other)):
         tokenizer = replace(DIFFERENCE, density_codec=DIFFERENCE.density_codec)
         tokenize([OTHER], tokenizer, tmp_path / name, TokenizeConfig(4, prepare=with_sad, atoms=chosen))
@@ -210,16 +211,18 @@ def test_fresh_patches_are_those_of_the_same_atoms(made):
 
 def test_the_checkpoint_predicts_eight_electrons(made, tomat):
     model, _ = load_checkpoint(made / "run/model")
-    assert model.atoms.digest == load_atoms(made / "rows/atoms.json").digest and model.atoms.name == f"the atoms of {made}/run/model"
-    done = tomat("predict", made / "POSCAR", "--checkpoint", made / "run/model", "--out", made / "predicted.CHGCAR", "--grid", 8, 8, 8)
+    assert model.atoms.digest == load_atoms(made / "rows/atoms.json").digest
+    assert model.atoms.name == f"the atoms of {made}/run/model"
+    done = tomat("predict", made / "POSCAR", "--checkpoint", made / "run/model", "--out", made / "NaCl.CHGCAR", "--grid", 8, 8, 8)
     assert done.code == 0, done.err
-    assert read_density(made / "predicted.CHGCAR").n_electrons == pytest.approx(8 * len(SALT.structure) / 2, rel=1e-4)
-    density, about = answer(load_predictor(made / "run/model"), (made / "POSCAR").read_bytes(), "grid=8,8,8")
+    assert read_density(made / "NaCl.CHGCAR").n_electrons == pytest.approx(8 * len(SALT.structure) / 2, rel=1e-4)
+    _, about = answer(load_predictor(made / "run/model"), (made / "POSCAR").read_bytes(), "grid=8,8,8")
     assert about["electrons"] == pytest.approx(8 * len(SALT.structure) / 2, rel=1e-4)
 
 
 def test_the_checkpoint_is_scored_against_the_sum_of_its_atoms(made, tomat):
-    done = tomat("evaluate", made / "store", "--checkpoint", made / "run/model", "--out", made / "scores", "--json", "--pictures", 0)
+    line = ["evaluate", made / "store", "--checkpoint", made / "run/model", "--out", made / "scores", "--pictures", 0]
+    done = tomat(*line, "--json")
     assert done.code == 0, done.err
     atoms = load_atoms(made / "rows/atoms.json")
     expected = nmae(sad_density(OTHER.structure, OTHER.shape, atoms), OTHER.total)
@@ -271,7 +274,8 @@ def test_each_set_of_atoms_is_an_entry(tmp_path):
     scores = {s.entry: s for s in evaluate(InMemory([LITHIUM]), ["lithium"], rows, tmp_path / "scores").scores}
     assert list(scores) == ["SAD", "SAD of b", "a", "b", "c", "copy the previous true voxel"]
     for name, atoms in (("SAD", packaged_atoms()), ("a", packaged_atoms()), ("SAD of b", fitted), ("b", fitted), ("c", fitted)):
-        assert scores[name].nmae == pytest.approx(nmae(sad_density(LITHIUM.structure, LITHIUM.shape, atoms), LITHIUM.total), rel=1e-4)
+        expected = nmae(sad_density(LITHIUM.structure, LITHIUM.shape, atoms), LITHIUM.total)
+        assert scores[name].nmae == pytest.approx(expected, rel=1e-4), name
     assert scores["SAD of b"].nmae < 0.1 * scores["SAD"].nmae
 
 
@@ -295,7 +299,8 @@ def test_the_probe_network_carries_them_too(made, tomat, tmp_path):
     assert done.code == 0 and "8.00 electrons" in done.err, done.err
     predictor = load_predictor(tmp_path / "run/model")
     assert valence(predictor.atoms) == {"Cl": 7, "Li": 1, "Na": 1}
-    done = tomat("predict", made / "POSCAR", "--checkpoint", tmp_path / "run/model", "--out", tmp_path / "CHGCAR", "--grid", 8, 8, 8)
+    line = ["predict", made / "POSCAR", "--checkpoint", tmp_path / "run/model", "--out", tmp_path / "CHGCAR"]
+    done = tomat(*line, "--grid", 8, 8, 8)
     assert done.code == 0, done.err
     assert read_density(tmp_path / "CHGCAR").n_electrons == pytest.approx(8 * len(SALT.structure) / 2, rel=1e-4)
     done = tomat("evaluate", made / "store", "--checkpoint", tmp_path / "run/model", "--out", tmp_path / "scores", "--json")
@@ -311,7 +316,8 @@ def test_a_potcar_beside_the_structure_is_compared(made, tomat, tmp_path, title,
     (tmp_path / "POSCAR").write_bytes((made / "POSCAR").read_bytes())
     (tmp_path / "POTCAR").write_text(POTCAR.format(title, number, symbol) + POTCAR.format("Cl", 7.0, "Cl"))
     assert read_zval(tmp_path / "POTCAR") == [(symbol, number), ("Cl", 7.0)]
-    done = tomat("predict", tmp_path / "POSCAR", "--checkpoint", made / "run/model", "--out", tmp_path / "CHGCAR", "--grid", 8, 8, 8)
+    line = ["predict", tmp_path / "POSCAR", "--checkpoint", made / "run/model", "--out", tmp_path / "CHGCAR"]
+    done = tomat(*line, "--grid", 8, 8, 8)
     assert (done.code, (tmp_path / "CHGCAR").exists()) == ((2, False) if refused else (0, True)), done.err
     if refused:
         assert all(word in done.err for word in ("POTCAR gives Na 7", "predicts 1", "tomat train")) and done.err.count("\n") == 1
@@ -376,7 +382,8 @@ def test_mixed_potentials_are_named():
 
 def test_negative_valence_is_refused():
     cells = [Structure(Lattice.cubic(4), ["Na"] * n, np.random.default_rng(0).random((n, 3))) for n in (1, 2)]
-    more = Density(np.full((6, 6, 6), 1.0), Structure(Lattice.cubic(4), ["Na", "Na", "Cl"], np.random.default_rng(1).random((3, 3))), "more")
+    mixed = Structure(Lattice.cubic(4), ["Na", "Na", "Cl"], np.random.default_rng(1).random((3, 3)))
+    more = Density(np.full((6, 6, 6), 1.0), mixed, "more")
     few = [Density(np.full((6, 6, 6), float(n)), cell, f"few-{n}") for n, cell in enumerate(cells, 1)]
-    with pytest.raises(TomatError, match="Cl comes out with -1.00 valence electrons"):
+    with pytest.raises(TomatError, match=r"Cl comes out with -1\.00 valence electrons"):
         choose_atoms(InMemory([*few, more]), ["few-1", "few-2", "more"], fit=True)

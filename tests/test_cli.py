@@ -771,7 +771,8 @@ def test_a_full_disk_is_one_sentence(tmp_path, made):
     if not shutil.which("unshare") or subprocess.run([*mount, "true"], cwd=tmp_path, capture_output=True).returncode:
         pytest.skip("this user may not mount a file system")
     names = ["x.zarr", "x.zarr.zip", "CHGCAR", "x.cube", "x.json.gz"]
-    lines = [["convert", str(NACL), f"disk/{name}"] for name in names] + [["tokenize", str(NACL), "--atoms", "packaged", "--out", "disk/rows"]]
+    lines = [["convert", str(NACL), f"disk/{name}"] for name in names]
+    lines += [["tokenize", str(NACL), "--atoms", "packaged", "--out", "disk/rows"]]
     run = subprocess.run([*mount, sys.executable, "-c", FULL_DISK, json.dumps(lines)], cwd=tmp_path, capture_output=True, text=True,
                          check=True)
     for (code, err, left), name in zip(json.loads(run.stdout), [*names, "rows"], strict=True):

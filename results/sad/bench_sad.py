@@ -37,7 +37,8 @@ from tomat.atoms.sad import FreeAtom, FreeAtoms, packaged_atoms, sad_density, sa
 from tomat.density.store import RawStore
 from tomat.study.site import write_table
 
-PULLS, FOLDS, PARTS = (0.03, 0.1, 0.3, 1.0, 3.0), 4, (10, 20, 40, 80, 160, 312)
+PULLS, SHELL_PULLS = (0.03, 0.1, 0.3, 1.0, 3.0), (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+FOLDS, PARTS = 4, (10, 20, 40, 80, 160, 312)
 Row = dict[str, Any]
 
 
@@ -143,7 +144,7 @@ def of_system(density: Density) -> int:
 def folds(train: list[Density], parts: list[FitSums]) -> list[Row]:
     "How hard to pull, without a look at the validation part."
     fold, rows = [of_system(density) for density in train], []
-    for kind, prior, pulls in (("to free atoms", None, PULLS), ("to analytic atoms", ANALYTIC_PRIOR, (1e-4, 3e-4, 1e-3, 3e-3, 1e-2))):
+    for kind, prior, pulls in (("to free atoms", None, PULLS), ("to analytic atoms", ANALYTIC_PRIOR, SHELL_PULLS)):
         for pull in track(pulls, kind):
             found: list[float] = []
             for left_out in range(FOLDS):

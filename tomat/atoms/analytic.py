@@ -68,7 +68,8 @@ def valence_shells(symbol: str,     # "Fe"
     try:
         shells, z = Element(symbol).full_electronic_structure, Element(symbol).Z
     except KeyError as err:
-        raise TomatError(f"No shells of {symbol} are known, so there is no analytic atom: leave materials with {symbol} out.") from err
+        raise TomatError(f"No shells of {symbol} are known, so there is no analytic atom: leave out materials with {symbol}."
+                         ) from err
     zeta = {(n, kind): (z - shielding(shells, n, kind)) / EFFECTIVE_N[n] / BOHR for n, kind, _ in shells}
     found, left = [], n_valence
     for n, kind, electrons in sorted(shells, key=lambda shell: zeta[shell[0], shell[1]]):

@@ -237,8 +237,8 @@ def solve(sums: FitSums,                  # sums of the materials to fit
     counted = count_electrons(sums, prior)
     if (counted.electrons <= 0).any():
         symbol = counted.symbols[int(counted.electrons.argmin())]
-        raise TomatError(f"{symbol} comes out with {counted.electrons.min():.2f} valence electrons, and an atom has more than 0: add "
-                         f"materials with {symbol} in other ratios, or leave out densities of other potentials.")
+        raise TomatError(f"{symbol} comes out with {counted.electrons.min():.2f} valence electrons, and an atom has more than 0: "
+                         f"add materials with {symbol} in other ratios, or leave out densities of other potentials.")
     left, right = _equations(sums, counted, prior)
     bind = np.kron(np.eye(len(counted.symbols)), ELECTRONS)  # (E, E·N_BASIS)
     system = np.block([[left, bind.T], [bind, np.zeros((len(bind),) * 2)]])

@@ -226,8 +226,8 @@ def with_sad(density: Density,                # any density
     electrons = valence_electrons(density.structure, atoms)
     if abs(off := density.n_electrons / electrons - 1) > 0.01:
         raise TomatError(f"{density.id or density.formula} holds {density.n_electrons:.2f} electrons and {atoms.name} "
-                         f"{electrons:.2f}, so the density has {100 * abs(off):.0f} % {'more' if off > 0 else 'fewer'}: these atoms "
-                         "fit densities made with the same setups only, fit others to densities of this code with "
+                         f"{electrons:.2f}, so the density has {100 * abs(off):.0f} % {'more' if off > 0 else 'fewer'}: these "
+                         "atoms fit densities made with the same setups only, fit others to densities of this code with "
                          "`tomat fit-atoms`, or train on such densities.")
     total_xyz = sad_density(density.structure, density.shape, atoms)
     return replace(density, sad=total_xyz if density.units == "electrons" else total_xyz / density.volume)

@@ -27,8 +27,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a tabl
 Target = Annotated[str, typer.Option(help="Density that tokens encode: total, or its difference to the sum of atomic densities.")]
 Workers = Annotated[int | None, typer.Option(help="Number of processes; all cores if not given.")]
 Copies = Annotated[int, typer.Option("--workers", help="Number of files that are transferred at the same time.")]
-Atoms = Annotated[str | None, typer.Option(help="Atoms of the sum of atomic densities: a file of `tomat fit-atoms`, packaged, or fit; "
-                                                "if not given, packaged where their electrons are right, else fit.")]
+Atoms = Annotated[str | None, typer.Option(help="Atoms of the sum of atomic densities: a file of `tomat fit-atoms`, packaged, or "
+                                                "fit; if not given, packaged where their electrons are right, else fit.")]
 
 # %% ../../nbs/11_commands/02_base.ipynb #8264a6ae
 OLD_OPTIONS = {"--spread": "--expected-error", "--choose": "--strategy",

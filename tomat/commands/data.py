@@ -148,8 +148,8 @@ def atoms_of_rows(choice: str | None,            # option --atoms
     "The atoms of a data set of rows; None: the packaged ones."
     from tomat.atoms.fit_atoms import disagreement
     if choice == "fit" and separate:
-        raise TomatError("--atoms fit would fit atoms for each part or label anew: fit once with `tomat fit-atoms`, and give the file "
-                         "as --atoms.")
+        raise TomatError("--atoms fit would fit atoms for each part or label anew: fit once with `tomat fit-atoms`, and give the "
+                         "file as --atoms.")
     if choice is not None or (target == "difference" and not separate):
         return chosen_atoms(choice, source, ids, workers)
     some = ids[::max(1, len(ids) // 16)]

@@ -70,7 +70,8 @@ class FolderForm:
         sums = dict.fromkeys(self.sums, int)
         return {**self.recipe, **sums, "plan": str, "skipped": [str], "materials": [dict(self.material)], "shards": [self.shard]}
 
-ROWS = FolderForm("tomat-rows-1", "rows of tokens", "tokenize", "rows", "parquet", ("atoms.json",), ("rows", "tokens", "tokens_padded"),
+ROWS = FolderForm("tomat-rows-1", "rows of tokens", "tokenize", "rows", "parquet", ("atoms.json",),
+                  ("rows", "tokens", "tokens_padded"),
                   {"format": str, "label": str, "seed": int, "prepared": str, "patches_per_material": int, "tokenizer": dict},
                   {"rows": int, "clipped": int, "source": str})
 VOXELS = FolderForm("tomat-voxels-1", "drawn voxels", "prepare", "voxels", "arrow", ("atoms.json",), ("voxels",),
@@ -98,7 +99,8 @@ def _merged(path: str | Path,                  # folder of the data set
     first = next(iter(metas.values()))
     n = max(meta.get("worker", [0, 1])[1] for meta in metas.values())
     missing = [f"worker-{i:02}" for i in range(n) if f"worker-{i:02}" not in metas]
-    strangers = [folder for folder, meta in metas.items() if any(meta.get(key) != first.get(key) for key in ("plan", "atoms", *form.recipe))
+    shared = ("plan", "atoms", *form.recipe)
+    strangers = [folder for folder, meta in metas.items() if any(meta.get(key) != first.get(key) for key in shared)
                  or meta.get("worker") != [int(folder.removeprefix("worker-")), n]]
     if missing or strangers:
         wrong = f"lacks {missing[0]}" if missing else f"holds {strangers[0]} from another run"

@@ -96,7 +96,7 @@ class TokenizeConfig:
 
     def recipe(self, tokenizer: Tokenizer,
                ) -> dict[str, Any]:
-        "All settings that decide the rows, in the form that `meta.json` holds; atoms only if rows depend on others than the packaged."
+        "All settings that decide the rows, as `meta.json` holds them; atoms only if rows depend on others than the packaged."
         digest = own_digest(self.atoms) if self.prepare is with_sad else None
         return {"format": "tomat-rows-1", "label": self.label, "seed": self.seed, "prepared": preparation_name(self.prepare),
                 "patches_per_material": self.patches_per_material, "tokenizer": tokenizer.to_dict()} | (
