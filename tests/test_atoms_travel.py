@@ -290,6 +290,17 @@ def test_references_read_the_sum_of_their_own_atoms(tmp_path):
         assert name.startswith("copy") or found[name] == pytest.approx(line.nmae, rel=1e-5), name
 
 
+def test_the_difference_is_added_to_the_sum_of_its_atoms():
+    "The same tokens, read as a density and as a difference."
+    fitted, _ = fit_atoms([0], lambda _: LITHIUM, ANALYTIC_PRIOR)
+    model = with_atoms(attentive_model(DIFFERENCE), fitted)
+    difference, total = (CausalPredictor(model, replace(DIFFERENCE, target=target), rescale=False).predict(
+        LITHIUM.structure, (4, 4, 4)).density.total for target in ("difference", "total"))
+    sad_xyz = sad_density(LITHIUM.structure, (4, 4, 4), fitted)
+    np.testing.assert_allclose(difference - total, sad_xyz, atol=0.02)  # float32 values of up to 3e4
+    assert np.abs(sad_density(LITHIUM.structure, (4, 4, 4)) - sad_xyz).max() > 0.4
+
+
 # The probe network
 
 
@@ -299,6 +310,7 @@ def test_the_probe_network_carries_them_too(made, tomat, tmp_path):
     assert done.code == 0 and "8.00 electrons" in done.err, done.err
     predictor = load_predictor(tmp_path / "run/model")
     assert valence(predictor.atoms) == {"Cl": 7, "Li": 1, "Na": 1}
+    assert predictor.predict(SALT.structure, (8, 8, 8)).electrons_before == pytest.approx(8, abs=2)  # of an untrained network
     line = ["predict", made / "POSCAR", "--checkpoint", tmp_path / "run/model", "--out", tmp_path / "CHGCAR"]
     done = tomat(*line, "--grid", 8, 8, 8)
     assert done.code == 0, done.err
