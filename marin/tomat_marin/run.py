@@ -26,6 +26,8 @@ import levanter.trainer
 from levanter.trainer import Trainer, TrainerConfig
 from transformers import Qwen3Config as HFQwen3Config
 
+from tomat.atoms.sad import save_atoms
+from tomat.dataset.meta import data_atoms
 from tomat.io.remote import exists, is_remote
 from tomat.io.files import md5_of, write_json
 from tomat.io.settings import setting
@@ -149,7 +151,8 @@ def export(model: Qwen3LMHeadModel,
     converter.save_pretrained(model, folder, save_tokenizer=False, save_reference_code=False, max_shard_size=2**62)
     if jax.process_index() == 0:
         plan.tokenizer.save_hf(folder)
-        written = {name: md5_of(f"{folder}/{name}") for name in ("config.json", "model.safetensors")}
+        save_atoms(data_atoms(plan.data, plan.meta), f"{folder}/atoms.json")
+        written = {name: md5_of(f"{folder}/{name}") for name in ("config.json", "model.safetensors", "atoms.json")}
         training = {**plan.config.written(), **scores, "parameters": n_parameters(plan.size, vocab_size),
                     "data": plan.meta["label"], "rows": plan.meta["rows"], "materials": sorted(plan.meta["materials"])}
         write_json(f"{folder}/tomat.json", {"tokenizer": plan.tokenizer.to_dict(), "training": training, "md5": written})
