@@ -205,7 +205,8 @@ def _pull(symbol: str, electrons: float,
         penalty = PRIOR_WEIGHT * OVERLAP + SMOOTHING * ROUGHNESS
         return penalty, penalty @ _in_basis(atom)
     shells = _in_basis(shell_atom(symbol, electrons))
-    weight = SHELL_WEIGHT * TABLE_R[1] * TABLE_R**2 / (np.maximum(BASIS @ shells, 0) + SHELL_FLOOR)
+    outwards = np.maximum.accumulate((BASIS @ shells)[::-1])[::-1]  # Slater's shells vanish at the nucleus, densities do not
+    weight = SHELL_WEIGHT * TABLE_R[1] * TABLE_R**2 / (np.maximum(outwards, 0) + SHELL_FLOOR)
     penalty = (BASIS.T * weight) @ BASIS
     return penalty + SHELL_SMOOTHING * ROUGHNESS, penalty @ shells
 
