@@ -545,7 +545,7 @@ def test_the_learning_rate_rises_then_falls_or_stays(schedule):
 
 
 @pytest.mark.parametrize("options, word", [
-    ({"model": "7T"}, "7T"), ({"schedule": "linear"}, "linear"), ({"optimizer": "sgd"}, "sgd"), ({"loss_on": "luck"}, "luck"),
+    ({"size": "7T"}, "7T"), ({"schedule": "linear"}, "linear"), ({"optimizer": "sgd"}, "sgd"), ({"loss_on": "luck"}, "luck"),
     ({"steps": 0}, "^steps must be at least 1, got 0"), ({"batch_size": 0}, "batch_size"), ({"lr": math.nan}, "lr"),
     ({"lr": math.inf}, "lr"), ({"seed": -1}, "seed"), ({"eval_every": 0}, "eval_every"), ({"emd": 2.0}, "emd must be at most 1")])
 def test_wrong_options_are_refused(options, word):
