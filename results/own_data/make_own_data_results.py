@@ -1,11 +1,11 @@
 """From a folder of density files to a predictor, by the command line alone: results/own_data/.
 
-    python results/own_data/make_own_data_results.py chgcars STORE WORK [--steps 3000] [--materials N]
+    python results/own_data/make_own_data_results.py chgcars STORE WORK [--steps 3000] [--materials N] [--seeds 0 1]
     python results/own_data/make_own_data_results.py files WORK FILE… [--steps 200]
 
 chgcars: the materials of STORE are written out as a folder of CHGCARs, with the packaged atoms hidden, and taken from there as a
 user would take them: `tomat convert --validation`, `fit-atoms --prior analytic`, `train`, `evaluate`, `predict`.  A second run
-has the packaged atoms: chgcars.json compares both.
+has the packaged atoms: chgcars.json compares both, as means over the seeds.
 files: a few real files of VASP or of the Materials Project, the same commands.  Every step must run; files.csv holds, for each
 material, the electrons of its file, of its fitted atoms and of its prediction.  They are scored on what they were trained on,
 which says nothing about new materials.
@@ -58,22 +58,31 @@ def write_chgcars(store: RawStore, folder: Path, most: int | None) -> None:
             write_density(store.read(id), path, "chgcar")
 
 
-def chgcars(store: RawStore, work: Path, steps: int, most: int | None) -> None:
+def scored(run: Path) -> Path:
+    "The folder of a run's scores."
+    return run.with_name(run.name.replace("run", "scores", 1))
+
+
+def chgcars(store: RawStore, work: Path, steps: int, most: int | None, seeds: list[int]) -> None:
     write_chgcars(store, work / "calculations", most)
     densities = work / "densities"
     tomat("convert", work / "calculations", densities, "--validation", 0.1)
     tomat("fit-atoms", densities, "--split", "train", "--prior", "analytic", "--out", work / "atoms.json")
     found: dict[str, Any] = {"steps": steps, "materials": {part: len(ids) for part, ids in RawStore(densities).splits.items()}}
-    for name, atoms in (("fitted", work / "atoms.json"), ("packaged", "packaged")):
-        run = work / f"run-{name}"
-        tomat("train", densities, "--out", run, "--atoms", atoms, "--steps", steps)
-        tomat("evaluate", densities, "--checkpoint", f"probe={run}/model", "--out", work / f"scores-{name}", "--pictures", 0)
-    by_name = {name: scores(work / f"scores-{name}") for name in ("fitted", "packaged")}
-    both = sorted(by_name["fitted"]["probe"].keys() & by_name["packaged"]["probe"].keys())
-    for name, entries in by_name.items():
-        found[name] = {f"{entry}_{kind}": float(middle([errors[id] for id in both])) for entry, errors in entries.items()
-                       for kind, middle in (("mean", np.mean), ("median", np.median))}
+    runs = {(name, seed): work / (f"run-{name}" + f"-seed-{seed}" * (seed > 0))
+            for seed in seeds for name in ("fitted", "packaged")}
+    for (name, seed), run in runs.items():
+        atoms = work / "atoms.json" if name == "fitted" else "packaged"
+        tomat("train", densities, "--out", run, "--atoms", atoms, "--steps", steps, "--seed", seed)
+        tomat("evaluate", densities, "--checkpoint", f"probe={run}/model", "--out", scored(run), "--pictures", 0)
+    by_run = {key: scores(scored(run)) for key, run in runs.items()}
+    both = sorted(set.intersection(*(set(entries["probe"]) for entries in by_run.values())))
     found["scored"] = len(both)  # those whose elements are all in the training part, so that all have a fitted atom
+    for name in ("fitted", "packaged"):
+        of = [by_run[name, seed] for seed in seeds]
+        found[name] = {f"{entry}_{kind}": float(np.mean([middle([entries[entry][id] for id in both]) for entries in of]))
+                       for entry in ("probe", "SAD") for kind, middle in (("mean", np.mean), ("median", np.median))}
+        found[name]["of_seeds"] = [float(np.mean([entries["probe"][id] for id in both])) for entries in of]
     right = packaged_atoms()
     fitted = load_atoms(work / "atoms.json")
     wrong = sorted(s for s, atom in fitted.atoms.items() if abs(atom.n_valence - right[s].n_valence) > 1e-3)
@@ -123,13 +132,14 @@ def main() -> None:
     one.add_argument("work", type=Path)
     one.add_argument("--steps", type=int, default=3000)
     one.add_argument("--materials", type=int)
+    one.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     two = kinds.add_parser("files")
     two.add_argument("work", type=Path)
     two.add_argument("files", type=Path, nargs="+")
     two.add_argument("--steps", type=int, default=200)
     args = parser.parse_args()
     if args.kind == "chgcars":
-        chgcars(args.store, args.work, args.steps, args.materials)
+        chgcars(args.store, args.work, args.steps, args.materials, args.seeds)
     else:
         files(args.work, args.files, args.steps)
 
