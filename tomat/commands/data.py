@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['info', 'convert', 'fetch', 'tokenizer_from', 'labelled', 'part_from', 'kept_atoms', 'atoms_of_rows', 'rows_summary',
-           'tokenize', 'prepare', 'verify', 'sync', 'show_tokens']
+           'print_rows', 'tokenize', 'prepare', 'verify', 'sync', 'show_tokens']
 
 # %% ../../nbs/11_commands/03_data.ipynb #a4e05446
 import os
 import re
 import sys
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -180,6 +181,19 @@ _Layout = Annotated[str | None, typer.Option(
 _Target = Annotated[str | None, typer.Option(
     help="Density that tokens encode: total, or its difference to the sum of atomic densities.  [default: total]")]
 
+def _given(named: "DataSet | None", value: Any, key: str, default: Any) -> Any:
+    "The value of an option, else that of the labelled data set, else the default."
+    return value if value is not None else getattr(named, key) if named else default
+
+def print_rows(meta: dict[str, Any],  # meta.json of a data set
+               out: str,              # its folder
+               as_json: bool,
+               ) -> None:
+    "Print the counts of a data set, and the reasons of the first skipped materials on standard error."
+    for id, reason in list(meta["skipped"].items())[:5 if not as_json else 0]:
+        print(f"skipped {id}: {reason}", file=sys.stderr)
+    print_result(rows_summary(meta) | {"folder": out}, as_json)
+
 def tokenize(source: Annotated[str, typer.Argument(help="A raw store, a folder of CHGCARs, one density file, or mp-ids.")],
              out: Annotated[str, typer.Option(help="Folder for the rows.")],
              label: Annotated[str, typer.Option(help="Label of the data set; one of settings.ini sets the other options.")] = "",
@@ -209,22 +223,17 @@ def tokenize(source: Annotated[str, typer.Argument(help="A raw store, a folder o
     from tomat.dataset.parquet import TokenizeConfig
     from tomat.dataset import shards
     named = labelled(label)
-    def given(value: Any, key: str, default: Any) -> Any:
-        return value if value is not None else getattr(named, key) if named else default
+    given = partial(_given, named)
     tokenizer = tokenizer_from(given(layout, "layout", "framed"), given(density_codec, "density_codec", "two_token_9_12"),
                                given(patch_size, "patch_size", 14), given(pad_to, "pad_to", 8192), target,
                                (named.log_min, named.log_max) if named else None)
-    found = opened(source)
+    found, part, n = opened(source), part_from(worker), n_processes(workers)
     ids = selected_ids(found, given(split, "split", None), given(materials, "materials", None), label)
-    part, n = part_from(worker), n_processes(workers)
     chosen = kept_atoms(out, part) if atoms is None and not overwrite else None
     chosen = chosen or atoms_of_rows(atoms, tokenizer.target, found, ids, n, bool(part or named))
     config = TokenizeConfig(given(patches_per_material, "patches", 32), seed=given(seed, "seed", 42), label=label, atoms=chosen,
                             prepare=with_sad if tokenizer.target == "difference" else None, workers=n, overwrite=overwrite)
-    meta = shards.tokenize(found, tokenizer, out, config, ids, part)
-    for id, reason in list(meta["skipped"].items())[:5 if not as_json else 0]:
-        print(f"skipped {id}: {reason}", file=sys.stderr)
-    print_result(rows_summary(meta) | {"folder": out}, as_json)
+    print_rows(shards.tokenize(found, tokenizer, out, config, ids, part), out, as_json)
 
 # %% ../../nbs/11_commands/03_data.ipynb #c8912445
 def prepare(source: Annotated[str, typer.Argument(help="A raw store, a folder of CHGCARs, one density file, or mp-ids.")],

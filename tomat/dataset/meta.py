@@ -155,17 +155,18 @@ def recipe_of(meta: dict[str, Any],  # content of a meta.json
     "The settings that decided the content, as they were hashed; atoms only where a sum of them was taken."
     return {key: meta[key] for key in (*form.recipe, *(["atoms"] if form is ROWS and "atoms" in meta and meta["prepared"] else []))}
 
-def row_atoms(folder: str | Path,    # folder of rows or of a part, local or remote
+def row_atoms(folder: str | Path,    # folder of a data set or of a part, local or remote
               meta: dict[str, Any],  # content of its meta.json
+              form: FolderForm = ROWS,  # kind of the data set, for the error
               ) -> FreeAtoms:
-    "The atoms of the rows in a folder; raises `TomatError` where they are not those that made them."
+    "The atoms of the rows or voxels in a folder; raises `TomatError` where they are not those that made them."
     if "atoms" not in meta:
         return packaged_atoms()
     file = f"{folder}/atoms.json"
     atoms = load_atoms(file) if exists(file) else None
     if atoms is None or atoms.digest != meta["atoms"]:
         raise TomatError(f"{file} is missing or holds other atoms than meta.json names: copy it again, or run the same "
-                         "`tomat tokenize` again.")
+                         f"`tomat {form.command}` again.")
     return atoms
 
 def data_atoms(path: str | Path,      # folder of rows, in parts or not, local or remote

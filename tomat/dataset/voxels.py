@@ -17,13 +17,13 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from ..atoms.sad import FreeAtom, FreeAtoms, load_atoms, own_digest, packaged_atoms, save_atoms, with_sad
-from .meta import VOXELS, FolderForm, has_form
+from ..atoms.sad import FreeAtom, FreeAtoms, own_digest, packaged_atoms, save_atoms, with_sad
+from .meta import VOXELS, FolderForm, has_form, row_atoms
 from .parquet import density_checksum, hash_of
 from ..density.classify import classify
 from ..density.core import RHO, Density
 from ..io.files import atomic_write, open_binary
-from ..io.remote import TomatError, exists
+from ..io.remote import TomatError
 
 # %% ../../nbs/04_dataset/04_voxels.ipynb #fdf449da
 @dataclass(frozen=True)
@@ -139,12 +139,7 @@ def read_atoms(folder: str | Path,    # folder of a data set or of a part, local
                meta: dict[str, Any],  # content of its meta.json
                ) -> FreeAtoms:
     "The free atoms of a data set; raises `TomatError` where they are not those that made it."
-    file = f"{folder}/atoms.json"
-    atoms = load_atoms(file) if exists(file) else None
-    if atoms is None or atoms.digest != meta["atoms"]:
-        raise TomatError(f"{file} is missing or holds other atoms than meta.json names: copy it again, or run the same "
-                         "`tomat prepare` again.")
-    return saved_form(atoms)
+    return saved_form(row_atoms(folder, meta, VOXELS))
 
 # %% ../../nbs/04_dataset/04_voxels.ipynb #03a360db
 def _described(density: Density,
