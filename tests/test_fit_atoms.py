@@ -11,7 +11,7 @@ from pymatgen.core import Lattice, Structure
 
 from tomat.density.core import RHO, Density
 from tomat.io.remote import TomatError
-from tomat.atoms.fit_atoms import (BASIS, ELECTRONS, KNOTS, N_BASIS, TABLE_R, FitSums, add_up, columns_of,
+from tomat.atoms.fit_atoms import (ANALYTIC_PRIOR, BASIS, ELECTRONS, KNOTS, N_BASIS, TABLE_R, FitSums, add_up, columns_of,
                                    count_electrons, fit_atoms, solve, sums_of)
 from tomat.density.formats import read_density
 from tomat.density.metrics import nmae
@@ -218,3 +218,12 @@ def test_an_element_without_electrons_is_refused(parts):
     wrong = replace(sums, charge=dict.fromkeys(sums.charge, 0.0))
     with pytest.raises(TomatError, match="electrons"):
         solve(wrong, NOBODY)
+
+
+def test_slaters_shells_do_not_pull_the_density_at_the_nucleus():
+    """Slater's 6s and 6p shells vanish at the nucleus of Bi, where its density has its maximum."""
+    structure = Structure(Lattice.cubic(4.0), ["Bi"], [[0, 0, 0]])
+    density = Density(sad_density(structure, (44, 44, 44)), structure, "bismuth")
+    fitted, free = solve(sums_of(density, 90_000), ANALYTIC_PRIOR)["Bi"], packaged_atoms()["Bi"]
+    r = np.array([0.0, 0.05, 0.1])
+    np.testing.assert_allclose(fitted.density_r(r), free.density_r(r), rtol=0.1)
