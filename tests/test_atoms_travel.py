@@ -13,7 +13,7 @@ from pymatgen.core import Lattice, Structure
 from small_models import attentive_model
 
 from tomat import cli
-from tomat.atoms.fit_atoms import ANALYTIC_PRIOR, choose_atoms, fit_atoms, solve, sums_of
+from tomat.atoms.fit_atoms import COMPUTED_PRIOR, choose_atoms, fit_atoms, solve, sums_of
 from tomat.atoms.sad import FreeAtom, FreeAtoms, load_atoms, own_digest, packaged_atoms, sad_density, save_atoms, with_sad
 from tomat.atoms.zval import check_zval, parse_zval, read_zval
 from tomat.dataset.fresh import FreshPatches, PatchConfig
@@ -269,18 +269,18 @@ class Scaled:
 
 def test_each_set_of_atoms_is_an_entry(tmp_path):
     "Lithium has one electron in both sets; the references of the second set read its sum."
-    fitted, _ = fit_atoms([0], lambda _: LITHIUM, ANALYTIC_PRIOR)
+    fitted, _ = fit_atoms([0], lambda _: LITHIUM, COMPUTED_PRIOR)
     rows = {"a": Scaled(packaged_atoms()), "b": Scaled(fitted), "c": Scaled(fitted)}
     scores = {s.entry: s for s in evaluate(InMemory([LITHIUM]), ["lithium"], rows, tmp_path / "scores").scores}
     assert list(scores) == ["SAD", "SAD of b", "a", "b", "c", "copy the previous true voxel"]
     for name, atoms in (("SAD", packaged_atoms()), ("a", packaged_atoms()), ("SAD of b", fitted), ("b", fitted), ("c", fitted)):
         expected = nmae(sad_density(LITHIUM.structure, LITHIUM.shape, atoms), LITHIUM.total)
         assert scores[name].nmae == pytest.approx(expected, rel=1e-4), name
-    assert scores["SAD of b"].nmae < 0.1 * scores["SAD"].nmae
+    assert scores["SAD of b"].nmae < 0.5 * scores["SAD"].nmae
 
 
 def test_references_read_the_sum_of_their_own_atoms(tmp_path):
-    fitted, _ = fit_atoms([0], lambda _: LITHIUM, ANALYTIC_PRIOR)
+    fitted, _ = fit_atoms([0], lambda _: LITHIUM, COMPUTED_PRIOR)
     causal = CausalPredictor(with_atoms(attentive_model(DIFFERENCE), fitted), DIFFERENCE, rescale=False)
     alone, mixed = (evaluate(InMemory([LITHIUM]), ["lithium"], predictors, tmp_path / name).scores for name, predictors in {
         "alone": {"b": causal}, "mixed": {"a": Scaled(packaged_atoms()), "b": causal}}.items())
@@ -292,13 +292,13 @@ def test_references_read_the_sum_of_their_own_atoms(tmp_path):
 
 def test_the_difference_is_added_to_the_sum_of_its_atoms():
     "The same tokens, read as a density and as a difference."
-    fitted, _ = fit_atoms([0], lambda _: LITHIUM, ANALYTIC_PRIOR)
+    fitted, _ = fit_atoms([0], lambda _: LITHIUM, COMPUTED_PRIOR)
     model = with_atoms(attentive_model(DIFFERENCE), fitted)
     difference, total = (CausalPredictor(model, replace(DIFFERENCE, target=target), rescale=False).predict(
         LITHIUM.structure, (4, 4, 4)).density.total for target in ("difference", "total"))
     sad_xyz = sad_density(LITHIUM.structure, (4, 4, 4), fitted)
     np.testing.assert_allclose(difference - total, sad_xyz, atol=0.02)  # float32 values of up to 3e4
-    assert np.abs(sad_density(LITHIUM.structure, (4, 4, 4)) - sad_xyz).max() > 0.4
+    assert np.abs(sad_density(LITHIUM.structure, (4, 4, 4)) - sad_xyz).max() > 0.1
 
 
 # The probe network
@@ -348,7 +348,7 @@ def test_zval_is_compared_before_anything_is_written(made, tomat, tmp_path):
 
 def test_undetermined_electrons_are_compared_by_their_sum():
     odd = replace(SALT, values=SALT.values * (11 / 8))
-    atoms = solve(sums_of(odd, 500), ANALYTIC_PRIOR)
+    atoms = solve(sums_of(odd, 500), COMPUTED_PRIOR)
     assert atoms.metadata["electrons_known"] == []
     check_zval(odd.structure, [("Na", 4.0), ("Cl", 7.0)], atoms, "POTCAR")
     with pytest.raises(TomatError, match="Na 1 valence"):

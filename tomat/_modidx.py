@@ -7,7 +7,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'tomat.atoms.analytic.gaussian': ('02_atoms/analytic.html#gaussian', 'tomat/atoms/analytic.py'),
                                       'tomat.atoms.analytic.multi_shell': ('02_atoms/analytic.html#multi_shell', 'tomat/atoms/analytic.py'),
                                       'tomat.atoms.analytic.radius_of': ('02_atoms/analytic.html#radius_of', 'tomat/atoms/analytic.py'),
-                                      'tomat.atoms.analytic.shell_atom': ('02_atoms/analytic.html#shell_atom', 'tomat/atoms/analytic.py'),
                                       'tomat.atoms.analytic.shielding': ('02_atoms/analytic.html#shielding', 'tomat/atoms/analytic.py'),
                                       'tomat.atoms.analytic.slater': ('02_atoms/analytic.html#slater', 'tomat/atoms/analytic.py'),
                                       'tomat.atoms.analytic.valence_shells': ( '02_atoms/analytic.html#valence_shells',

@@ -4,7 +4,7 @@
     python results/own_data/make_own_data_results.py files WORK FILE… [--steps 200]
 
 chgcars: the materials of STORE are written out as a folder of CHGCARs, with the packaged atoms hidden, and taken from there as a
-user would take them: `tomat convert --validation`, `fit-atoms --prior analytic`, `train`, `evaluate`, `predict`.  A second run
+user would take them: `tomat convert --validation`, `fit-atoms --prior computed`, `train`, `evaluate`, `predict`.  A second run
 has the packaged atoms: chgcars.json compares both, as means over the seeds.
 files: a few real files of VASP or of the Materials Project, the same commands.  Every step must run; files.csv holds, for each
 material, the electrons of its file, of its fitted atoms and of its prediction.  They are scored on what they were trained on,
@@ -67,7 +67,7 @@ def chgcars(store: RawStore, work: Path, steps: int, most: int | None, seeds: li
     write_chgcars(store, work / "calculations", most)
     densities = work / "densities"
     tomat("convert", work / "calculations", densities, "--validation", 0.1)
-    tomat("fit-atoms", densities, "--split", "train", "--prior", "analytic", "--out", work / "atoms.json")
+    tomat("fit-atoms", densities, "--split", "train", "--prior", "computed", "--out", work / "atoms.json")
     found: dict[str, Any] = {"steps": steps, "materials": {part: len(ids) for part, ids in RawStore(densities).splits.items()}}
     runs = {(name, seed): work / (f"run-{name}" + f"-seed-{seed}" * (seed > 0))
             for seed in seeds for name in ("fitted", "packaged")}

@@ -29,7 +29,7 @@ import tomat.atoms.fit_atoms as fits
 from tomat.atoms.analytic import ANALYTIC, analytic_atoms
 from tomat.density.core import Density
 from tomat.io.files import write_json
-from tomat.atoms.fit_atoms import ANALYTIC_PRIOR, FitSums, add_up, columns_of, solve, sums_of
+from tomat.atoms.fit_atoms import COMPUTED_PRIOR, FitSums, add_up, columns_of, solve, sums_of
 from tomat.density.formats import read_density
 from tomat.density.metrics import nmae
 from tomat.io.progress import track
@@ -37,8 +37,8 @@ from tomat.atoms.sad import FreeAtom, FreeAtoms, packaged_atoms, sad_density, sa
 from tomat.density.store import RawStore
 from tomat.study.site import write_table
 
-PULLS, SHELL_PULLS = (0.03, 0.1, 0.3, 1.0, 3.0), (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
-FOLDS, PARTS = 4, (10, 20, 40, 80, 160, 312)
+PULLS, TAIL_PULLS = (0.03, 0.1, 0.3, 1.0, 3.0), (1.0, 3.0, 10.0, 30.0, 100.0)
+FOLDS, PARTS = 4, (10, 20, 40, 80, 160, 312, 598)
 Row = dict[str, Any]
 
 
@@ -127,13 +127,13 @@ def scores(densities: list[Density], atoms: FreeAtoms) -> dict[str, float]:
 
 
 def fitted_to(parts: list[FitSums], pull: float, prior: FreeAtoms | None = None) -> FreeAtoms:
-    "The atoms of some materials under another pull than the chosen one, to free atoms or to analytic ones."
-    kept = fits.PRIOR_WEIGHT, fits.SHELL_WEIGHT
-    fits.PRIOR_WEIGHT, fits.SHELL_WEIGHT = pull, pull
+    "The atoms of some materials under another pull than the chosen one, to free atoms or to computed ones."
+    kept = fits.PRIOR_WEIGHT, fits.TAIL_WEIGHT
+    fits.PRIOR_WEIGHT, fits.TAIL_WEIGHT = pull, pull
     try:
         return solve(add_up(parts), prior)
     finally:
-        fits.PRIOR_WEIGHT, fits.SHELL_WEIGHT = kept
+        fits.PRIOR_WEIGHT, fits.TAIL_WEIGHT = kept
 
 
 def of_system(density: Density) -> int:
@@ -144,7 +144,7 @@ def of_system(density: Density) -> int:
 def folds(train: list[Density], parts: list[FitSums]) -> list[Row]:
     "How hard to pull, without a look at the validation part."
     fold, rows = [of_system(density) for density in train], []
-    for kind, prior, pulls in (("to free atoms", None, PULLS), ("to analytic atoms", ANALYTIC_PRIOR, SHELL_PULLS)):
+    for kind, prior, pulls in (("to free atoms", None, PULLS), ("to computed atoms", COMPUTED_PRIOR, TAIL_PULLS)):
         for pull in track(pulls, kind):
             found: list[float] = []
             for left_out in range(FOLDS):
@@ -187,7 +187,7 @@ def vasp(paths: list[str]) -> list[Row]:
     "Files of another code: packaged atoms scaled to their electrons, and atoms fitted to the three together and each alone."
     densities = [read_density(path, id=Path(path).name) for path in paths]
     parts = [sums_of(density) for density in densities]
-    together, analytic = solve(add_up(parts)), solve(add_up(parts), ANALYTIC_PRIOR)
+    together, computed = solve(add_up(parts)), solve(add_up(parts), COMPUTED_PRIOR)
     rows = []
     for density in densities:
         packaged = sad_density(density.structure, density.shape)
@@ -198,7 +198,7 @@ def vasp(paths: list[str]) -> list[Row]:
                      "electrons_fitted": valence_electrons(density.structure, together),
                      "packaged": nmae(packaged * (density.n_electrons / packaged.mean()), density.total),
                      "fitted": nmae(ours, density.total),
-                     "fitted_analytic": nmae(sad_density(density.structure, density.shape, analytic), density.total),
+                     "fitted_computed": nmae(sad_density(density.structure, density.shape, computed), density.total),
                      "other_voxels": half_fitted(density),
                      "valences": " ".join(f"{s} {together[s].n_valence:.3f}" for s in symbols)})
     return rows
@@ -219,7 +219,7 @@ def main() -> None:
     parts = [sums_of(density) for density in track(train, "sum", unit="materials")]
     fitted = solve(add_up(parts))
     save_atoms(fitted, args.out / "fitted.json")
-    sets = {"free": packaged_atoms(), "fitted": fitted, "fitted_analytic": solve(add_up(parts), ANALYTIC_PRIOR)}
+    sets = {"free": packaged_atoms(), "fitted": fitted, "fitted_computed": solve(add_up(parts), COMPUTED_PRIOR)}
     sets |= {name: analytic_atoms(name) for name in ANALYTIC}
     write_table(args.out / "fit.csv", fit_rows(validation, sets))
     write_table(args.out / "learning.csv", learning(validation, parts))

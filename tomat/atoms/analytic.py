@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BOHR', 'EFFECTIVE_N', 'ANALYTIC', 'radius_of', 'gaussian', 'slater', 'shielding', 'valence_shells', 'multi_shell',
-           'analytic_atoms', 'shell_atom']
+           'analytic_atoms']
 
 # %% ../../nbs/02_atoms/02_analytic.ipynb #7eb9c0a0
 import math
@@ -110,11 +110,3 @@ def analytic_atoms(kind: str,  # a key of ANALYTIC
     r = np.arange(0, _CUTOFF, _STEP)
     atoms = {symbol: _scaled(symbol, atom.n_valence, ANALYTIC[kind](symbol, r)) for symbol, atom in packaged_atoms().atoms.items()}
     return FreeAtoms(atoms, f"the {kind} atoms")
-
-# %% ../../nbs/02_atoms/02_analytic.ipynb #19af6263
-@cache
-def shell_atom(symbol: str,      # "Fe"
-               n_valence: float,  # valence electrons
-               ) -> FreeAtom:
-    "The atom of Slater's shells with any number of valence electrons."
-    return _scaled(symbol, n_valence, multi_shell(symbol, np.arange(0, _CUTOFF, _STEP), n_valence))

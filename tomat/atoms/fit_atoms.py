@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['KNOTS', 'TABLE_R', 'BASIS', 'N_BASIS', 'ELECTRONS', 'OVERLAP', 'ROUGHNESS', 'PRIOR_WEIGHT', 'SMOOTHING',
-           'SHELL_WEIGHT', 'SHELL_SMOOTHING', 'SHELL_FLOOR', 'ANALYTIC_PRIOR', 'columns_of', 'FitSums', 'add_up',
-           'sums_of', 'ElectronCounts', 'count_electrons', 'solve', 'fit_atoms', 'disagreement', 'choose_atoms']
+           'TAIL_WEIGHT', 'TAIL_SMOOTHING', 'TAIL_FLOOR', 'CORE', 'UNKNOWN_WEIGHT', 'CORE_WEIGHT', 'COMPUTED_PRIOR',
+           'columns_of', 'FitSums', 'add_up', 'sums_of', 'ElectronCounts', 'count_electrons', 'solve', 'fit_atoms',
+           'disagreement', 'choose_atoms']
 
 # %% ../../nbs/02_atoms/05_fit_atoms.ipynb #6cb22cde
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,7 +26,7 @@ from ..io.remote import TomatError
 from ..density.source import Source, material_rng
 from ..io.progress import T, in_order, track
 from .neighbours import find_neighbours, periodic_images
-from .analytic import shell_atom
+from .kohn_sham import computed_atom
 from .sad import FreeAtom, FreeAtoms, packaged_atoms, rounded, valence_electrons
 
 # %% ../../nbs/02_atoms/05_fit_atoms.ipynb #86a60fda
@@ -187,8 +188,11 @@ def count_electrons(sums: FitSums,     # of all materials
 
 # %% ../../nbs/02_atoms/05_fit_atoms.ipynb #a015fbc9
 PRIOR_WEIGHT, SMOOTHING = 0.1, 1e-5     # weights of the penalties for an element with a free atom, …
-SHELL_WEIGHT, SHELL_SMOOTHING = 1e-3, 1e-6  # … and for one with Slater's shells; all chosen on held-out materials
-SHELL_FLOOR = 0.003  # e/Å³, density from which on a deviation from Slater's shells costs the same
+TAIL_WEIGHT, TAIL_SMOOTHING = 10.0, 1e-6  # … and for one with a computed atom; all chosen on held-out materials
+TAIL_FLOOR = 3e-4  # e/Å³, density below which a deviation from a computed atom costs the same
+CORE = 0.8, 1.5    # Å, distances between which the pull to a computed atom sets in
+UNKNOWN_WEIGHT = 1e-3  # weight of that pull where the cells leave the number of electrons open
+CORE_WEIGHT = 1e-3  # weight of that pull at the nucleus, where only the data know the density
 
 def _in_basis(atom: FreeAtom,  # an atom with a radial table
               ) -> np.ndarray:  # (N_BASIS,) coefficients
@@ -199,16 +203,19 @@ def _in_basis(atom: FreeAtom,  # an atom with a radial table
 
 def _pull(symbol: str, electrons: float,
           atom: FreeAtom | None,  # the free atom, if it has these electrons
+          known: bool,            # whether the number of electrons follows from the cells
           ) -> tuple[np.ndarray, np.ndarray]:  # (N_BASIS, N_BASIS), (N_BASIS,)
     "Penalties of an element, as normal equations."
     if atom is not None:
         penalty = PRIOR_WEIGHT * OVERLAP + SMOOTHING * ROUGHNESS
         return penalty, penalty @ _in_basis(atom)
-    shells = _in_basis(shell_atom(symbol, electrons))
-    outwards = np.maximum.accumulate((BASIS @ shells)[::-1])[::-1]  # Slater's shells vanish at the nucleus, densities do not
-    weight = SHELL_WEIGHT * TABLE_R[1] * TABLE_R**2 / (np.maximum(outwards, 0) + SHELL_FLOOR)
+    computed = _in_basis(computed_atom(symbol, electrons))
+    rho = np.maximum(BASIS @ computed, 0)
+    outside = np.clip((TABLE_R - CORE[0]) / (CORE[1] - CORE[0]), 0, 1) ** 2
+    weight = TABLE_R[1] * TABLE_R**2 * ((TAIL_WEIGHT if known else UNKNOWN_WEIGHT) * outside / (rho + TAIL_FLOOR)
+                                             + CORE_WEIGHT / (rho + 1))
     penalty = (BASIS.T * weight) @ BASIS
-    return penalty + SHELL_SMOOTHING * ROUGHNESS, penalty @ shells
+    return penalty + TAIL_SMOOTHING * ROUGHNESS, penalty @ computed
 
 def _equations(sums: FitSums, counted: ElectronCounts, prior: FreeAtoms,
                ) -> tuple[np.ndarray, np.ndarray]:  # (E·N_BASIS, E·N_BASIS), (E·N_BASIS,)
@@ -219,16 +226,16 @@ def _equations(sums: FitSums, counted: ElectronCounts, prior: FreeAtoms,
     for (a, b), block in sums.gram.items():
         left[index[a], index[b]] = block
         left[index[b], index[a]] = block.T
-    for symbol, electrons, known in zip(counted.symbols, counted.electrons.tolist(), counted.known, strict=True):
+    for symbol, electrons, known in zip(counted.symbols, counted.electrons.tolist(), counted.known.tolist(), strict=True):
         atom = prior.atoms.get(symbol)
         alike = atom is not None and known and abs(atom.n_valence - electrons) < 1e-3
-        penalty, pulled = _pull(symbol, electrons, atom if alike else None)
+        penalty, pulled = _pull(symbol, electrons, atom if alike else None, known)
         left[index[symbol], index[symbol]] += penalty
         right[index[symbol]] += pulled
     return left, right
 
 # %% ../../nbs/02_atoms/05_fit_atoms.ipynb #7e9a8b76
-ANALYTIC_PRIOR = FreeAtoms({}, "analytic atoms")  # a prior that pulls every element towards Slater's shells
+COMPUTED_PRIOR = FreeAtoms({}, "computed atoms")  # a prior that pulls every element towards its computed atom
 
 def solve(sums: FitSums,                  # sums of the materials to fit
           prior: FreeAtoms | None = None,  # atoms that the fit is pulled towards; None: the packaged ones
@@ -321,7 +328,7 @@ def choose_atoms(source: Source,      # densities to train on
             return packaged_atoms(), f"The packaged atoms are used: they have the electrons of all {len(ids)} materials."
     one = partial(_sum_if_usable, read=source.read)
     sums = add_up(track(in_order(one, ids, workers), "fit atoms", len(ids), "materials"))
-    atoms = solve(sums, ANALYTIC_PRIOR if _of_another_code(sums) else packaged_atoms())
+    atoms = solve(sums, COMPUTED_PRIOR if _of_another_code(sums) else packaged_atoms())
     n, unexplained = atoms.metadata["materials"], atoms.metadata["electrons_unexplained"]
     why = f"The packaged atoms do not fit, since {reason}: atoms" if reason else "Atoms"
     which = f"of {len(atoms.atoms)} element{'s'[:len(atoms.atoms) != 1]} were fitted to {n} material{'s'[:n != 1]}"

@@ -114,7 +114,5 @@ def computed_atom(symbol: str,      # "Fe"
     for shell in kohn_sham_shells(symbol):
         rho_R += min(shell.electrons, left) * shell.rho_R
         left -= min(shell.electrons, left)
-    if left > 1e-6:
-        raise TomatError(f"{symbol} has {n_valence - left:g} electrons and {n_valence:g} are asked for: check the element.")
-    r = np.arange(0, _CUTOFF, _TABLE_STEP)
-    return FreeAtom.of(symbol, n_valence, _TABLE_STEP, np.interp(r, RADII, rho_R))
+    rho_R *= n_valence / (n_valence - left)  # an atom with more electrons than its nucleus is the neutral one, scaled
+    return FreeAtom.of(symbol, n_valence, _TABLE_STEP, np.interp(np.arange(0, _CUTOFF, _TABLE_STEP), RADII, rho_R))

@@ -92,7 +92,7 @@ def fit_atoms(source: Annotated[str, typer.Argument(help="A raw store, a folder 
               split: Split = None,
               held_out: HeldOut = "validation",
               prior: Annotated[str, typer.Option(help="Atoms that the fit is pulled towards where little is known: packaged, where "
-                                                      "their electrons are right, or analytic.")] = "packaged",
+                                                      "their electrons are right, or computed.")] = "packaged",
               voxels: Annotated[int, typer.Option(min=100, help="Number of voxels drawn from each material.")] = 6000,
               seed: Annotated[int, typer.Option(help="Seed of the drawn voxels.")] = 0,
               workers: Workers = None,
@@ -109,10 +109,10 @@ def fit_atoms(source: Annotated[str, typer.Argument(help="A raw store, a folder 
 
     from tomat.atoms import fit_atoms as fits
     from tomat.atoms.sad import save_atoms
-    if prior not in ("packaged", "analytic"):
-        raise TomatError(f"--prior is {prior!r}: use packaged or analytic.")
+    if prior not in ("packaged", "computed"):
+        raise TomatError(f"--prior is {prior!r}: use packaged or computed.")
     found = opened(source)
-    atoms, _ = fits.fit_atoms(selected_ids(found, split), found.read, fits.ANALYTIC_PRIOR if prior == "analytic" else None, voxels,
+    atoms, _ = fits.fit_atoms(selected_ids(found, split), found.read, fits.COMPUTED_PRIOR if prior == "computed" else None, voxels,
                               seed, n_processes(workers))
     atoms = replace(atoms, metadata={**atoms.metadata, "source": source, "split": part_of(found, split, "train"), "voxels": voxels,
                                         "seed": seed})
