@@ -104,16 +104,17 @@ def commands(work: Path) -> dict[str, Command]:
             write_density(store.read(id), path, "chgcar")
     sample = str(store.root)
     rows = work / "rows"
-    if not (rows / "meta.json").exists() and subprocess.run([TOMAT, "tokenize", sample, "--out", rows], stdout=subprocess.DEVNULL).returncode:
-        raise SystemExit("tomat tokenize failed")
+    if not (rows / "meta.json").exists():
+        subprocess.run([TOMAT, "tokenize", sample, "--out", rows], stdout=subprocess.DEVNULL, check=True)
+    shards = "*.parquet", "*.arrow", "meta.json"
     return {
         "convert": Command(["convert", str(folder), "OUT", "--workers", "2"], "split.json", ("**/*",)),
-        "tokenize": Command(["tokenize", sample, "--out", "OUT", "--workers", "2"], "meta.json", ("*.parquet", "meta.json")),
-        "prepare": Command(["prepare", sample, "--out", "OUT", "--workers", "2"], "meta.json", ("*.arrow", "*.parquet", "meta.json")),
-        "train": Command(["train", sample, "--out", "OUT", "--steps", "60", "--save-every", "10", "--device", "cpu"], "model/tomat.json",
-                         ("model/model.safetensors",)),
+        "tokenize": Command(["tokenize", sample, "--out", "OUT", "--workers", "2"], "meta.json", shards),
+        "prepare": Command(["prepare", sample, "--out", "OUT", "--workers", "2"], "meta.json", shards),
+        "train": Command(["train", sample, "--out", "OUT", "--steps", "60", "--save-every", "10", "--device", "cpu"],
+                         "model/tomat.json", ("model/model.safetensors",)),
         "evaluate": Command(["evaluate", sample, "--out", "OUT", "--pictures", "0"], "scores.json", ("scores.csv",)),
-        "sync": Command(["sync", str(rows), "OUT"], "meta.json", ("*.parquet", "meta.json"))}
+        "sync": Command(["sync", str(rows), "OUT"], "meta.json", shards)}
 
 
 def main() -> None:
