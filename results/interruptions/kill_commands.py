@@ -124,7 +124,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="*")
     args = parser.parse_args()
-    rows = []
+    rows: list[dict[str, object]] = []
     for name, command in commands(args.work).items():
         if not args.only or name in args.only:
             rows.append(row_of(name, command, args.work, args.kills, np.random.default_rng([args.seed, len(rows)])))
