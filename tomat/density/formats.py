@@ -21,6 +21,7 @@ from pymatgen.core import Structure
 from .chgcar import parsing, read_bytes, read_chgcar, read_mp_json, unpacking, write_chgcar, write_mp_json
 from .core import Density, check_density, check_structure, formula_of
 from .cube import read_cube, write_cube
+from .structures import read_structure_file
 from .zarr_group import GROUP_NAMES, read_zarr, write_zarr
 from ..io.remote import TomatError, exists
 from ..io.files import atomic_write, head_of, local_copy
@@ -144,18 +145,6 @@ def _holds_grid(path: Path) -> bool:
         return bool(_GRID_SIZES.search(read_bytes(path)))
     return known_format(path) is not None
 
-def _read_structure_alone(path: Path) -> Structure:
-    "The structure in a file that holds no density."
-    from pymatgen.io.vasp.inputs import Poscar
-    name = path.name.lower().removesuffix(".gz")
-    with parsing("structure file"):
-        if not name.endswith(".vasp") and not re.search("poscar|contcar", name):
-            return Structure.from_file(path)
-        poscar = Poscar.from_str(read_bytes(path).decode())
-        if not poscar.true_names:
-            raise TomatError("the elements are not named: add a line of symbols above the numbers of atoms.")
-        return poscar.structure
-
 # %% ../../nbs/01_density/05_formats.ipynb #16155dd8
 def read_structure(path: str | Path,  # a density or a structure; local, s3:// or gs://
                    ) -> tuple[Structure, tuple[int, int, int] | None]:  # and the shape of a density's grid
@@ -166,7 +155,7 @@ def read_structure(path: str | Path,  # a density or a structure; local, s3:// o
                          "*.json, *.yaml, *.xsf, *.cssr, *.res or vasprun….xml (each also with .gz).")
     with _opened(path) as here:
         density = FORMATS[format_of(here)].read(here) if _holds_grid(here) else None
-        structure = density.structure if density else _read_structure_alone(here)
+        structure = density.structure if density else read_structure_file(here)
         check_structure(structure, "the crystal")
         if not structure.is_ordered:
             raise TomatError(f"{formula_of(structure)} has sites shared by elements: give one element for each site.")
