@@ -107,7 +107,7 @@ def predict(crystal: Any,                                # pymatgen Structure, a
     return replace(found.density, id=name)
 
 # %% ../../nbs/07_prediction/05_batch.ipynb #506ff83f
-SUFFIXES = {"chgcar": ".CHGCAR", "cube": ".cube", "mp-json": ".json", "zarr": ".zarr"}
+SUFFIXES = {"chgcar": ".CHGCAR", "cube": ".cube", "xsf": ".xsf", "mp-json": ".json", "zarr": ".zarr"}
 
 @dataclass(frozen=True)
 class PredictionTask:
