@@ -537,6 +537,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'tomat.density.cube.leading_numbers': ('01_density/cube.html#leading_numbers', 'tomat/density/cube.py'),
                                     'tomat.density.cube.read_block': ('01_density/cube.html#read_block', 'tomat/density/cube.py'),
                                     'tomat.density.cube.read_cube': ('01_density/cube.html#read_cube', 'tomat/density/cube.py'),
+                                    'tomat.density.cube.shown': ('01_density/cube.html#shown', 'tomat/density/cube.py'),
                                     'tomat.density.cube.without_end': ('01_density/cube.html#without_end', 'tomat/density/cube.py'),
                                     'tomat.density.cube.write_cube': ('01_density/cube.html#write_cube', 'tomat/density/cube.py')},
             'tomat.density.formats': { 'tomat.density.formats.Format': ('01_density/formats.html#format', 'tomat/density/formats.py'),

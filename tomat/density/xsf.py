@@ -7,7 +7,6 @@ __all__ = ['element_of_label', 'xsf_structure', 'holds_xsf_grid', 'read_xsf', 'w
 
 # %% ../../nbs/01_density/03_xsf.ipynb #fdff4268
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ from pymatgen.core import Element, Lattice, Structure
 
 from .chgcar import read_bytes, write_bytes
 from .core import RHO, Density
-from .cube import leading_numbers, read_block, without_end
+from .cube import leading_numbers, read_block, shown, without_end
 from ..io.remote import TomatError
 
 # %% ../../nbs/01_density/03_xsf.ipynb #66cd621a
@@ -35,7 +34,7 @@ def _section(text: bytes,     # content of the file
     "The place of a section; raises `TomatError` unless there is one."
     found = [match.end() for match in re.finditer(rb"^[ \t]*" + keyword + rb"\b.*\n", text, re.MULTILINE)]
     if len(found) != 1:
-        raise TomatError(f"the XSF file has {len(found)} sections {keyword.decode()}, where a crystal has one: give a file of one crystal.")
+        raise TomatError(f"there are {len(found)} sections {keyword.decode()}: give an XSF file of one crystal.")
     return found[0]
 
 def _vectors(text: bytes,  # content of the file
@@ -48,7 +47,7 @@ def _vectors(text: bytes,  # content of the file
     numbers = [leading_numbers(line) for line in lines]
     if len(lines) < n or any(len(row) < 3 for row in numbers) or not np.isfinite([row[:3] for row in numbers]).all():
         number = text.count(b"\n", 0, start) + 1
-        raise TomatError(f"line {number} of the XSF file: {holds} are not {n} lines of three numbers: correct them.")
+        raise TomatError(f"line {number} should begin {holds}, {n} lines of three numbers: correct it.")
     return np.array([row[:3] for row in numbers]), len(text) - len(rest)
 
 # %% ../../nbs/01_density/03_xsf.ipynb #79d87974
@@ -60,7 +59,7 @@ def _atom(line: bytes,  # a label or an atomic number, and three coordinates
     symbol = Element.from_Z(number).symbol if 0 < number <= len(Element) else element_of_label(word)
     position = leading_numbers(rest.encode("latin-1"))[:3]
     if symbol is None or len(position) < 3 or not np.isfinite(position).all():
-        raise TomatError(f"the atom {line.strip()[:40].decode('latin-1')!r} of the XSF file is not an element and a position in Å: correct it.")
+        raise TomatError(f"the atom {shown(line)} is not an element and a position in Å: correct the line.")
     return symbol, position
 
 def xsf_structure(text: bytes,  # content of an XSF file
@@ -70,7 +69,7 @@ def xsf_structure(text: bytes,  # content of an XSF file
     start = _section(text, b"PRIMCOORD")
     n, *_ = leading_numbers(text[start:text.find(b"\n", start) + 1]) or [0.0]
     if not (1 <= n <= len(text) and n.is_integer()):
-        raise TomatError("the XSF file names no number of atoms below PRIMCOORD: add a line such as '2 1'.")
+        raise TomatError("there is no number of atoms below PRIMCOORD: add a line such as '2 1'.")
     lines = text[start:].split(b"\n", int(n) + 1)[1:int(n) + 1]
     if len(lines) < n:
         raise TomatError(f"the file ends after {len(lines)} of {n:.0f} atoms: copy it again.")
@@ -94,7 +93,7 @@ def _repeated_axes(spans_3x3: np.ndarray,     # vectors that span the grid, Å
     for axis, (span, vector, n) in enumerate(zip(spans_3x3, lattice_3x3, shape, strict=True)):
         fits = [np.abs(span - factor * vector).max() < 2e-3 for factor in (1, (n - 1) / n, (n + 1) / n)]
         if not any(fits):
-            raise TomatError(f"the grid of the XSF file spans {span.round(4).tolist()} Å along {'abc'[axis]}, and the cell "
+            raise TomatError(f"the grid spans {span.round(4).tolist()} Å along {'abc'[axis]}, and the cell "
                              f"{vector.round(4).tolist()} Å: write the density on a grid of one cell.")
         repeated += [axis] if fits[0] else []
     return repeated
@@ -111,10 +110,10 @@ def _field(text: bytes,  # content of an XSF file
     (origin, *spans), start = _vectors(text, start, 4, "the origin and the vectors of the grid")
     n_x, n_y, n_z = (int(n) for n in shape[0])
     if shape[0].min() < 1 or (shape[0] % 1).any():
-        raise TomatError(f"the grid of the XSF file has {shape[0].tolist()} points: give three whole numbers.")
+        raise TomatError(f"the grid has {shape[0].tolist()} points: give three whole numbers.")
     values, end = read_block(text, start, n_x * n_y * n_z)
     if not text[end:].lstrip().startswith(b"END_DATAGRID"):
-        raise TomatError(f"END_DATAGRID_3D does not follow {values.size:,} numbers: correct the numbers of points, or write the file again.")
+        raise TomatError(f"{values.size:,} numbers, one for each point, are not followed by END_DATAGRID_3D: write the file again.")
     return values.reshape(n_z, n_y, n_x).T, origin, np.array(spans)
 
 # %% ../../nbs/01_density/03_xsf.ipynb #2d0a7fd8
