@@ -106,7 +106,7 @@ def _shown(word: bytes) -> str:
     "A word as an error shows it."
     return ascii(word[:24].decode("latin-1")) + ("…" if len(word) > 24 else "")
 
-# %% ../../nbs/01_density/01_numbers.ipynb #6638795e
+# %% ../../nbs/01_density/01_numbers.ipynb #6a3c8049
 _PIECE = 1 << 20  # bytes that are cast at a time
 
 def _fault(text: bytes,         # content of the file
@@ -160,7 +160,8 @@ def read_block(text: bytes,         # content of a file
     found = np.empty(min(n, (len(text) - start) // 2 + 1))  # a number takes two bytes at least
     done, end = 0, start
     while done < n and end < len(text):
-        begin, end = end, text.rfind(b"\n", end, end + _PIECE) + 1 or text.find(b"\n", end) + 1 or len(text)
+        size = min(_PIECE, 64 * (n - done) + 256)  # not much more than the block
+        begin, end = end, text.rfind(b"\n", end, end + size) + 1 or text.find(b"\n", end) + 1 or len(text)
         numbers = _columns(text[begin:end])
         if numbers is None or done + numbers.size > n:
             numbers, end = _free(text, begin, end, done, n, expected)
