@@ -79,7 +79,7 @@ def _numbers(text: bytes,        # words with spaces or line ends between them, 
         found = cast(text, _spans(text))
     return found
 
-# %% ../../nbs/01_density/01_numbers.ipynb #4510bb69
+# %% ../../nbs/01_density/01_numbers.ipynb #0f3120ea
 def line_number(text: bytes, at: int) -> int:
     "Number of the line, from 1, in which a byte of a text stands."
     return text.count(b"\n", 0, at) + 1
@@ -92,21 +92,22 @@ def _form(word: bytes,  # a number
     whole = re.fullmatch(rb"[-+]?\d{2,}", exponent) is not None
     return None if whole else (len(decimals), len(re.findall(rb"\d", mantissa)))
 
-def check_complete(text: bytes,  # content of a file that ends in numbers
+def check_complete(text: bytes,    # content of a file that ends in numbers
+                   start: int = 0,  # where they begin
                    ) -> None:
     "Raise `TomatError` if the text ends inside a number: without a line end, and in a number of another form than the one before."
-    words = text[-200:].split()[-2:]
-    if text.endswith(b"\n") or len(words) < 2 or (last := _form(words[1])) is None:
+    words = text[max(start, len(text) - 200):].split()[-2:]
+    if text.endswith(b"\n") or not words or (last := _form(words[-1])) is None:
         return
-    before = _form(words[0])
+    before = _form(words[0]) if len(words) > 1 else None
     if before is None or not any(a == b for a, b in zip(before, last, strict=True)):
-        raise TomatError(f"the file ends inside a number, {_shown(words[1])}: copy it again.")
+        raise TomatError(f"the file ends inside a number, {_shown(words[-1])}: copy it again.")
 
 def _shown(word: bytes) -> str:
     "A word as an error shows it."
     return ascii(word[:24].decode("latin-1")) + ("…" if len(word) > 24 else "")
 
-# %% ../../nbs/01_density/01_numbers.ipynb #6a3c8049
+# %% ../../nbs/01_density/01_numbers.ipynb #6d9fad3d
 _PIECE = 1 << 20  # bytes that are cast at a time
 
 def _fault(text: bytes,         # content of the file
@@ -124,10 +125,11 @@ def _fault(text: bytes,         # content of the file
         return TomatError(f"the file ends inside value {n_before + i + 1:,} of {n:,}, {_shown(word)}: copy it again.")
     line = line_number(text, at)
     if word[:1].isalpha():
-        return TomatError(f"line {line} follows {n_before + i:,} numbers where {expected}: it begins with {_shown(word)}.")
+        return TomatError(f"line {line} holds {_shown(word)} after {n_before + i:,} numbers where {expected}: correct it, or write "
+                          "the file again.")
     value = f"line {line}: value {n_before + i + 1:,} of {n:,} is {_shown(word)}"
     if not word.strip(b"*"):
-        return TomatError(f"{value}, since it is too large for its columns: write the file again with a wider format.")
+        return TomatError(f"{value}, too large for its columns: write the file again in a wider format.")
     return TomatError(f"{value}, which is no number: correct it, or write the file again.")
 
 def _free(text: bytes,    # content of the file
@@ -170,7 +172,7 @@ def read_block(text: bytes,         # content of a file
     if done < n:
         raise TomatError(f"the file ends after {done:,} numbers where {expected}: copy it again.")
     if end == len(text):
-        check_complete(text)
+        check_complete(text, start)
     return found, end
 
 # %% ../../nbs/01_density/01_numbers.ipynb #e16573c7
