@@ -117,8 +117,8 @@ def _sizes(lines: Lines) -> list[int]:
     while (line := lines.peek() or b"").isspace():
         lines.next("a grid")
     if not line:
-        raise TomatError(f"the file ends after its structure, in line {lines.number}, where a CHGCAR has a grid: it holds no density, "
-                         "or has to be copied again.")
+        raise TomatError(f"the file ends after its structure, in line {lines.number}, where a CHGCAR has a grid: it holds no "
+                         "density, or has to be copied again.")
     lines.next("a grid")
     if not (sizes := _grid_sizes(line)):
         raise lines.fault(f"the three sizes of a grid should stand behind the structure, not {decoded(line)[:60]!r}")

@@ -14,7 +14,8 @@ from pymatgen.core import Element, Lattice, Structure
 
 from .chgcar import read_bytes, write_bytes
 from .core import RHO, Density
-from .cube import leading_numbers, read_block, shown, without_end
+from .cube import shown, without_end
+from .numbers import leading_numbers, read_block
 from ..io.remote import TomatError
 
 # %% ../../nbs/01_density/03_xsf.ipynb #66cd621a
