@@ -12,18 +12,14 @@ from pathlib import Path
 from pymatgen.core import Structure
 
 from .chgcar import parsing, read_bytes
-from ..io.remote import TomatError
+from .poscar import begins_as_poscar, parse_poscar
 
 # %% ../../nbs/01_density/04_structures.ipynb #dc649586
 def read_structure_file(path: Path,  # a local file that holds no density
                         ) -> Structure:
     "The structure in a POSCAR, a CIF or another file that pymatgen reads."
-    from pymatgen.io.vasp.inputs import Poscar
-    name = path.name.lower().removesuffix(".gz")
+    content = read_bytes(path)
+    if begins_as_poscar(content) or re.search(r"poscar|contcar|\.vasp(\.(gz|bz2|xz))?$", path.name, re.IGNORECASE):
+        return parse_poscar(content).structure
     with parsing("structure file"):
-        if not name.endswith(".vasp") and not re.search("poscar|contcar", name):
-            return Structure.from_file(path)
-        poscar = Poscar.from_str(read_bytes(path).decode())
-        if not poscar.true_names:
-            raise TomatError("the elements are not named: add a line of symbols above the numbers of atoms.")
-        return poscar.structure
+        return Structure.from_file(path)
