@@ -287,12 +287,19 @@ def _usable(density: Density) -> bool:
     "Whether a density has a sum of atoms."
     return bool(density.structure.is_ordered) and density.n_electrons > 0
 
+def _readable(id: str, read: Callable[[str], Density]) -> Density | None:
+    "The density of a material; None for a damaged file, which the work that needs the atoms passes over and names."
+    try:
+        return read(id)
+    except TomatError:
+        return None
+
 def disagreement(id: str,  # id of a material
                  read: Callable[[str], Density],  # id → density
                  ) -> str:
-    "The disagreement of a material's electrons with the packaged atoms; empty where they agree."
-    density, atoms = read(id), packaged_atoms()
-    if not _usable(density):
+    "The disagreement of a material's electrons with the packaged atoms; empty where they agree, or the file cannot be read."
+    density, atoms = _readable(id, read), packaged_atoms()
+    if density is None or not _usable(density):
         return ""
     if missing := sorted({site.specie.symbol for site in density.structure} - set(atoms.atoms)):
         return f"{id} holds {missing[0]}, for which there is none"
@@ -303,8 +310,8 @@ def disagreement(id: str,  # id of a material
 # %% ../../nbs/02_atoms/05_fit_atoms.ipynb #9291eeda
 def _sum_if_usable(id: str, read: Callable[[str], Density]) -> FitSums:
     "The sums of one material; empty sums where it has no sum of atoms."
-    density = read(id)
-    return sums_of(density) if _usable(density) else FitSums({}, {}, {}, {})
+    density = _readable(id, read)
+    return sums_of(density) if density and _usable(density) else FitSums({}, {}, {}, {})
 
 def _of_another_code(sums: FitSums) -> bool:
     "Whether an element has other electrons than its packaged atom, whose shape then says nothing about these densities."

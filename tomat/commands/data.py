@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['info', 'convert', 'fetch', 'tokenizer_from', 'labelled', 'part_from', 'kept_atoms', 'atoms_of_rows', 'rows_summary',
-           'print_rows', 'tokenize', 'prepare', 'verify', 'sync', 'show_tokens']
+           'unreadable', 'print_skipped', 'print_rows', 'tokenize', 'prepare', 'verify', 'sync', 'show_tokens']
 
 # %% ../../nbs/11_commands/03_data.ipynb #a4e05446
 import os
@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .base import Atoms, Copies, Json, Workers, chosen_atoms, selected_ids, n_processes, opened, print_result
+from .base import (Atoms, Copies, From, Json, Workers, chosen_atoms, n_processes, opened, passed_over, print_result,
+                                 selected_ids)
 from ..io.remote import TomatError, is_remote
 
 if TYPE_CHECKING:
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
     from tomat.tokens.tokenizer import Tokenizer
 
 # %% ../../nbs/11_commands/03_data.ipynb #4e52aa19
-def info(file: Annotated[str, typer.Argument(help="CHGCAR, cube, Materials Project JSON or Zarr file, also compressed (.gz).")],
+def info(file: Annotated[str, typer.Argument(help="CHGCAR, cube, XSF, Materials Project JSON or Zarr file, also packed.")],
+         from_: From = None,
          as_json: Json = False,
          ) -> None:
     """Describe a density file: formula, chemical class, grid, spacing, electrons, extremes.
@@ -33,22 +35,27 @@ def info(file: Annotated[str, typer.Argument(help="CHGCAR, cube, Materials Proje
     Example: `tomat info CHGCAR.gz`
     """
     from tomat.density.classify import classify
-    from tomat.density.formats import density_info, format_of, read_density
-    density = read_density(file)
-    print_result(density_info(density, format_of(file)) | {"class": classify(density.structure)}, as_json)
+    from tomat.density.formats import density_info, find_format, read_density
+    from tomat.io.files import local_copy
+    density = read_density(file, from_)
+    with local_copy(file) as here:
+        format = from_ or find_format(here)
+    print_result(density_info(density, format) | {"class": classify(density.structure)}, as_json)
 
 # %% ../../nbs/11_commands/03_data.ipynb #95cb3462
 def convert(source: Annotated[str, typer.Argument(help="A density file, or a folder, bucket or list of many.")],
             target: Annotated[str, typer.Argument(help="File to write, with the format in its name; for many densities, a raw "
                                                        "store.")],
             format: Annotated[str | None, typer.Option(help="Format to write, if the name has no known suffix.")] = None,
+            from_: From = None,
             validation: Annotated[float, typer.Option(min=0, max=0.99, help="Share of the materials to hold out, by chemical "
                                                                             "system.")] = 0,
             workers: Workers = None,
             ) -> None:
-    """Convert a density between CHGCAR, cube, Materials Project JSON and Zarr, or a whole folder to a store of Zarr groups.
+    """Convert a density between CHGCAR, cube, XSF, Materials Project JSON and Zarr, or a whole folder to a store of Zarr groups.
 
-    A material whose file has changed since the last call is written again. With --validation the store gets the parts train
+    A file that cannot be read is passed over, and the exit code is 1. A material whose file has changed since the last call is
+    written again. With --validation the store gets the parts train
     and validation, without a chemical system in common, for `tomat tokenize --split train` and others.
 
     Example: `tomat convert CHGCAR.gz NaCl.zarr`, `tomat convert calculations/ densities/ --validation 0.1`
@@ -57,16 +64,18 @@ def convert(source: Annotated[str, typer.Argument(help="A density file, or a fol
     from tomat.density.source import Folder
     from tomat.density.convert import store_all
     from tomat.density.store import RawStore
-    many = opened(source)
+    many = opened(source, from_)
     if isinstance(many, Folder) and many.single:
         if validation:
             raise TomatError(f"--validation is for many densities, and {source} is one: leave it out.")
-        return write_density(read_density(source), target, format)
+        return write_density(read_density(source, from_), target, format)
     if format is not None:
         raise TomatError(f"--format is for one density, and {source} makes a store of many: leave it out.")
-    written = store_all(many, target, n_processes(workers), validation)
+    faults: dict[str, str] = {}
+    written = store_all(many, target, n_processes(workers), validation, faults)
     parts = {part: len(ids) for part, ids in RawStore(target).splits.items()}
-    print_result({"materials": len(many.ids), "written now": written, "store": target} | parts, False)
+    print_result({"materials": len(many.ids) - len(faults), "written now": written, "store": target} | parts, False)
+    passed_over(faults)
 
 # %% ../../nbs/11_commands/03_data.ipynb #8ab57bed
 def fetch(ids: Annotated[list[str], typer.Argument(help="Task ids such as mp-2680643, or a file that lists them.")],
@@ -185,18 +194,33 @@ def _given(named: "DataSet | None", value: Any, key: str, default: Any) -> Any:
     "The value of an option, else that of the labelled data set, else the default."
     return value if value is not None else getattr(named, key) if named else default
 
+def unreadable(meta: dict[str, Any],  # meta.json of a data set
+               ) -> dict[str, str]:  # id → what is wrong with its file
+    "The materials whose files could not be read."
+    from tomat.dataset.parquet import UNREADABLE
+    return {id: why.removeprefix(UNREADABLE) for id, why in meta["skipped"].items() if why.startswith(UNREADABLE)}
+
+def print_skipped(meta: dict[str, Any],  # meta.json of a data set
+                  as_json: bool,         # True: they are in the printed object
+                  ) -> None:
+    "Print the reasons of the first materials that the data set could not hold, on standard error."
+    held_back = [(id, why) for id, why in meta["skipped"].items() if id not in unreadable(meta)]
+    for id, why in held_back[:5 if not as_json else 0]:
+        print(f"skipped {id}: {why}", file=sys.stderr)
+
 def print_rows(meta: dict[str, Any],  # meta.json of a data set
                out: str,              # its folder
                as_json: bool,
                ) -> None:
-    "Print the counts of a data set, and the reasons of the first skipped materials on standard error."
-    for id, reason in list(meta["skipped"].items())[:5 if not as_json else 0]:
-        print(f"skipped {id}: {reason}", file=sys.stderr)
+    "Print the counts of a data set, and the reasons of skipped materials on standard error."
+    print_skipped(meta, as_json)
     print_result(rows_summary(meta) | {"folder": out}, as_json)
+    passed_over(unreadable(meta))
 
 def tokenize(source: Annotated[str, typer.Argument(help="A raw store, a folder of CHGCARs, one density file, or mp-ids.")],
              out: Annotated[str, typer.Option(help="Folder for the rows.")],
              label: Annotated[str, typer.Option(help="Label of the data set; one of settings.ini sets the other options.")] = "",
+             from_: From = None,
              split: Annotated[str | None, typer.Option(help="Part of the store: train, validation, all.")] = None,
              materials: Annotated[int | None, typer.Option(help="Number of materials, from the beginning of the part.")] = None,
              patches_per_material: _Patches = None,
@@ -227,7 +251,7 @@ def tokenize(source: Annotated[str, typer.Argument(help="A raw store, a folder o
     tokenizer = tokenizer_from(given(layout, "layout", "framed"), given(density_codec, "density_codec", "two_token_9_12"),
                                given(patch_size, "patch_size", 14), given(pad_to, "pad_to", 8192), target,
                                (named.log_min, named.log_max) if named else None)
-    found, part, n = opened(source), part_from(worker), n_processes(workers)
+    found, part, n = opened(source, from_), part_from(worker), n_processes(workers)
     ids = selected_ids(found, given(split, "split", None), given(materials, "materials", None), label)
     chosen = kept_atoms(out, part) if atoms is None and not overwrite else None
     chosen = chosen or atoms_of_rows(atoms, tokenizer.target, found, ids, n, bool(part or named))
@@ -239,6 +263,7 @@ def tokenize(source: Annotated[str, typer.Argument(help="A raw store, a folder o
 def prepare(source: Annotated[str, typer.Argument(help="A raw store, a folder of CHGCARs, one density file, or mp-ids.")],
             out: Annotated[str, typer.Option(help="Folder for the voxels.")],
             label: Annotated[str, typer.Option(help="Name of the data set.")] = "",
+            from_: From = None,
             split: Annotated[str | None, typer.Option(help="Part of the store: train, validation, all.")] = None,
             materials: Annotated[int | None, typer.Option(help="Number of materials, from the beginning of the part.")] = None,
             kept: Annotated[int, typer.Option(help="Largest number of voxels of each material.")] = 20_000,
@@ -260,15 +285,15 @@ def prepare(source: Annotated[str, typer.Argument(help="A raw store, a folder of
     if part and atoms in (None, "fit"):
         raise TomatError("--worker makes one part, and all parts need the same atoms: give --atoms packaged, or a file of "
                          "`tomat fit-atoms`.")
-    found = opened(source)
+    found = opened(source, from_)
     ids = selected_ids(found, split, materials)
     config = PrepareConfig(kept, seed, label, workers=n, overwrite=overwrite)
     meta = preparing.prepare(found, out, config, ids, chosen_atoms(atoms, found, ids, n), part)
-    for id, reason in list(meta["skipped"].items())[:5 if not as_json else 0]:
-        print(f"skipped {id}: {reason}", file=sys.stderr)
+    print_skipped(meta, as_json)
     size = sum(shard["bytes"] for shard in meta["shards"].values())
     print_result({"voxels": meta["voxels"], "materials": len(meta["materials"]), "skipped": list(meta["skipped"]), "bytes": size,
                   "folder": out}, as_json)
+    passed_over(unreadable(meta))
 
 # %% ../../nbs/11_commands/03_data.ipynb #970858b9
 def verify(data: Annotated[str, typer.Argument(help="Folder of rows to verify.")],
@@ -311,6 +336,7 @@ def show_tokens(file: Annotated[str, typer.Argument(help="A folder of rows, one 
                 density_codec: Annotated[str, typer.Option(help="Density file: codec, as for tokenize.")] = "two_token_9_12",
                 layout: Annotated[str, typer.Option(help="Density file: row layout, framed or anchored.")] = "framed",
                 pad_to: Annotated[int, typer.Option(help="Density file: length of the row, tokens; 0: no padding.")] = 8192,
+                from_: From = None,
                 ) -> None:
     """Print one row of tokens, block by block.
 
@@ -318,11 +344,11 @@ def show_tokens(file: Annotated[str, typer.Argument(help="A folder of rows, one 
     """
     from tomat.dataset.meta import row_of
     from tomat.density.formats import known_format, read_density
-    if file.endswith(".parquet") or (known_format(file) is None and (is_remote(file) or os.path.isdir(file))):
+    if file.endswith(".parquet") or (from_ is None and known_format(file) is None and (is_remote(file) or os.path.isdir(file))):
         tokenizer, ids = row_of(file, row)
     else:
         tokenizer = tokenizer_from(layout, density_codec, patch_size, pad_to, "total")
-        ids = tokenizer.encode(read_density(file), [offset])[0][0]
+        ids = tokenizer.encode(read_density(file, from_), [offset])[0][0]
     try:
         tokenizer.decode(ids)
     except TomatError as err:

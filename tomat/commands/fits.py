@@ -15,7 +15,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .base import Atoms, Json, Target, Workers, chosen_atoms, selected_ids, n_processes, opened, part_of, print_result
+from .base import (Atoms, From, Json, Target, Workers, chosen_atoms, n_processes, opened, part_of, print_result,
+                                 selected_ids)
 from ..io.remote import TomatError
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ def floor_result(errors: dict[str, Any],  # from `tomat.tokens.fit_codec.quantis
 
 def fit_codec(source: Annotated[str, typer.Argument(help="A raw store, a folder of CHGCARs, or mp-ids.")],
               out: Annotated[str, typer.Option(help="File for the levels, .npz.")],
+              from_: From = None,
               split: Split = None,
               held_out: HeldOut = "validation",
               levels: Annotated[int, typer.Option(help="Number of levels, and so of token ids.")] = 16384,
@@ -59,7 +61,7 @@ def fit_codec(source: Annotated[str, typer.Argument(help="A raw store, a folder 
     from tomat.atoms.sad import with_sad
     from tomat.tokens import fit_codec as fits
     from tomat.tokens.levels import save_levels
-    found, n = opened(source), n_processes(workers)
+    found, n = opened(source, from_), n_processes(workers)
     ids = selected_ids(found, split)
     prepare = partial(with_sad, atoms=chosen_atoms(atoms, found, ids, n)) if target == "difference" else None
     parts = [fits.Histogram.load(path) for path in part or []]
@@ -89,6 +91,7 @@ def sad_errors(source: "Source",
 # %% ../../nbs/11_commands/04_fits.ipynb #8c90c2c3
 def fit_atoms(source: Annotated[str, typer.Argument(help="A raw store, a folder of CHGCARs, or mp-ids.")],
               out: Annotated[str, typer.Option(help="File for the atoms, .json.")],
+              from_: From = None,
               split: Split = None,
               held_out: HeldOut = "validation",
               prior: Annotated[str, typer.Option(help="Atoms that the fit is pulled towards where little is known: packaged, where "
@@ -111,7 +114,7 @@ def fit_atoms(source: Annotated[str, typer.Argument(help="A raw store, a folder 
     from tomat.atoms.sad import save_atoms
     if prior not in ("packaged", "computed"):
         raise TomatError(f"--prior is {prior!r}: use packaged or computed.")
-    found = opened(source)
+    found = opened(source, from_)
     atoms, _ = fits.fit_atoms(selected_ids(found, split), found.read, fits.COMPUTED_PRIOR if prior == "computed" else None, voxels,
                               seed, n_processes(workers))
     atoms = replace(atoms, metadata={**atoms.metadata, "source": source, "split": part_of(found, split, "train"), "voxels": voxels,
@@ -152,6 +155,7 @@ def warn_of_empty(rows: list[dict[str, Any]],  # lines of the sweep
 
 def fidelity(source: Annotated[str, typer.Argument(help="A raw store, a folder of CHGCARs, one density file, or mp-ids.")],
              out: Annotated[str, typer.Option(help="File for the table, .csv or .csv.gz.")],
+             from_: From = None,
              split: Annotated[str, typer.Option(help="Part of the store: train, validation, all.")] = "all",
              materials: Annotated[int | None, typer.Option(help="Number of materials, from the beginning of the part.")] = None,
              levels: Annotated[list[str] | None, typer.Option(help="Fitted levels (.npz) to measure too; may be repeated.")] = None,
@@ -166,7 +170,7 @@ def fidelity(source: Annotated[str, typer.Argument(help="A raw store, a folder o
     Example: `tomat fidelity densities/ --out sweep.csv`, `tomat fidelity CHGCAR.gz --only fourier --out sweep.csv`
     """
     from tomat.study import fidelity as sweeps
-    found, schemes = opened(source), schemes_named(only, levels)
+    found, schemes = opened(source, from_), schemes_named(only, levels)
     ids = selected_ids(found, split, materials)
     sweeps.sweep(found, out, schemes, ids, n_processes(workers))
     rows = sweeps.read_sweep(out)

@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .base import Json, opened, part_of, print_result
+from .base import From, Json, opened, part_of, passed_over, print_result
 from ..io.remote import TomatError, is_remote
 
 if TYPE_CHECKING:
@@ -43,6 +43,8 @@ def predict(structures: Annotated[list[str], typer.Argument(help="POSCAR, CIF or
             picture: Annotated[str | None, typer.Option(help="File (.png; a folder for many) for slices of the density.")] = None,
             format: Annotated[str | None, typer.Option(
                 help="Format of many densities: chgcar, cube, mp-json or zarr.  [default: chgcar]")] = None,
+            from_: Annotated[str | None, typer.Option(
+                "--from", help="Format to read, if content and name do not tell: poscar, chgcar, cube, xsf, mp-json or zarr.")] = None,
             strategy: Strategy = None,
             overlap: Annotated[int, typer.Option(help="Voxels that neighbouring patches share, for causal checkpoints.")] = 0,
             zval: Annotated[str | None, typer.Option(
@@ -56,12 +58,14 @@ def predict(structures: Annotated[list[str], typer.Argument(help="POSCAR, CIF or
     Example: `tomat predict POSCAR --out CHGCAR`, `tomat predict cells/ --out densities/ --expected-error errors/`
     """
     from tomat.atoms.zval import check_zval, parse_zval
-    from tomat.prediction.batch import plan_tasks, run_tasks
+    from tomat.prediction.batch import find_crystals, run_tasks, tasks_of
     from tomat.prediction.predictors import load_predictor
     given = parse_zval(zval) if zval is not None else []
     predictor = load_predictor(checkpoint, strategy=strategy, overlap=overlap, device=device)
-    tasks, skipped = plan_tasks(structures, out, grid, expected_error, picture, format, predictor.atoms)
-    for name, why in skipped.items():
+    found, skipped = find_crystals(structures, predictor.atoms, from_)
+    tasks = tasks_of(found, structures, out, grid, expected_error, picture, format)
+    others = {name: why for name, why in skipped.items() if "of no known format" in why or "beside" in why}
+    for name, why in others.items():
         print(f"tomat: skipped {name}: {why}", file=sys.stderr)
     for task in tasks:
         check_zval(task.structure, given, predictor.atoms, "--zval")
@@ -71,6 +75,7 @@ def predict(structures: Annotated[list[str], typer.Argument(help="POSCAR, CIF or
         results.append(result)
     if as_json:
         print_result({"predicted": results, "passed over": skipped}, True)
+    passed_over({name: why for name, why in skipped.items() if name not in others})
 
 # %% ../../nbs/11_commands/06_prediction.ipynb #1c25ed3c
 def predictors_from(checkpoints: list[str],  # [NAME=]FOLDER; empty: the packaged checkpoint
@@ -106,6 +111,7 @@ def evaluate(source: Annotated[str, typer.Argument(help="A raw store, a folder o
              out: Annotated[str, typer.Option(help="Folder for the report, the tables and the scores of each material.")],
              checkpoint: Annotated[list[str] | None, typer.Option(
                  help="Checkpoint, as [NAME=]FOLDER; may be repeated; the packaged checkpoint if not given.")] = None,
+             from_: From = None,
              split: Annotated[str | None, typer.Option(help="Part of the store.  [default: validation, or all]")] = None,
              strategy: Strategy = None,
              device: Device = "",
@@ -120,7 +126,7 @@ def evaluate(source: Annotated[str, typer.Argument(help="A raw store, a folder o
     """
     from tomat.prediction import evaluate as evaluation
     from tomat.prediction.report import evaluation_summary, slices_png, write_report
-    found = opened(source)
+    found = opened(source, from_)
     part = part_of(found, split, "validation")
     ids = list(found.split(part))
     if not ids:
@@ -128,10 +134,9 @@ def evaluate(source: Annotated[str, typer.Argument(help="A raw store, a folder o
     if not is_remote(out) and os.path.isfile(out):
         raise TomatError(f"{out} is a file: give the name of a folder.")
     result = evaluation.evaluate(found, ids, predictors_from(checkpoint or [], strategy, device), out, slices_png, pictures)
-    for id, why in result.skipped.items():
-        print(f"tomat: skipped {id}: {why}", file=sys.stderr)
     write_report(result, f"{source}, {part}")
     print_scores(evaluation_summary(result.scores), as_json)
+    passed_over(result.skipped)
 
 # %% ../../nbs/11_commands/06_prediction.ipynb #b0eebbf0
 def demo(out: Annotated[str, typer.Option(help="Folder for rows, models, predictions and the report.")] = "demo-out",

@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Protocol
 from uuid import uuid4
 
 from .meta import ROWS, FolderForm, has_form, is_part
-from .parquet import TokenizeConfig, density_checksum, hash_of, is_intact, read_footer, shard_rows, write_shard
+from .parquet import UNREADABLE, TokenizeConfig, density_checksum, hash_of, is_intact, read_footer, shard_rows, write_shard
 from ..atoms.sad import own_digest, save_atoms
 from ..density.core import Density
 from ..density.source import InMemory, Source
@@ -146,7 +146,8 @@ def _existing_shard(path: str,    # path of a shard, local or remote
         return None
     footer = kind.read_footer(path)
     same = footer and footer.get("recipe") == hash_of(kind.recipe(), ids)
-    return footer | {"bytes": entry["bytes"], "md5": entry["md5"]} if footer and same else None
+    mended = footer and any(reason.startswith(UNREADABLE) for reason in footer["skipped"].values())  # perhaps
+    return footer | {"bytes": entry["bytes"], "md5": entry["md5"]} if footer and same and not mended else None
 
 def _check_densities(read: Callable[[str], Density],  # function from a material's id to its density
                      footer: dict[str, Any],          # footer of an existing shard

@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from ..atoms.sad import FreeAtom, FreeAtoms, own_digest, packaged_atoms, save_atoms, with_sad
 from .meta import VOXELS, FolderForm, has_form, row_atoms
-from .parquet import density_checksum, hash_of
+from .parquet import UNREADABLE, density_checksum, hash_of
 from ..density.classify import classify
 from ..density.core import RHO, Density
 from ..io.files import atomic_write, open_binary
@@ -181,7 +181,11 @@ class VoxelShards:
         batches: list[pa.RecordBatch] = []
         footer: dict[str, Any] = {"ids": list(ids), "recipe": hash_of(self.recipe(), list(ids)), "materials": {}, "skipped": {}}
         for id in ids:
-            density = read(id)
+            try:
+                density = read(id)
+            except TomatError as reason:
+                footer["skipped"][id] = f"{UNREADABLE}{reason}"
+                continue
             try:
                 drawn = draw_voxels(density, id, self.config.kept, self.config.seed, self.atoms)
             except TomatError as reason:

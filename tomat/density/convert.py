@@ -7,11 +7,13 @@ __all__ = ['Entry', 'store_all']
 
 # %% ../../nbs/01_density/08_convert.ipynb #c003d557
 import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from .core import Density
 from .formats import known_format, read_density, write_density
 from .source import Source, threaded_map
 from .store import STORE_NAMES, RawStore, add_id, index_files, split_by_system, write_store
@@ -30,13 +32,14 @@ def _origins(root: str,       # folder of the store
              ) -> dict[str, Any]:  # id → `Entry`, or other content of a damaged file
     "The entries of a store's sources.json; raises `TomatError` for a folder that must not be written into."
     names = check_folder(root, STORE_NAMES)
-    if "mp_filelist.txt" in names and RawStore(root).ids != ids:
-        raise TomatError(f"{root} is a store of other materials: give another name, or remove the store.")
     if "label" in names and _ORIGINS not in names:
         raise TomatError(f"{root} has no {_ORIGINS}, so its densities are of unknown origin: give another name, or remove it.")
     origins = read_json(f"{root}/{_ORIGINS}") if _ORIGINS in names else {}
     if not isinstance(origins, dict):
         raise TomatError(f"{root}/{_ORIGINS} is damaged: give another name for the store, or remove the store.")
+    stored = RawStore(root).ids if "mp_filelist.txt" in names else None
+    if stored is not None and [id for id in ids if id in stored or id not in origins] != stored:  # others could not be read
+        raise TomatError(f"{root} is a store of other materials: give another name, or remove the store.")
     return origins
 
 def _entries_before(root: str,                    # folder of the store
@@ -57,8 +60,8 @@ def _entries_before(root: str,                    # folder of the store
 def _store_one(source: Source,                 # holds the material
                root: str,                      # folder of the store
                job: tuple[str, Entry | None],  # id of a material, and its entry before the work
-               ) -> tuple[bool, str]:  # whether it was written, and the digest of its group
-    "Write one material into a store, unless its group can be kept."
+               ) -> tuple[bool, str | TomatError]:  # whether it was written; the digest of its group, or the error of its file
+    "Write one material into a store, unless its group can be kept, or its file cannot be read."
     id, entry = job
     path = f"{root}/label/{id}.zarr"
     if entry and exists(f"{path}/zarr.json"):
@@ -66,17 +69,56 @@ def _store_one(source: Source,                 # holds the material
         with suppress(TomatError):  # from `read_density`, for a damaged group
             if entry["written"] == digest or (entry["written"] is None and read_density(path)):
                 return False, digest
-    write_density(source.read(id), path)
+    try:
+        density = source.read(id)
+    except TomatError as err:
+        return False, err
+    write_density(density, path)
     return True, group_version_tag(path, content=True)
 
 # %% ../../nbs/01_density/08_convert.ipynb #b8ce189c
+def _pass_over(errors: Mapping[str, TomatError],  # id of a material whose file cannot be read → error
+               ids: Sequence[str],                # all materials
+               splits: Mapping[str, list[str]],   # part → ids; those of the errors are removed
+               faults: dict[str, str] | None,     # gets the errors; None: the first is raised
+               ) -> list[str]:  # ids of the others
+    "Leave out the materials that cannot be read; raises the first error if all are such, or if errors are to be raised."
+    kept = [id for id in ids if id not in errors]
+    if errors and (faults is None or not kept):
+        raise next(iter(errors.values()))
+    if faults is not None:
+        faults |= {id: str(err) for id, err in errors.items()}
+    for part in splits.values():
+        part[:] = [id for id in part if id not in errors]
+    return kept
+
+def _readable(source: Source,
+              ids: Sequence[str],               # its materials
+              splits: Mapping[str, list[str]],  # part → ids; those that cannot be read are removed in the end
+              faults: dict[str, str] | None,    # gets what is wrong with them; None: it is raised
+              ) -> Iterator[Density]:
+    "The densities of a source that can be read."
+    errors: dict[str, TomatError] = {}
+    for id in ids:
+        try:
+            density = source.read(id)
+        except TomatError as err:
+            errors[id] = err
+            if faults is None:
+                raise
+            continue
+        yield density
+    _pass_over(errors, ids, splits, faults)
+
 def store_all(source: Source,    # the materials
               root: str | Path,  # the store: a folder, local or remote; or a .zip file
               workers: int = 1,  # processes
               validation: float = 0,  # share of the materials to hold out by chemical system; 0: the source's own split
+              faults: dict[str, str] | None = None,  # gets what is wrong with each file that is passed over; None: it is raised
               ) -> int:  # number of materials written now; the others were there, whole and as in the source
     "Write every material of a source into a raw store, with the source's split or a new one."
-    root, ids, splits = str(root).rstrip("/"), list(source.ids), getattr(source, "splits", {})
+    root, ids = str(root).rstrip("/"), list(source.ids)
+    splits = {part: list(ids) for part, ids in getattr(source, "splits", {}).items()}
     zipped = root.lower().endswith(".zip")
     numbers: dict[str, int] = {}
     for id in ids:
@@ -85,21 +127,25 @@ def store_all(source: Source,    # the materials
         reason = f"{source} has a split" if splits else f"{root} is an archive"
         raise TomatError(f"{reason}, so no share can be held out: leave --validation out{'' if splits else ', or name a folder'}.")
     if zipped:
-        write_store(track((source.read(id) for id in ids), "convert", len(ids), "materials"), splits, root)
-        return len(ids)
-    if known_format(root) and not re.match(r"(chgcar|aeccar|parchg)[a-z]", Path(root).name, re.IGNORECASE):
+        write_store(track(_readable(source, ids, splits, faults), "convert", len(ids), "materials"), splits, root)
+        return len(ids) - len(faults or {})
+    if known_format(root) and not re.search(r"(chgcar|aeccar|parchg)[a-z]", Path(root).name, re.IGNORECASE):
         raise TomatError(f"{root} is a name for one density, and {source} makes a store of many: name a folder, or a .zip file.")
-    files, origins = index_files(numbers, splits, root), _origins(root, ids)
+    index_files(numbers, splits, root)  # refuses a split that does not fit
+    origins = _origins(root, ids)
     version_tag = getattr(source, "version_tag", lambda id: None)  # densities in memory have none
     tags = dict(zip(ids, threaded_map(version_tag, ids), strict=True))
     before = _entries_before(root, tags, origins)
     write_json(f"{root}/{_ORIGINS}", origins | before)
     done = list(track(in_order(partial(_store_one, source, root), before.items(), workers), "convert", len(ids), "materials"))
-    after = {id: {"source": tags[id], "written": digest} if tags[id] else None for id, (_, digest) in zip(ids, done, strict=True)}
+    results = dict(zip(ids, (result for _, result in done), strict=True))
+    after = {id: {"source": tags[id], "written": result} if tags[id] and isinstance(result, str) else None
+             for id, result in results.items()}  # None: not read, or of no known version
     write_json(f"{root}/{_ORIGINS}", origins | after)
+    kept = _pass_over({id: result for id, result in results.items() if isinstance(result, TomatError)}, ids, splits, faults)
     if validation:
-        systems = {id: read_density(f"{root}/label/{id}.zarr").structure.composition.chemical_system for id in ids}
-        files = index_files(numbers, split_by_system(systems, validation), root)
-    for name, text in files.items():
+        systems = {id: read_density(f"{root}/label/{id}.zarr").structure.composition.chemical_system for id in kept}
+        splits = split_by_system(systems, validation)
+    for name, text in index_files({id: i for i, id in enumerate(kept)}, splits, root).items():
         write_text(f"{root}/{name}", text)
     return sum(is_new for is_new, _ in done)

@@ -134,7 +134,7 @@ def find_format(path: str | Path,  # a local file or folder
         if any(Path(path, name).exists() for name in (".zgroup", ".zarray")):
             raise TomatError(f"{path} is a Zarr group of format 2, and groups of format 3 are read: write it again with Zarr 3.")
         return format_of(path)
-    head, _ = _unpacked_head(path)
+    head = _unpacked_head(path)[0] if Path(path).is_file() else b""  # a pipe would not end
     return next((key for key, known in FORMATS.items() if known.begins(head)), None) or format_of(path)
 
 # %% ../../nbs/01_density/05_formats.ipynb #6be8a9ce

@@ -19,7 +19,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from .core import Density
-from .formats import format_of, id_of, is_utf8, known_format, may_be_density, read_density
+from .formats import FORMATS, find_format, id_of, is_utf8, known_format, may_be_density, other_quantity, read_density
 from .store import RawStore, is_store
 from .zarr_group import group_version_tag
 from ..io.fetch import base_of, fetch, read_ids
@@ -85,9 +85,9 @@ def material_rng(seed: int,  # common to all materials, such as a data set's see
     return np.random.default_rng([seed, int.from_bytes(digest[:8], "little")])
 
 # %% ../../nbs/01_density/07_source.ipynb #fc98cf2f
-_CHGCAR = re.compile(r"chgcar(\.gz)?", re.IGNORECASE)
+_CHGCAR = re.compile(r"chgcar(\.(gz|bz2|xz))?", re.IGNORECASE)
 _ANY_CHGCAR = re.compile(r"chgcar([._-].*)?", re.IGNORECASE)
-_PART = re.compile(r"aeccar|parchg", re.IGNORECASE)
+_PART = re.compile(r"aeccar|chg([._-]|$)", re.IGNORECASE)  # CHG is the CHGCAR with fewer digits
 
 def _printable(name: str) -> str:
     "A file's name as text that can be printed."
@@ -99,6 +99,8 @@ def _unreadable(path: str,          # a file or folder
     "Reason why a path cannot be read whatever its content, or \"\"."
     if not is_utf8(Path(path).name):
         return "a name that is not UTF-8"
+    if quantity := other_quantity(path) if not is_folder else "":
+        return f"{quantity}, no density"
     return "" if is_folder or is_remote(path) or os.path.isfile(path) else "a pipe, a device or a broken link"
 
 def _inside(root: str,  # folder of the source
@@ -120,17 +122,19 @@ def _inside(root: str,  # folder of the source
 
 # %% ../../nbs/01_density/07_source.ipynb #feff98b6
 def _look_at(root: str,                # folder of the source
+             format: str | None,       # format of its files; None: by content and name
              entry: tuple[str, bool],  # name in the folder, and whether it is a folder
              ) -> tuple[str, str, dict[str, str]]:  # id and path of a density or "", and skipped names → reasons
     "Id and path of the density at one entry of a folder, and reasons for the names that are skipped."
     name, is_folder = entry
     path = f"{root}/{name}"
-    reason = _unreadable(path, is_folder or known_format(name) is None)
+    unknown = format is None and known_format(name) is None
+    reason = _unreadable(path, is_folder or unknown)
     if not reason and is_folder and not name.lower().endswith(".zarr"):
         return name, *_inside(root, name)
-    if not reason and known_format(name) is None:
+    if not reason and (unknown or (is_folder and known_format(name) is None)):
         reason = "a name of no known format"
-    if not reason and not may_be_density(path):
+    if not reason and format is None and not may_be_density(path):
         reason = "no density by its first lines"
     return ("", "", {_printable(name): reason}) if reason else (id_of(path), path, {})
 
@@ -146,6 +150,7 @@ def threaded_map(function: Callable[[T], R],  # called in threads, such as a req
 class Folder(Unsplit):
     "A source of the density files in a folder, local or remote, or of one file alone."
     root: str | Path  # a folder, a file or a Zarr group; local, s3:// or gs://
+    format: str | None = None  # format of its files, a key of `FORMATS`; None: by content and name
 
     def __str__(self) -> str:
         return str(self.root)
@@ -154,7 +159,8 @@ class Folder(Unsplit):
     def single(self) -> bool:
         "Whether it is one file, or one Zarr group."
         root = str(self.root).rstrip("/")
-        return known_format(root) is not None and (root.lower().endswith(".zarr") or kind_of(root) != "folder")
+        kind = kind_of(root)
+        return kind == "file" or (known_format(root) is not None and (root.lower().endswith(".zarr") or kind != "folder"))
 
     @cached_property
     def _scan(self) -> tuple[dict[str, str], dict[str, str]]:
@@ -163,7 +169,7 @@ class Folder(Unsplit):
         if self.single:
             return {id_of(root): root}, {}
         inside = entries(self.root)
-        look = partial(_look_at, root)
+        look = partial(_look_at, root, self.format)
         found: dict[str, list[str]] = {}
         skipped: dict[str, str] = {}
         for id, path, reasons in threaded_map(look, list(inside.items())) if is_remote(root) else map(look, inside.items()):
@@ -199,7 +205,7 @@ class Folder(Unsplit):
         return list(self.paths)
 
     def read(self, id: str) -> Density:
-        return read_density(self.paths[id], id=id)
+        return read_density(self.paths[id], self.format, id=id)
 
     def version_tag(self, id: str) -> str:
         "Version tag of a material's file or Zarr group; changes when it is rewritten."
@@ -227,7 +233,8 @@ class Fetched(Unsplit):
 _MP_IDS = re.compile(r"(mp|mvc)-\d+(,(mp|mvc)-\d+)*")
 _LIST = re.compile(r".*\.(txt|list|ids)")
 
-def open_source(name: str | Path,  # a store, a folder, a file, ids with commas between them, or a list of ids
+def open_source(name: str | Path,           # a store, a folder, a file, ids with commas between them, or a list of ids
+                format: str | None = None,  # format of a file or of the files of a folder; None: by content and name
                 ) -> Source:
     """The source that a name stands for; raises `TomatError` where there is none.
 
@@ -247,6 +254,8 @@ def open_source(name: str | Path,  # a store, a folder, a file, ids with commas 
         if unknown := [id for id in ids if not _MP_IDS.fullmatch(id)]:
             raise TomatError(f"{text} is of no known format: a list has one id such as mp-2680643 a line, not {unknown[0]!r}.")
         return Fetched(ids)
-    if kind == "file" and not is_remote(text):
-        format_of(text)  # refuses an unknown name
-    return Folder(text)
+    if format is not None and format not in FORMATS:
+        raise TomatError(f"{format!r} is no format of a density: use one of {', '.join(FORMATS)}.")
+    if kind == "file" and not is_remote(text) and format is None:
+        find_format(text)  # refuses a file of no known format
+    return Folder(text, format)

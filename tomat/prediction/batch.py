@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SPACING', 'LONGEST_CELL', 'SUFFIXES', 'as_structure', 'Crystal', 'read_crystal', 'default_grid', 'predict',
-           'PredictionTask', 'check_writable', 'find_crystals', 'plan_tasks', 'png_of', 'picture_png',
+           'PredictionTask', 'check_writable', 'find_crystals', 'plan_tasks', 'tasks_of', 'png_of', 'picture_png',
            'write_prediction', 'run_tasks']
 
 # %% ../../nbs/07_prediction/05_batch.ipynb #eda8013b
@@ -30,7 +30,7 @@ from ..atoms.zval import check_zval, potcar_beside, read_zval
 from ..density.core import Density, formula_of, plot_slice
 from ..density.formats import format_of, id_of, known_format, read_structure, write_density
 from ..density.zarr_group import pack_folder, write_group
-from ..io.remote import TomatError, exists, is_remote, kind_of, list_folder
+from ..io.remote import TomatError, entries, exists, is_remote, kind_of, list_folder
 from ..io.files import atomic_write
 from ..io.progress import track
 from .core import Prediction, Predictor, check_crystal
@@ -58,23 +58,29 @@ class Crystal(NamedTuple):
 
 _ENDINGS = re.compile(r"\.(cif|mcif|json|yaml|xsf|cssr|res|xml|vasp|poscar)$", re.IGNORECASE)
 
+def _name_of(source: str | Path) -> str:
+    "Name of the crystal in a file; a bare POSCAR or CONTCAR is named after its folder, as a bare CHGCAR is."
+    name = re.sub(r"^(poscar|contcar)[._-]", "", _ENDINGS.sub("", id_of(source)), flags=re.IGNORECASE)
+    bare = re.fullmatch("poscar|contcar", name, re.IGNORECASE)
+    return ((Path(source) if is_remote(source) else Path(source).absolute()).parent.name or name) if bare else name
+
 def read_crystal(source: Any,  # pymatgen Structure, ase Atoms, or the path of a structure or density file
                  atoms: FreeAtoms | None = None,  # atoms of the predictor; None: the packaged ones
+                 format: str | None = None,       # format of the file; None: by its content, else by its name
                  ) -> Crystal:
     "The crystal of a source, checked, also against a POTCAR beside it; raises `TomatError` where it cannot be predicted."
     if not isinstance(source, (str, Path)):
         structure = as_structure(source)
         check_crystal(structure, atoms)
         return Crystal(formula_of(structure), structure, None)
-    structure, grid = read_structure(source)
+    structure, grid = read_structure(source, format)
     try:
         check_crystal(structure, atoms)
         if potcar := potcar_beside(source):
             check_zval(structure, read_zval(potcar), atoms, potcar)
     except TomatError as err:
         raise TomatError(f"{source}: {err}") from err
-    name = _ENDINGS.sub("", id_of(source))
-    return Crystal(re.sub(r"^(poscar|contcar)[._-]", "", name, flags=re.IGNORECASE), structure, grid)
+    return Crystal(_name_of(source), structure, grid)
 
 # %% ../../nbs/07_prediction/05_batch.ipynb #8681cd45
 SPACING = 0.097       # Å, coarsest spacing of the training data
@@ -137,21 +143,48 @@ def _is_folder(source: Any) -> bool:
     "Whether a source is a folder of files; a Zarr group is a density."
     return isinstance(source, (str, Path)) and kind_of(source) == "folder" and not exists(f"{source}/zarr.json")
 
+_OF_A_CALCULATION = ("poscar", "contcar", "chgcar")  # of these files of a calculation, the first that is there is read
+
+def _first_of_calculation(names: Iterable[str],  # names of the files in a folder
+                          ) -> list[str]:  # the names among them that stand for one crystal; the one to read is first
+    "The files with a structure that a calculation leaves."
+    plain = {re.sub(r"\.(gz|bz2|xz)$", "", name.lower()): name for name in names}
+    return [plain[name] for name in _OF_A_CALCULATION if name in plain]
+
+def _files_of(folder: str) -> tuple[list[str], dict[str, str]]:  # paths; names that are skipped → reason
+    "The files of a folder to read, and those of the calculations in its folders."
+    inside = entries(folder)
+    first, *others = _first_of_calculation(name for name, is_folder in inside.items() if not is_folder) or [""]
+    skipped, paths = {name: f"it is beside a {first}" for name in others}, []
+    for name, is_folder in inside.items():
+        path = f"{folder}/{name}"
+        if not is_folder or exists(f"{path}/zarr.json"):
+            paths += [path] if name not in skipped else []
+        elif found := _first_of_calculation(list_folder(path)):
+            paths.append(f"{path}/{found[0]}")
+        else:
+            skipped[name] = "it is of no known format: a folder without a POSCAR, CONTCAR or CHGCAR."
+    return paths, skipped
+
 def find_crystals(sources: Sequence[Any],  # paths of files and folders, objects of pymatgen or ase
                   atoms: FreeAtoms | None = None,  # atoms of the predictor; None: the packaged ones
+                  format: str | None = None,       # format of the files; None: by their content, else by their names
                   ) -> tuple[list[Crystal], dict[str, str]]:  # crystals; files skipped in folders: name → reason
     "All crystals of some paths and objects."
     found: list[Crystal] = []
     skipped: dict[str, str] = {}
     for source in sources:
         if not _is_folder(source):
-            found.append(read_crystal(source, atoms))
+            found.append(read_crystal(source, atoms, format))
             continue
-        for name in list_folder(source):
+        root = str(source).rstrip("/")
+        paths, others = _files_of(root)
+        skipped |= others
+        for path in paths:
             try:
-                found.append(read_crystal(f"{str(source).rstrip('/')}/{name}", atoms))
+                found.append(read_crystal(path, atoms, format))
             except TomatError as err:
-                skipped[name] = str(err)
+                skipped[path.removeprefix(f"{root}/")] = str(err)
     if not found:
         reason = f", {next(iter(skipped.values()))}" if skipped else ": give a POSCAR, a CIF or a density file."
         raise TomatError(f"There is no structure in {', '.join(map(str, sources)) or 'an empty list'}{reason}")
@@ -167,9 +200,20 @@ def plan_tasks(sources: Sequence[Any],                    # paths of files and f
                atoms: FreeAtoms | None = None,            # atoms of the predictor; None: the packaged ones
                ) -> tuple[list[PredictionTask], dict[str, str]]:  # tasks; files skipped in folders: name → reason
     "Tasks for all crystals, after all crystals were read and all paths were tried."
+    found, skipped = find_crystals(sources, atoms)
+    return tasks_of(found, sources, out, grid, expected_error, picture, format), skipped
+
+def tasks_of(found: Sequence[Crystal],                  # from `find_crystals`
+             sources: Sequence[Any],                    # which it found them in
+             out: str,                                  # file for one density, folder for many
+             grid: tuple[int, int, int] | None = None,  # (nx, ny, nz); None: that of a density file, else `default_grid`
+             expected_error: str | None = None,         # file or folder of expected errors, as `out`
+             picture: str | None = None,                # PNG or folder of PNGs, as `out`
+             format: str | None = None,                 # of many densities, a key of SUFFIXES; None: chgcar
+             ) -> list[PredictionTask]:
+    "Tasks for crystals that were read, after all paths were tried."
     if not out:
         raise TomatError("The result has no name: give a file, or a folder with / at its end.")
-    found, skipped = find_crystals(sources, atoms)
     is_folder = out.endswith("/") or (kind_of(out) == "folder" and known_format(out) is None)
     many = len(found) > 1 or any(map(_is_folder, sources)) or is_folder
     if many and known_format(out) and kind_of(out) != "folder" and not out.endswith("/"):
@@ -185,7 +229,7 @@ def plan_tasks(sources: Sequence[Any],                    # paths of files and f
                             file_of(out, crystal, suffix) or "", file_of(expected_error, crystal, suffix),
                             file_of(picture, crystal, ".png")) for crystal in found]
     _check_paths(tasks, sources)
-    return tasks, skipped
+    return tasks
 
 def _check_names(out: str, expected_error: str | None, picture: str | None, format: str | None) -> None:
     "Refuse file names whose format is missing or wrong."
