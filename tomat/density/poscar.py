@@ -16,7 +16,7 @@ from pymatgen.core import Element, Lattice, Structure
 from .numbers import leading_numbers, line_number
 from ..io.remote import TomatError
 
-# %% ../../nbs/01_density/01_poscar.ipynb #c1f797ec
+# %% ../../nbs/01_density/01_poscar.ipynb #7fcefa50
 def decoded(line: bytes,  # a line of text
             ) -> str:
     "A line as text: UTF-8, else Latin-1, in which every byte is a character."
@@ -61,7 +61,9 @@ class Lines:
         return found[:n]
 
     def fault(self, what: str) -> TomatError:
-        "An error about the last line."
+        "An error about the last line, which may have been cut."
+        if self.end == len(self.text) and not self.text.endswith(b"\n"):
+            return TomatError(f"the file ends inside line {self.number}, where {what}: copy it again.")
         return TomatError(f"line {self.number}: {what}.")
 
 # %% ../../nbs/01_density/01_poscar.ipynb #9fd64ddd
