@@ -22,6 +22,7 @@ from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import connected_components
 
 from ..density.core import Density
+from ..density.formats import UnreadableFile
 from ..io.remote import TomatError
 from ..density.source import Source, material_rng
 from ..io.progress import T, in_order, track
@@ -291,7 +292,7 @@ def _readable(id: str, read: Callable[[str], Density]) -> Density | None:
     "The density of a material; None for a damaged file, which the work that needs the atoms passes over and names."
     try:
         return read(id)
-    except TomatError:
+    except UnreadableFile:
         return None
 
 def disagreement(id: str,  # id of a material

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Json', 'Target', 'From', 'Workers', 'Copies', 'Atoms', 'OLD_OPTIONS', 'Command', 'print_result', 'n_processes',
-           'opened', 'passed_over', 'part_of', 'selected_ids', 'chosen_atoms']
+           'opened', 'unreadable', 'print_skipped', 'passed_over', 'part_of', 'selected_ids', 'chosen_atoms']
 
 # %% ../../nbs/11_commands/02_base.ipynb #252fc9bb
 import json
@@ -78,7 +78,21 @@ def opened(name: str,                  # path, URL or ids, as on the command lin
         print(f"tomat: skipped in {name}, {why}: {', '.join(files[:3])}{more}", file=sys.stderr)
     return source
 
-# %% ../../nbs/11_commands/02_base.ipynb #e18537a1
+# %% ../../nbs/11_commands/02_base.ipynb #ba7c4e02
+def unreadable(meta: dict[str, Any],  # meta.json of a data set
+               ) -> dict[str, str]:  # id → what is wrong with its file
+    "The materials whose files could not be read."
+    from tomat.dataset.parquet import UNREADABLE
+    return {id: why.removeprefix(UNREADABLE) for id, why in meta["skipped"].items() if why.startswith(UNREADABLE)}
+
+def print_skipped(meta: dict[str, Any],  # meta.json of a data set
+                  as_json: bool,         # True: they are in the printed object
+                  ) -> None:
+    "Print the reasons of the first materials that the data set could not hold, on standard error."
+    held_back = [(id, why) for id, why in meta["skipped"].items() if id not in unreadable(meta)]
+    for id, why in held_back[:5 if not as_json else 0]:
+        print(f"skipped {id}: {why}", file=sys.stderr)
+
 def passed_over(reasons: dict[str, str],  # id of a material whose file cannot be read → what is wrong with it
                 ) -> None:
     "List the files that a command passed over on standard error, and end with exit code 1 if there are any."
@@ -87,6 +101,7 @@ def passed_over(reasons: dict[str, str],  # id of a material whose file cannot b
     if reasons:
         raise typer.Exit(1)
 
+# %% ../../nbs/11_commands/02_base.ipynb #e18537a1
 def part_of(source: "Source",
             split: str | None,  # option --split
             default: str,       # part to take if none is given

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['info', 'convert', 'fetch', 'tokenizer_from', 'labelled', 'part_from', 'kept_atoms', 'atoms_of_rows', 'rows_summary',
-           'unreadable', 'print_skipped', 'print_rows', 'tokenize', 'prepare', 'verify', 'sync', 'show_tokens']
+           'print_rows', 'tokenize', 'prepare', 'verify', 'sync', 'show_tokens']
 
 # %% ../../nbs/11_commands/03_data.ipynb #a4e05446
 import os
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .base import (Atoms, Copies, From, Json, Workers, chosen_atoms, n_processes, opened, passed_over, print_result,
-                                 selected_ids)
+                                 print_skipped, selected_ids, unreadable)
 from ..io.remote import TomatError, is_remote
 
 if TYPE_CHECKING:
@@ -193,20 +193,6 @@ _Target = Annotated[str | None, typer.Option(
 def _given(named: "DataSet | None", value: Any, key: str, default: Any) -> Any:
     "The value of an option, else that of the labelled data set, else the default."
     return value if value is not None else getattr(named, key) if named else default
-
-def unreadable(meta: dict[str, Any],  # meta.json of a data set
-               ) -> dict[str, str]:  # id → what is wrong with its file
-    "The materials whose files could not be read."
-    from tomat.dataset.parquet import UNREADABLE
-    return {id: why.removeprefix(UNREADABLE) for id, why in meta["skipped"].items() if why.startswith(UNREADABLE)}
-
-def print_skipped(meta: dict[str, Any],  # meta.json of a data set
-                  as_json: bool,         # True: they are in the printed object
-                  ) -> None:
-    "Print the reasons of the first materials that the data set could not hold, on standard error."
-    held_back = [(id, why) for id, why in meta["skipped"].items() if id not in unreadable(meta)]
-    for id, why in held_back[:5 if not as_json else 0]:
-        print(f"skipped {id}: {why}", file=sys.stderr)
 
 def print_rows(meta: dict[str, Any],  # meta.json of a data set
                out: str,              # its folder

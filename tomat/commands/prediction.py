@@ -44,7 +44,7 @@ def predict(structures: Annotated[list[str], typer.Argument(help="POSCAR, CIF or
             format: Annotated[str | None, typer.Option(
                 help="Format of many densities: chgcar, cube, mp-json or zarr.  [default: chgcar]")] = None,
             from_: Annotated[str | None, typer.Option(
-                "--from", help="Format to read, if content and name do not tell: poscar, chgcar, cube, xsf, mp-json or zarr.")] = None,
+                "--from", help="Format to read, if the content does not tell: poscar, chgcar, cube, xsf, mp-json or zarr.")] = None,
             strategy: Strategy = None,
             overlap: Annotated[int, typer.Option(help="Voxels that neighbouring patches share, for causal checkpoints.")] = 0,
             zval: Annotated[str | None, typer.Option(

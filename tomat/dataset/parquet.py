@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 
 from ..atoms.sad import FreeAtoms, own_digest, with_sad
 from ..density.core import Density, preparation_name
+from ..density.formats import UnreadableFile
 from ..density.source import material_rng
 from ..io.fetch import has_md5
 from ..io.files import atomic_write, md5_of, open_binary
@@ -130,7 +131,7 @@ def shard_rows(read: Callable[[str], Density],  # function from a material's id 
     for id in ids:
         try:
             density = read(id)
-        except TomatError as reason:
+        except UnreadableFile as reason:
             footer["skipped"][id] = f"{UNREADABLE}{reason}"
             continue
         source = density_checksum(density)

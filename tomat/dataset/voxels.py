@@ -22,6 +22,7 @@ from .meta import VOXELS, FolderForm, has_form, row_atoms
 from .parquet import UNREADABLE, density_checksum, hash_of
 from ..density.classify import classify
 from ..density.core import RHO, Density
+from ..density.formats import UnreadableFile
 from ..io.files import atomic_write, open_binary
 from ..io.remote import TomatError
 
@@ -183,7 +184,7 @@ class VoxelShards:
         for id in ids:
             try:
                 density = read(id)
-            except TomatError as reason:
+            except UnreadableFile as reason:
                 footer["skipped"][id] = f"{UNREADABLE}{reason}"
                 continue
             try:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .core import Density
-from .formats import known_format, read_density, write_density
+from .formats import UnreadableFile, known_format, read_density, write_density
 from .source import Source, threaded_map
 from .store import STORE_NAMES, RawStore, add_id, index_files, split_by_system, write_store
 from .zarr_group import group_version_tag
@@ -71,7 +71,7 @@ def _store_one(source: Source,                 # holds the material
                 return False, digest
     try:
         density = source.read(id)
-    except TomatError as err:
+    except UnreadableFile as err:
         return False, err
     write_density(density, path)
     return True, group_version_tag(path, content=True)
@@ -102,7 +102,7 @@ def _readable(source: Source,
     for id in ids:
         try:
             density = source.read(id)
-        except TomatError as err:
+        except UnreadableFile as err:
             errors[id] = err
             if faults is None:
                 raise

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'begins_as_cube', 'begins_as_xsf', 'Format', 'known_format', 'format_of', 'other_quantity', 'is_utf8',
-           'id_of', 'find_format', 'read_density', 'write_density', 'read_structure', 'may_be_density', 'density_info']
+           'id_of', 'find_format', 'UnreadableFile', 'read_density', 'write_density', 'read_structure',
+           'may_be_density', 'density_info']
 
 # %% ../../nbs/01_density/05_formats.ipynb #e9b0c842
 import bz2
@@ -146,20 +147,24 @@ def _known(format: str,       # a key of `FORMATS`
         raise TomatError(f"{format!r} is no format that {path} can have: use one of {', '.join(FORMATS)}.")
     return FORMATS[format]
 
+class UnreadableFile(TomatError):
+    "The content of a file is at fault, and no network or disk: a batch passes it over."
+
 @contextmanager
 def _opened(path: str | Path,  # local, s3:// or gs://
             ) -> Iterator[Path]:
-    "Local copy of a file or folder to read; the file's name is put in front of a `TomatError`."
-    with local_copy(path) as here, unpacking(path):
+    "Local copy of a file or folder to read; a `TomatError` becomes an `UnreadableFile` with the file's name in front."
+    with local_copy(path) as here:
         if not here.is_file() and not here.is_dir():
             raise TomatError(f"{path} is a pipe or a device: give a file.")
         if here.is_file() and not here.stat().st_size:
-            raise TomatError(f"{path} is empty: copy it again.")
+            raise UnreadableFile(f"{path} is empty: copy it again.")
         try:
-            yield here
+            with unpacking(path):
+                yield here
         except TomatError as err:
             text = str(err)
-            raise TomatError(text if text.startswith(f"{path} ") else f"{path}: {text}") from err
+            raise UnreadableFile(text if text.startswith(f"{path} ") else f"{path}: {text}") from err
 
 def read_density(path: str | Path,           # local, s3:// or gs://
                  format: str | None = None,  # a key of `FORMATS`; None: by the file's content, else by its name
