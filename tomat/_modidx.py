@@ -605,6 +605,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'tomat.density.metrics.weighted_mae': ( '01_density/metrics.html#weighted_mae',
                                                                                'tomat/density/metrics.py')},
             'tomat.density.numbers': { 'tomat.density.numbers._cast': ('01_density/numbers.html#_cast', 'tomat/density/numbers.py'),
+                                       'tomat.density.numbers._column_offsets': ( '01_density/numbers.html#_column_offsets',
+                                                                                  'tomat/density/numbers.py'),
                                        'tomat.density.numbers._columns': ('01_density/numbers.html#_columns', 'tomat/density/numbers.py'),
                                        'tomat.density.numbers._fault': ('01_density/numbers.html#_fault', 'tomat/density/numbers.py'),
                                        'tomat.density.numbers._field': ('01_density/numbers.html#_field', 'tomat/density/numbers.py'),

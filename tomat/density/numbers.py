@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['leading_numbers', 'line_number', 'check_complete', 'read_block', 'number_lines']
 
-# %% ../../nbs/01_density/01_numbers.ipynb #050dde06
+# %% ../../nbs/01_density/01_numbers.ipynb #6c07c280
 import re
+from functools import lru_cache
 
 import numpy as np
 
@@ -31,52 +32,58 @@ def leading_numbers(line: bytes,  # one line of text
         numbers.append(float(word))
     return numbers
 
-# %% ../../nbs/01_density/01_numbers.ipynb #726c2881
-def _cast(packed: np.ndarray,   # bytes of words, one behind another
-          offsets: np.ndarray,  # (n + 1,) int64, beginning of each word, and the end of the last
+# %% ../../nbs/01_density/01_numbers.ipynb #5903f50a
+def _cast(text: bytes | memoryview,  # words with gaps between them
+          offsets: np.ndarray,       # (2 n + 1,) int64: 0, then beginning and end of each word
           ) -> np.ndarray | None:  # (n,) float64
-    "Numbers of packed words; None if one of them is no number of a form that all languages know."
+    "Numbers of words; None if one of them is no number of a form that all languages know."
     import pyarrow as pa  # imported here, because it takes longer than the rest of this module
-    buffers = [None, pa.py_buffer(offsets), pa.py_buffer(packed)]
+    is_word = np.full(len(offsets) // 8 + 1, 0b10101010, np.uint8)  # every second element
+    buffers = [pa.py_buffer(is_word), pa.py_buffer(offsets), pa.py_buffer(text)]
     try:
-        return pa.Array.from_buffers(pa.large_binary(), len(offsets) - 1, buffers).cast(pa.float64()).to_numpy()
+        numbers = pa.Array.from_buffers(pa.large_binary(), len(offsets) - 1, buffers).cast(pa.float64())
     except pa.ArrowInvalid:
         return None
+    return np.frombuffer(numbers.buffers()[1], float, len(offsets) - 1)[1::2]
 
-def _columns(text: bytes,  # whole lines
+@lru_cache(4)
+def _column_offsets(n_lines: int, length: int, n_columns: int, width: int) -> np.ndarray:
+    "Offsets of the words in lines of columns, each a space and a word."
+    begins = np.add.outer(np.arange(n_lines) * length, 1 + np.arange(n_columns) * width).ravel()
+    return np.append(0, np.stack([begins, begins + width - 1], axis=1))
+
+def _columns(text: bytes,  # content of a file
+             begin: int,   # where a piece of whole lines begins
+             end: int,     # and where it ends
              ) -> np.ndarray | None:  # (n,) float64
     "Numbers of lines that all have the same columns, each a space and a number; None for other lines."
-    first = text[:text.find(b"\n") + 1]
+    first = text[begin:text.find(b"\n", begin) + 1]
     body = first.rstrip()
-    n_lines, rest = divmod(len(text), len(first) or 1)
+    n_lines, rest = divmod(end - begin, len(first) or 1)
     n_columns = len(body.split())
     width, uneven = divmod(len(body), n_columns or 1)
     if not n_columns or rest or uneven or width < 2:
         return None
-    lines = np.frombuffer(text, np.uint8).reshape(n_lines, len(first))
+    lines = np.frombuffer(text, np.uint8, end - begin, begin).reshape(n_lines, len(first))
     ends = lines[:, len(body):]
     if (ends != ends[0]).any() or (lines[:, :len(body):width] != ord(" ")).any():
         return None
-    words = np.ndarray((n_lines, n_columns), f"V{width - 1}", text, 1, (len(first), width)).copy()
-    return _cast(words, np.arange(0, words.nbytes + 1, width - 1, dtype=np.int64))
+    return _cast(memoryview(text)[begin:end], _column_offsets(n_lines, len(first), n_columns, width))
 
-# %% ../../nbs/01_density/01_numbers.ipynb #177f0761
+# %% ../../nbs/01_density/01_numbers.ipynb #dd95f070
 def _spans(text: bytes) -> np.ndarray:  # (n, 2) int64
     "Beginning and end of every word."
     is_ink = np.frombuffer(b" " + text + b" ", np.uint8) > ord(" ")
     return np.flatnonzero(is_ink[1:] != is_ink[:-1]).reshape(-1, 2)
 
-def _numbers(text: bytes,        # words with spaces or line ends between them, and nothing else
+def _numbers(text: bytes,        # words with spaces or line ends between them
              spans: np.ndarray,  # their `_spans`
              ) -> np.ndarray | None:  # (n,) float64
     "Numbers of words with any space between them; None if one of them is no number."
-    def cast(text: bytes, spans: np.ndarray) -> np.ndarray | None:
-        letters = np.frombuffer(text, np.uint8)
-        return _cast(letters[letters > ord(" ")], np.cumsum(np.append(0, spans[:, 1] - spans[:, 0])))
-    found = cast(text, spans)
+    found = _cast(text, np.append(0, spans))
     if found is None:
         text = _with_e(text)
-        found = cast(text, _spans(text))
+        found = _cast(text, np.append(0, _spans(text)))
     return found
 
 # %% ../../nbs/01_density/01_numbers.ipynb #0f3120ea
@@ -107,7 +114,7 @@ def _shown(word: bytes) -> str:
     "A word as an error shows it."
     return ascii(word[:24].decode("latin-1")) + ("…" if len(word) > 24 else "")
 
-# %% ../../nbs/01_density/01_numbers.ipynb #6d9fad3d
+# %% ../../nbs/01_density/01_numbers.ipynb #773feb40
 _PIECE = 1 << 20  # bytes that are cast at a time
 
 def _fault(text: bytes,         # content of the file
@@ -164,7 +171,7 @@ def read_block(text: bytes,         # content of a file
     while done < n and end < len(text):
         size = min(_PIECE, 64 * (n - done) + 256)  # not much more than the block
         begin, end = end, text.rfind(b"\n", end, end + size) + 1 or text.find(b"\n", end) + 1 or len(text)
-        numbers = _columns(text[begin:end])
+        numbers = _columns(text, begin, end)
         if numbers is None or done + numbers.size > n:
             numbers, end = _free(text, begin, end, done, n, expected)
         found[done:done + numbers.size] = numbers
