@@ -21,11 +21,11 @@ from typing import Any
 
 from pymatgen.core import Structure
 
-from .chgcar import parsing, read_bytes, read_chgcar, read_mp_json, unpacking, write_chgcar, write_mp_json
-from .core import Density, check_density, check_structure, formula_of
+from .chgcar import read_bytes, read_chgcar, read_mp_json, unpacking, write_chgcar, write_mp_json
+from .core import Density, check_density, check_structure
 from .cube import read_cube, write_cube
 from .poscar import begins_as_poscar, lines_of_numbers, parse_poscar
-from .structures import read_structure_file
+from .structures import check_whole, foreign, read_structure_file, structure_fields
 from .xsf import holds_xsf_grid, read_xsf, write_xsf
 from .zarr_group import GROUP_NAMES, read_zarr, write_zarr
 from ..io.remote import TomatError, is_remote
@@ -201,8 +201,9 @@ def _holds_grid(path: Path,   # a local file or folder
                 ) -> bool:
     "Whether a file of a format holds more than a structure."
     if format == "mp-json":
-        with parsing("JSON file"):
-            return not {"lattice", "sites"} <= json.loads(read_bytes(path)).keys()
+        content = read_bytes(path)
+        with foreign("JSON file"):
+            return structure_fields(json.loads(content)) is None
     if format == "chgcar" and not _plain_name(path).startswith(FORMATS["chgcar"].prefixes):
         return bool(_GRID_SIZES.search(read_bytes(path)))
     return holds_xsf_grid(read_bytes(path)) if format == "xsf" else True
@@ -239,8 +240,7 @@ def read_structure(path: str | Path,           # a density or a structure; local
             density = _known(key, path).read(here)
             structure = density.structure
         check_structure(structure, "the crystal")
-        if not structure.is_ordered:
-            raise TomatError(f"{formula_of(structure)} has sites shared by elements: give one element for each site.")
+        check_whole(structure)
     return structure, density.shape if density else None
 
 # %% ../../nbs/01_density/05_formats.ipynb #fe0b1d0b

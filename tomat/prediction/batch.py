@@ -29,6 +29,7 @@ from ..atoms.sad import FreeAtoms
 from ..atoms.zval import check_zval, potcar_beside, read_zval
 from ..density.core import Density, formula_of, plot_slice
 from ..density.formats import format_of, id_of, known_format, read_structure, write_density
+from ..density.structures import check_whole
 from ..density.zarr_group import pack_folder, write_group
 from ..io.remote import TomatError, entries, exists, is_remote, kind_of, list_folder
 from ..io.files import atomic_write
@@ -47,6 +48,7 @@ def as_structure(crystal: Any,  # pymatgen Structure or ase Atoms
         crystal = AseAtomsAdaptor.get_structure(crystal)
     if not isinstance(crystal, IStructure):
         raise TomatError(f"A {type(crystal).__name__} is no crystal: give a pymatgen Structure or ase Atoms.")
+    check_whole(crystal)
     return Structure.from_sites(crystal.sites)
 
 # %% ../../nbs/07_prediction/05_batch.ipynb #be313ddc
