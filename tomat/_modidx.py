@@ -564,6 +564,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'tomat.density.cube._check_one_density': ( '01_density/cube.html#_check_one_density',
                                                                                'tomat/density/cube.py'),
                                     'tomat.density.cube._row': ('01_density/cube.html#_row', 'tomat/density/cube.py'),
+                                    'tomat.density.cube.crystal_of': ('01_density/cube.html#crystal_of', 'tomat/density/cube.py'),
                                     'tomat.density.cube.read_cube': ('01_density/cube.html#read_cube', 'tomat/density/cube.py'),
                                     'tomat.density.cube.shown': ('01_density/cube.html#shown', 'tomat/density/cube.py'),
                                     'tomat.density.cube.without_end': ('01_density/cube.html#without_end', 'tomat/density/cube.py'),

@@ -169,7 +169,9 @@ def _operations(items: Items, lattice: Lattice) -> Operations:
     listed = next((items[name] for name in _LISTED if items.get(name)), None)
     if listed is None:
         names = [_text(items, name) for name in _NAMED if _text(items, name) not in ("?", ".", "")]
-        return _of_group(names[0], lattice) if names else _listed([])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of spglib, about the way in which it reports errors
+            return _of_group(names[0], lattice) if names else _listed([])
     rotations, shifts = _listed(listed)
     if not _fits(rotations, lattice):
         raise TomatError("the cell does not have the symmetry of the operations: correct the lengths and angles of the CIF.")
@@ -200,9 +202,9 @@ def _check_formula(formula: str,         # such as H2 Mg O2
                    symbols: list[str],   # of all atoms in the cell
                    ) -> None:
     "Raise `TomatError` where the formula contradicts the atoms; a formula of another form is passed over."
-    words = re.findall(r"([A-Z][a-z]?)(\d*\.?\d*)", formula)
+    words = re.findall(r"([A-Z][a-z]?)((?:\d+\.?\d*|\.\d+)?)", formula)
     elements = [element_of_label(symbol) for symbol, _ in words]
-    amounts = [float(n or 1) for _, n in words if n != "."]
+    amounts = [float(n or 1) for _, n in words]
     if None in elements or not sum(amounts) or "".join(map("".join, words)) != re.sub(r"\s", "", formula):
         return
     def shares(symbol: str) -> tuple[float, float]:  # of the formula, and of the sites
@@ -229,7 +231,7 @@ def _blocks(text: str) -> list[Items]:
     named = [{name.lower().replace(".", "_"): value for name, value in block.items()} for block in blocks]
     return [block for block in named if any(name.startswith("_atom_site_fract") for name in block)] or named[:1]
 
-_THINNEST = 0.5  # Å, no atom fits into a cell of a smaller height
+_THINNEST, _LONGEST = 0.5, 1e6  # Å, no atom fits into a cell of a smaller height
 
 def _heights(lattice: Lattice) -> np.ndarray:  # (3,) Å
     "Distances of opposite faces of the cell."
@@ -239,11 +241,12 @@ def _cell(items: Items) -> Lattice:
     "The lattice of a CIF."
     names = ("_cell_length_a", "_cell_length_b", "_cell_length_c", "_cell_angle_alpha", "_cell_angle_beta", "_cell_angle_gamma")
     *lengths, alpha, beta, gamma = (_number(_text(items, name), name) for name in names)
-    if min(lengths) > 0 and 0 < min(alpha, beta, gamma) and max(alpha, beta, gamma) < 180:
-        lattice = Lattice.from_parameters(*lengths, alpha, beta, gamma)
-        if min(_heights(lattice)) > _THINNEST:
-            return lattice
-    raise TomatError(f"a cell of {lengths} Å and {[alpha, beta, gamma]}° is thinner than {_THINNEST} Å: correct the CIF.")
+    if 0 < min(lengths) and max(lengths) < _LONGEST and 0 < min(alpha, beta, gamma) and max(alpha, beta, gamma) < 180:
+        with np.errstate(all="ignore"):
+            lattice = Lattice.from_parameters(*lengths, alpha, beta, gamma)
+            if min(_heights(lattice)) > _THINNEST:
+                return lattice
+    raise TomatError(f"a cell of {lengths} Å and {[alpha, beta, gamma]}° is none, or thinner than {_THINNEST} Å: correct it.")
 
 def _check_apart(labels: Sequence[str], orbits: Sequence[np.ndarray], lattice: Lattice) -> None:
     "Raise `TomatError` where two sites of the file are one place in the crystal."

@@ -125,7 +125,9 @@ def check_structure(structure: Structure,  # a crystal, such as one just read fr
                     name: str,             # name of the crystal in an error
                     ) -> None:
     "Raise `TomatError` unless the cell has a volume, and atoms of real elements at finite coordinates."
-    if not len(structure) or not structure.volume > 0 or not np.isfinite(structure.frac_coords).all():
+    with np.errstate(over="ignore", invalid="ignore"):
+        sound = len(structure) and 0 < structure.volume < np.inf and np.isfinite(structure.cart_coords).all()
+    if not sound:
         raise TomatError(f"{name} has no atoms, no cell volume or a coordinate that is not finite: correct the structure.")
     unknown = {str(s) for site in structure for s in site.species if isinstance(s, DummySpecies)}
     if unknown:

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from pymatgen.core import IStructure, Structure
 
 from .chgcar import read_bytes
@@ -29,7 +30,7 @@ def foreign(kind: str,  # kind of the file that is parsed, such as "RES file"
             ) -> Iterator[None]:
     "Context in which a library parses: its warnings are not shown, and its exceptions become a `TomatError`."
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), np.errstate(all="ignore"):
             warnings.simplefilter("ignore")
             yield
     except (TomatError, OSError, EOFError):  # the last two from unpacking
@@ -109,5 +110,5 @@ def check_whole(structure: IStructure,  # a crystal to predict
             how = "shared by" if len(site.species) > 1 else "partly occupied, by"
             raise TomatError(f"site {i + 1} of {formula_of(structure)} is {how} {shares}: give one element for each site.")
     if structure._charge:
-        raise TomatError(f"{formula_of(structure)} has the net charge {structure._charge}, and neutral cells are predicted: set the "
-                         "charge to 0, or remove it.")
+        raise TomatError(f"{formula_of(structure)} has the net charge {structure._charge}, and neutral cells are predicted: set it "
+                         "to 0, or remove it.")

@@ -10,11 +10,11 @@ import re
 from pathlib import Path
 
 import numpy as np
-from pymatgen.core import Element, Lattice, Structure
+from pymatgen.core import Element, Structure
 
 from .chgcar import read_bytes, write_bytes
 from .core import RHO, Density
-from .cube import shown, without_end
+from .cube import crystal_of, shown, without_end
 from .numbers import leading_numbers, read_block
 from ..io.remote import TomatError
 
@@ -75,7 +75,7 @@ def xsf_structure(text: bytes,  # content of an XSF file
     if len(lines) < n:
         raise TomatError(f"the file ends after {len(lines)} of {n:.0f} atoms: copy it again.")
     symbols, positions = zip(*map(_atom, lines), strict=True)
-    return Structure(Lattice(cell_3x3), symbols, positions, coords_are_cartesian=True)
+    return crystal_of(cell_3x3, symbols, np.array(positions))
 
 # %% ../../nbs/01_density/03_xsf.ipynb #8d28137e
 _GRID = re.compile(rb"^[ \t]*(?:BEGIN_)?DATAGRID_3D.*\n", re.MULTILINE)
@@ -126,7 +126,7 @@ def read_xsf(path: Path,  # .gz or plain; local
     structure = xsf_structure(text)
     values_xyz, origin, spans_3x3 = _field(text)
     values_xyz = without_end(values_xyz, _repeated_axes(spans_3x3, structure.lattice.matrix, values_xyz.shape))
-    placed = Structure(structure.lattice, structure.species, structure.cart_coords - origin, coords_are_cartesian=True)
+    placed = crystal_of(structure.lattice.matrix, structure.species, structure.cart_coords - origin)
     return Density(np.ascontiguousarray(values_xyz) / Bohr**3, placed, units=RHO)
 
 # %% ../../nbs/01_density/03_xsf.ipynb #d42736a6
