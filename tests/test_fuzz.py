@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from crystals import SPIN_FILE, noise
+from pymatgen.core import Lattice, Structure
 
 from tomat.density.formats import read_density, read_structure, write_density
 from tomat.io.remote import TomatError
@@ -61,6 +62,12 @@ def as_written(name: str) -> Callable[[Path], bytes]:
     return content
 
 
+def as_structure(kind: Any) -> Callable[[Path], bytes]:
+    "A structure alone, as pymatgen writes it."
+    salt = Structure(Lattice.rhombohedral(4, 70), ["Na", "Cl"], np.array([[0, 0, 0], [0.5, 0.5, 0.5]]))
+    return lambda folder: salt.to(fmt=kind).encode()
+
+
 def file(path: Path) -> Callable[[Path], bytes]:
     return lambda folder: path.read_bytes()
 
@@ -76,6 +83,13 @@ READERS: dict[str, tuple[Callable[[Path], bytes], Callable[[Path], Any]]] = {  #
     "POSCAR": (file(FILES / "POSCAR_negative_scale_cartesian"), read_structure),
     "POSCAR.remarks": (file(FILES / "POSCAR_remarks"), read_structure),
     "CONTCAR": (file(FILES / "CHGCAR_latin1"), read_structure),
+    "plain.cube": (file(FILES / "plain.cube"), read_density),
+    "angstrom.cube": (file(FILES / "angstrom_all_counts_negative.cube"), read_density),
+    "density.xsf": (file(FILES / "density.xsf"), read_density),
+    "x.xsf": (as_written("x.xsf"), read_density),
+    **{f"structure.{kind}": (as_structure(kind), read_structure) for kind in ("cif", "res", "cssr", "yaml", "json", "xsf")},
+    "named_group.cif": (file(FILES / "named_group.cif"), read_structure),
+    "summary.json": (file(FILES / "summary_document.json"), read_structure),
 }
 
 

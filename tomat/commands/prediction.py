@@ -33,7 +33,7 @@ def warn_of_new_elements(result: dict[str, Any],  # metadata of a prediction, fr
               f"{'them' if len(new) > 1 else 'it'}.", file=sys.stderr)
 
 def predict(structures: Annotated[list[str], typer.Argument(help="POSCAR, CIF or density files, or folders of them.")],
-            out: Annotated[str, typer.Option(help="File to write: CHGCAR, cube, JSON or Zarr; for many structures, a folder.")],
+            out: Annotated[str, typer.Option(help="File to write: CHGCAR, cube, XSF, JSON or Zarr; for many structures a folder.")],
             checkpoint: Annotated[str | None, typer.Option(
                 help="Folder that `tomat train` wrote, RUN/model; the packaged checkpoint if not given.")] = None,
             grid: Annotated[tuple[int, int, int] | None, typer.Option(
@@ -42,7 +42,7 @@ def predict(structures: Annotated[list[str], typer.Argument(help="POSCAR, CIF or
                 help="File (a folder for many) for the expected error of each voxel, or the Zarr group of --out.")] = None,
             picture: Annotated[str | None, typer.Option(help="File (.png; a folder for many) for slices of the density.")] = None,
             format: Annotated[str | None, typer.Option(
-                help="Format of many densities: chgcar, cube, mp-json or zarr.  [default: chgcar]")] = None,
+                help="Format of many densities: chgcar, cube, xsf, mp-json or zarr.  [default: chgcar]")] = None,
             from_: Annotated[str | None, typer.Option(
                 "--from", help="Format to read, if the content does not tell: poscar, chgcar, cube, xsf, mp-json or zarr.")] = None,
             strategy: Strategy = None,

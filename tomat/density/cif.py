@@ -137,7 +137,7 @@ def _settings() -> list[tuple[int, int, str, set[str]]]:  # Hall number, number,
     from spglib import get_spacegroup_type
     found = []
     for hall_number in range(1, 531):
-        kind = get_spacegroup_type(hall_number)
+        kind: Any = get_spacegroup_type(hall_number)
         full = kind.international_full
         short = [full.replace(" 1", "")] if 2 < kind.number < 16 else kind.international.split("=")
         names = {_plain(name) for name in (full, *short)}
@@ -240,10 +240,11 @@ def _heights(lattice: Lattice) -> np.ndarray:  # (3,) Å
 def _cell(items: Items) -> Lattice:
     "The lattice of a CIF."
     names = ("_cell_length_a", "_cell_length_b", "_cell_length_c", "_cell_angle_alpha", "_cell_angle_beta", "_cell_angle_gamma")
-    *lengths, alpha, beta, gamma = (_number(_text(items, name), name) for name in names)
+    a, b, c, alpha, beta, gamma = (_number(_text(items, name), name) for name in names)
+    lengths = [a, b, c]
     if 0 < min(lengths) and max(lengths) < _LONGEST and 0 < min(alpha, beta, gamma) and max(alpha, beta, gamma) < 180:
         with np.errstate(all="ignore"):
-            lattice = Lattice.from_parameters(*lengths, alpha, beta, gamma)
+            lattice = Lattice.from_parameters(a, b, c, alpha, beta, gamma)
             if min(_heights(lattice)) > _THINNEST:
                 return lattice
     raise TomatError(f"a cell of {lengths} Å and {[alpha, beta, gamma]}° is none, or thinner than {_THINNEST} Å: correct it.")

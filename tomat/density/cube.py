@@ -8,6 +8,7 @@ __all__ = ['shown', 'crystal_of', 'without_end', 'read_cube', 'write_cube']
 # %% ../../nbs/01_density/03_cube.ipynb #2b6ee6e7
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from pymatgen.core import Element, Lattice, Structure
@@ -63,7 +64,7 @@ def _atoms(lines: list[bytes],    # lines of the file, from the first
 
 # %% ../../nbs/01_density/03_cube.ipynb #47b336d5
 def crystal_of(vectors_3x3: np.ndarray,  # lattice vectors, Å
-               elements: Sequence[Element | str],
+               elements: Sequence[Any],    # elements, or their symbols
                positions_Nx3: np.ndarray,  # Å
                ) -> Structure:
     "The crystal of Cartesian vectors; raises `TomatError` where they span no volume."

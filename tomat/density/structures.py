@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pymatgen.core import IStructure, Structure
+from pymatgen.core import Structure
 
 from .chgcar import read_bytes
 from .cif import read_cif
@@ -101,7 +101,7 @@ def read_structure_file(path: Path,  # a local file that holds no density
     return _read_res(text) if name.endswith(".res") else _read_cssr(text)
 
 # %% ../../nbs/01_density/04_structures.ipynb #b324a3d0
-def check_whole(structure: IStructure,  # a crystal to predict
+def check_whole(structure: Structure,  # a crystal to predict
                 ) -> None:
     "Raise `TomatError` for a crystal with a net charge, or with a site that does not hold one whole atom."
     for i, site in enumerate(structure):

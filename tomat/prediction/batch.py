@@ -48,8 +48,9 @@ def as_structure(crystal: Any,  # pymatgen Structure or ase Atoms
         crystal = AseAtomsAdaptor.get_structure(crystal)
     if not isinstance(crystal, IStructure):
         raise TomatError(f"A {type(crystal).__name__} is no crystal: give a pymatgen Structure or ase Atoms.")
-    check_whole(crystal)
-    return Structure.from_sites(crystal.sites)
+    structure = Structure.from_sites(crystal.sites, charge=crystal._charge)
+    check_whole(structure)
+    return structure
 
 # %% ../../nbs/07_prediction/05_batch.ipynb #be313ddc
 class Crystal(NamedTuple):
