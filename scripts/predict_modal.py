@@ -2,10 +2,11 @@
 
     TOMAT_CHECKPOINT=/data/runs/NAME/model modal deploy scripts/predict_modal.py    # without it, the packaged checkpoint
     curl --data-binary @POSCAR 'URL/?grid=48,48,48' -o CHGCAR
-    python scripts/predict_modal.py [--checkpoint RUN/model] [--dry-run]    # serve on this machine; no account is needed
+    python scripts/predict_modal.py [--checkpoint RUN/model] [--dry-run]    # `tomat serve`, on this machine; needs no account
 """
 from typing import Any
 
+from tomat.prediction.worker import service_limits
 from tomat.run.jobs import carry_out
 from tomat.run.launch import (ServeLaunch, command_line, launcher, modal_app, modal_needs, modal_options, proxy_auth, serve_here,
                               serve_job)
@@ -16,17 +17,18 @@ import modal  # after modal_app, which says what to do where it is missing
 
 
 @app.cls(**modal_options(), **modal_needs(serve_job().resources))
+@modal.concurrent(max_inputs=service_limits().workers + service_limits().queue)  # beyond, Modal starts another container
 class Service:
     "Structure → density."
 
     @modal.enter()
     def load(self) -> None:
-        "Load the checkpoint, once when the container starts."
+        "Make the application, once when the container starts."
         self.application = carry_out(serve_job().text)
 
-    @modal.wsgi_app(requires_proxy_auth=proxy_auth())
+    @modal.asgi_app(requires_proxy_auth=proxy_auth())
     def web(self) -> Any:
-        "The application that answers requests."
+        "The application that answers requests; its processes load the checkpoint."
         return self.application
 
 

@@ -34,7 +34,7 @@ from tomat.prediction.causal import CausalPredictor
 from tomat.prediction.core import Prediction
 from tomat.prediction.evaluate import evaluate
 from tomat.prediction.predictors import load_predictor
-from tomat.run.service import answer
+from tomat.prediction.worker import Options, ServiceLimits, answer
 from tomat.tokens.codecs import PUBLISHED_DENSITY
 from tomat.tokens.tokenizer import Tokenizer
 
@@ -209,14 +209,16 @@ def test_fresh_patches_are_those_of_the_same_atoms(made):
 # Checkpoints
 
 
-def test_the_checkpoint_predicts_eight_electrons(made, tomat):
+def test_the_checkpoint_predicts_eight_electrons(made, tomat, tmp_path):
     model, _ = load_checkpoint(made / "run/model")
     assert model.atoms.digest == load_atoms(made / "rows/atoms.json").digest
     assert model.atoms.name == f"the atoms of {made}/run/model"
     done = tomat("predict", made / "POSCAR", "--checkpoint", made / "run/model", "--out", made / "NaCl.CHGCAR", "--grid", 8, 8, 8)
     assert done.code == 0, done.err
     assert read_density(made / "NaCl.CHGCAR").n_electrons == pytest.approx(8 * len(SALT.structure) / 2, rel=1e-4)
-    _, about = answer(load_predictor(made / "run/model"), (made / "POSCAR").read_bytes(), "grid=8,8,8")
+    (tmp_path / "request").mkdir()
+    (tmp_path / "request/POSCAR").write_bytes((made / "POSCAR").read_bytes())
+    about = answer(load_predictor(made / "run/model"), tmp_path, Options("POSCAR", (8, 8, 8), "x.cube"), ServiceLimits())
     assert about["electrons"] == pytest.approx(8 * len(SALT.structure) / 2, rel=1e-4)
 
 

@@ -1,17 +1,16 @@
 """Launchers: what is printed is what is run, here and in a stand-in for a cloud; every function's body runs on real rows."""
 
 import ast
+import asyncio
 import json
 import subprocess
 import sys
-import threading
 import tomllib
-import urllib.request
 from importlib.resources import files
 from pathlib import Path
 from types import SimpleNamespace
-from wsgiref.simple_server import WSGIRequestHandler, make_server
 
+import httpx
 import numpy as np
 import pytest
 from crystals import script
@@ -21,7 +20,7 @@ from tomat.io.remote import TomatError
 from tomat.run.jobs import TASKS, Job, Resources, carry_out, read_job
 from tomat.run.jobs import main as run_lines
 from tomat.run.launch import (PrepareLaunch, SweepLaunch, SyncLaunch, TokenizeLaunch, TrainLaunch, VerifyLaunch, modal_needs,
-                              modal_options, shared_env, submit)
+                              modal_options, serve_job, shared_env, submit)
 from tomat.dataset.meta import VOXELS, read_meta
 from tomat.dataset.prepare import VoxelSet, prepare
 from tomat.dataset.verify import verify as tomat_verify
@@ -267,41 +266,25 @@ def test_rows_go_to_the_bucket(place, rows, scripts, s3, monkeypatch, capsys):
     assert result["copied"] == 17 + 16 and read_meta(f"{s3}/rows/tiny") == read_meta(rows)
 
 
-def test_the_service_predicts_over_http(place, scripts, tmp_path, capsys):
-    from tomat.density.formats import read_density
-    from tomat.prediction.predictors import load_predictor
-    from tomat.density.store import sample_store
-    scripts["predict_modal"].serve(dry_run=True)
-    assert read_job(capsys.readouterr().out.strip()).task == "serve"
-    structure = sample_store().read(sample_store().split("validation")[0]).structure
-
-    class Quiet(WSGIRequestHandler):
-        def log_message(self, *_):
-            pass
-
+def test_the_service_on_modal_is_that_of_this_machine(place, scripts, capsys):
+    "tests/test_service.py sends it requests."
+    scripts["predict_modal"].serve(dry_run=True, device="cpu")
+    job = read_job(capsys.readouterr().out.strip())
+    assert (job.task, job.settings) == ("serve", {"checkpoint": "", "device": "cpu"})
     application = scripts["predict_modal"].Service().web.local()
-    with make_server("127.0.0.1", 0, application, handler_class=Quiet) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}/"
-        with urllib.request.urlopen(url) as reply:
-            assert json.load(reply)["decoder"] == "probe"
-        with urllib.request.urlopen(f"{url}?grid=12,12,12&format=zarr", structure.to(fmt="poscar").encode()) as reply:
-            metadata, body = json.loads(reply.headers["X-Tomat"]), reply.read()
-        huge = structure.copy()
-        huge.scale_lattice(1e27)
-        crowd = "x\n1\n9 0 0\n0 9 0\n0 0 9\nHe\n2001\ndirect\n" + "0 0 0\n" * 2001
-        for bad, sent, code in (("?gird=1,2,3", b"x", 400), ("?name=POSCAR", b"nothing", 400), ("", b"", 400), ("x", b"x", 404),
-                                ("", huge.to(fmt="poscar").encode(), 400), ("?grid=9,9,9", crowd.encode(), 400)):
-            with pytest.raises(urllib.error.HTTPError) as caught:
-                urllib.request.urlopen(url + bad, sent)
-            assert caught.value.code == code and str(tmp_path.anchor) + "tmp" not in caught.value.read().decode()
-        with pytest.raises(urllib.error.HTTPError, match="405"):
-            urllib.request.urlopen(urllib.request.Request(url, b"x", method="PUT"))
-        server.shutdown()
-    (tmp_path / "x.zarr.zip").write_bytes(body)
-    served, direct = read_density(tmp_path / "x.zarr.zip"), load_predictor().predict(structure, (12, 12, 12)).density
-    np.testing.assert_allclose(served.total, direct.total, rtol=1e-4, atol=1e-4)
-    assert metadata["grid"] == [12, 12, 12] and metadata["out"] == "density.zarr.zip"
+
+    async def run():
+        client = httpx.AsyncClient(transport=httpx.ASGITransport(application), base_url="http://x", timeout=120)
+        async with application.router.lifespan_context(application), client:
+            return await client.get("/health"), await client.get("/")
+    health, about = asyncio.run(run())
+    assert health.json()["status"] == "ok" and about.json()["decoder"] == "probe"
+
+
+def test_limits_travel_to_a_container_and_a_token_does_not(place, monkeypatch):
+    monkeypatch.setenv("TOMAT_SERVICE_VOXELS", "1000")
+    monkeypatch.setenv("TOMAT_SERVICE_TOKEN", "secret")
+    assert shared_env()["TOMAT_SERVICE_VOXELS"] == "1000" and "secret" not in serve_job().text
 
 
 def test_printed_lines_can_be_run_elsewhere(place, tmp_path, capsys, monkeypatch):

@@ -241,12 +241,13 @@ class TrainRun:
 
 @dataclass(frozen=True)
 class Serve:
-    "Predicts densities over HTTP; returns a WSGI application."
-    checkpoint: str  # folder or URL; "": the packaged checkpoint
+    "Predicts densities over HTTP; returns an ASGI application."
+    checkpoint: str   # folder or URL; "": the packaged checkpoint
+    device: str = ""  # cpu, cuda or cuda:1; "": a GPU where there is one
 
     def run(self) -> Any:
         from tomat.run.service import density_app
-        return density_app(self.checkpoint)
+        return density_app(self.checkpoint, self.device)
 
 TASKS: dict[str, Any] = {"tokenize": TokenizePart, "atoms": ChooseAtoms, "prepare": PreparePart, "verify": VerifyRows,
                          "sync": SyncFolder, "sweep": SweepPart, "join": JoinSweep, "train": TrainRun, "serve": Serve}
@@ -319,7 +320,7 @@ def main(arguments: Sequence[str],  # name of a file of lines, or - for standard
         raise TomatError("python -m tomat.run.jobs takes the lines of a dry run: name their file, or - for standard input.")
     lines = (sys.stdin.read() if arguments[0] == "-" else read_text(arguments[0])).splitlines()
     if any(read_job(line).task == "serve" for line in lines):
-        raise TomatError("A service does not end, so it is no job for python -m tomat.run.jobs: use scripts/predict_modal.py.")
+        raise TomatError("A service does not end, so it is no job for python -m tomat.run.jobs: use `tomat serve`.")
     for line in lines:
         result = carry_out(line)
         if os.environ.get("RANK", "0") == "0":

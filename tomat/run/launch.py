@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
-from functools import wraps
+from functools import partial, wraps
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,13 +22,15 @@ from typing import Any, TypeVar
 from ..io.remote import TomatError
 from ..io.files import is_name
 from ..io.settings import data_set, setting
+from ..prediction.worker import ServiceLimits
 from .jobs import Job, Resources, carry_out, reported
 from ..train.config import (DECODERS, ProbeTrainConfig, RunConfig, TrainConfig, check_names, check_options, check_variables,
                                 from_variables, option, with_options)
 
 # %% ../../nbs/09_run/03_launch.ipynb #60a05b4d
 MOUNT = "/data"  # where containers find the volume
-_SHARED = ("volume", "modal_app", "modal_secrets", "checkpoint", "mp_base_url", "wandb_entity", "wandb_project", "wandb_mode")
+_SHARED = ("volume", "modal_app", "modal_secrets", "checkpoint", "mp_base_url", "wandb_entity", "wandb_project", "wandb_mode",
+           *(f"service_{one.name}" for one in fields(ServiceLimits)))  # not service_token: a secret holds it
 _OTHERS = {"s3_endpoint": "AWS_ENDPOINT_URL", "gcs_project": "GOOGLE_CLOUD_PROJECT"}  # names that clients of stores read
 
 def shared_env() -> dict[str, str]:
@@ -214,27 +216,33 @@ class TrainLaunch(Launch):
 
 # %% ../../nbs/09_run/03_launch.ipynb #ab2522c5
 def serve_job(checkpoint: str = "",  # folder or URL; "": TOMAT_CHECKPOINT, or the packaged checkpoint
+              device: str = "",       # cpu, cuda or cuda:1; "": a GPU where there is one
               cores: int = 4,         # number of cores
               ) -> Job:
     "The job of a service that predicts densities."
-    return Job("serve", {"checkpoint": checkpoint or setting("checkpoint")}, Resources(cores, 16, hours=0.25), shared_env())
+    settings = {"checkpoint": checkpoint or setting("checkpoint"), "device": device}
+    return Job("serve", settings, Resources(cores, 16, hours=0.25), shared_env())
 
 @dataclass(frozen=True)
 class ServeLaunch:
     "Options of a service on this machine."
     checkpoint: str = option("", "Folder or URL of a checkpoint; the packaged checkpoint if not given.")
-    port: int = option(8000, "Port of the service on this machine.")
+    host: str = option("127.0.0.1", "Address of this machine to listen at; 0.0.0.0: all of them.")
+    port: int = option(8000, "Port of the service on this machine.", least=1, most=65535)
+    device: str = option("", "Device: cpu, cuda or cuda:1; a GPU is used where there is one if not given.")
     dry_run: bool = option(False, "Print the job without running it.")
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
 def serve_here(options: ServeLaunch) -> None:
     "Serve predictions on this machine until the process is stopped."
-    from wsgiref.simple_server import make_server
-    job = serve_job(options.checkpoint)
+    from tomat.run.service import serve
+    job = serve_job(options.checkpoint, options.device)
     if options.dry_run:
         return print(job.text)
-    with make_server("127.0.0.1", options.port, carry_out(job.text)) as server:
-        print(f"http://127.0.0.1:{server.server_port}", flush=True)
-        server.serve_forever()
+    os.environ.update(job.env)  # for the processes of the service
+    serve(partial(carry_out, job.text), options.host, options.port)
 
 # %% ../../nbs/09_run/03_launch.ipynb #ebd2cb8a
 W = TypeVar("W", bound=Callable[..., Any])
