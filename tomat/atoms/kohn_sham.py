@@ -45,13 +45,13 @@ def _exchange_correlation(rho_R: np.ndarray) -> np.ndarray:
 _C2 = 137.036**2  # square of the speed of light
 
 def _orbitals(v_R: np.ndarray,  # potential
-              l: int,           # angular momentum
+              momentum: int,    # angular momentum l
               count: int,       # number of orbitals
               ) -> tuple[np.ndarray, np.ndarray]:  # (count,) energies; (count, R) densities of one electron, averaged over angles
     "The lowest orbitals of an angular momentum."
     k_R, norm_R = 2 * _C2 / (2 * _C2 - v_R), _STEP * _R**3
     slope = np.sqrt(k_R[1:] * k_R[:-1] * _R[1:] * _R[:-1]) / (2 * _STEP)
-    diagonal = k_R * l * (l + 1) / 2 * _R * _STEP + v_R * norm_R
+    diagonal = k_R * momentum * (momentum + 1) / 2 * _R * _STEP + v_R * norm_R
     diagonal[1:] += slope
     diagonal[:-1] += slope
     energies, vectors = eigh_tridiagonal(diagonal / norm_R, -slope / np.sqrt(norm_R[1:] * norm_R[:-1]), select="i",
@@ -65,7 +65,7 @@ RADII = _R * BOHR  # (1000,) Å, distances of the densities of shells
 class Shell:
     "A shell of a free atom."
     n: int               # principal quantum number
-    l: int               # angular momentum
+    momentum: int        # angular momentum l
     electrons: float     # number of electrons
     energy: float        # eigenvalue, eV
     rho_R: np.ndarray    # (1000,) density of one of its electrons at RADII, e/Å³
@@ -88,9 +88,9 @@ def kohn_sham_shells(symbol: str,  # "Fe"
     filled = np.array([float(electrons) for *_, electrons in shells])
 
     def solved(rv_R: np.ndarray) -> list[tuple[float, np.ndarray]]:
-        highest = {l: max(n for n, other, _ in shells if other == l) for _, l, _ in shells}
-        found = {l: _orbitals(rv_R / _R, l, n - l) for l, n in highest.items()}
-        return [(found[l][0][n - l - 1], found[l][1][n - l - 1]) for n, l, _ in shells]
+        highest = {kind: max(n for n, other, _ in shells if other == kind) for _, kind, _ in shells}
+        found = {kind: _orbitals(rv_R / _R, kind, n - kind) for kind, n in highest.items()}
+        return [(found[kind][0][n - kind - 1], found[kind][1][n - kind - 1]) for n, kind, _ in shells]
 
     def change(rv_R: np.ndarray) -> np.ndarray:
         rho_R = filled @ np.array([rho_R for _, rho_R in solved(rv_R)])
@@ -98,8 +98,8 @@ def kohn_sham_shells(symbol: str,  # "Fe"
 
     start_R = -1 - (z - 1) / (1 + 0.7 * _R * z ** (1 / 3)) ** 2  # r times the potential of a nucleus that the others screen
     orbitals = solved(anderson(change, start_R, alpha=0.4, M=6, f_tol=1e-5, maxiter=200))
-    made = [Shell(n, l, float(electrons), energy * HARTREE, rho_R / BOHR**3)
-            for (n, l, electrons), (energy, rho_R) in zip(shells, orbitals, strict=True)]
+    made = [Shell(n, kind, float(electrons), energy * HARTREE, rho_R / BOHR**3)
+            for (n, kind, electrons), (energy, rho_R) in zip(shells, orbitals, strict=True)]
     return tuple(sorted(made, key=lambda shell: -shell.radius))
 
 # %% ../../nbs/02_atoms/03_kohn_sham.ipynb #e094b87d
