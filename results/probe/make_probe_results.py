@@ -28,11 +28,12 @@ from typing import Any
 import numpy as np
 from scipy.stats import spearmanr
 
+from tomat.atoms.hirshfeld import charge_error
 from tomat.density.classify import classify
 from tomat.io.remote import TomatError
 from tomat.io.files import atomic_write, read_json, read_text, write_json, write_text
 from tomat.train.probe import ProbeTrainConfig, train_probe
-from tomat.density.metrics import nmae
+from tomat.density.metrics import nmae, potential_error
 from tomat.models.probe import ProbeNet, shift_to_mean, load_probe, predict_field
 from tomat.prediction.predictors import ProbePredictor, load_predictor
 from tomat.io.progress import track
@@ -135,9 +136,14 @@ def scores_of(store: RawStore, id: str, predictor: Any) -> tuple[dict[str, Any],
     assert density.sad is not None and made.expected_error_xyz is not None
     error = np.abs(made.density.rho - density.values).ravel()
     expected = made.expected_error_xyz.ravel()
+    cell, true_xyz, sad_xyz = density.structure, density.total, density.sad * density.volume
     row = {"id": id, "formula": density.formula, "class": classify(density.structure), "atoms": len(density.structure),
            "voxels": error.size, "nmae": nmae(made.density.rho, density.values),
            "sad": nmae(density.sad, density.values), "expected": float(expected.sum() / np.abs(density.values).sum()),
+           "potential": potential_error(made.density.total, true_xyz, cell.lattice.matrix),
+           "potential_sad": potential_error(sad_xyz, true_xyz, cell.lattice.matrix),
+           "charges": charge_error(made.density.total, true_xyz, sad_xyz, cell),
+           "charges_sad": charge_error(sad_xyz, true_xyz, sad_xyz, cell),
            "rank_correlation": float(spearmanr(error[::17], expected[::17])[0]),
            "inside_50": float((error < expected * np.log(2)).mean()), "inside_90": float((error < expected * np.log(10)).mean()),
            "electrons_before": made.electrons_before, "electrons": made.density.n_electrons,
@@ -152,6 +158,8 @@ def summary_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
             "nmae_mean": over("nmae"), "nmae_median": over("nmae", np.median), "nmae_worst": over("nmae", max),
             "sad_mean": over("sad"), "sad_median": over("sad", np.median),
             "ratio_of_means": over("nmae") / over("sad"),
+            **{f"{key}_mean": over(key) for key in ("potential", "potential_sad", "charges", "charges_sad")},
+            "better_potential_than_sad": sum(row["potential"] < row["potential_sad"] for row in rows),
             "better_than_sad": sum(row["nmae"] < row["sad"] for row in rows),
             "expected_mean": over("expected"), "rank_correlation_median": over("rank_correlation", np.median),
             "inside_50_mean": over("inside_50"), "inside_90_mean": over("inside_90"),
