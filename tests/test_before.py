@@ -161,7 +161,9 @@ def test_scores_are_kept(tmp_path):
         path.write_text(json.dumps(kept[id] | {"stamp": STORE.version_tag(id)}))  # a stamp holds the time of a copy
     scores = evaluate(STORE, STORE.ids, predictors, out).scores
     assert [score.seconds for score in scores] == [line["seconds"] for id in STORE.ids for line in kept[id]["scores"]]
+    assert all(score.potential_error is score.charge_error is None for score in scores)
     fresh = evaluate(STORE, STORE.ids, predictors, tmp_path / "fresh").scores
+    assert all(score.potential_error > 0 and score.charge_error is not None for score in fresh)
     np.testing.assert_allclose([score.nmae for score in fresh], [score.nmae for score in scores], rtol=1e-4)
 
 

@@ -29,11 +29,12 @@ from tomat.density.core import RHO, Density
 from tomat.prediction.causal import codec_floor, teacher_forced
 from tomat.prediction.evaluate import copied, entries_of, evaluate, sad_prediction, score_material
 from tomat.io.remote import TomatError
-from tomat.density.metrics import nmae
+from tomat.atoms.hirshfeld import charge_error
+from tomat.density.metrics import nmae, potential_error
 from tomat.tokens.patches import cover, cut
 from tomat.prediction.causal import CausalPredictor
 from tomat.prediction.core import Prediction
-from tomat.atoms.sad import sad_density
+from tomat.atoms.sad import FreeAtom, FreeAtoms, sad_density
 from tomat.prediction.report import evaluation_summary, report_html, reliability_png, scores_csv, slices_png, write_report
 from tomat.prediction.scores import REGIONS, ERROR_BINS, miscalibration, nemd, regions, reliability, score, seam
 from tomat.density.source import InMemory
@@ -156,6 +157,23 @@ def test_a_score_by_hand():
     assert (found.error_nuclei, found.error_bonds, found.error_interstitial) == (pytest.approx(0.4), pytest.approx(0.8 / 7), None)
     assert found.electron_error == pytest.approx(1.0) and found.kind == "intermetallic" and found.seconds == 1.5
     assert found.nemd is found.rank_correlation is found.miscalibration is found.reliability is found.seam is None
+    assert found.potential_error == pytest.approx(potential_error(8 * (1 + off), np.full((2, 2, 2), 8.0), 2 * np.eye(3)))
+    assert found.charge_error is None  # a density without its SAD
+
+
+def test_the_charges_of_a_score_are_those_of_its_atoms():
+    "Of the SAD that the density came with, in either unit, and of other atoms where the predictor has others."
+    true = material(1, shape=(18, 20, 22))
+    where = regions(true.structure, true.shape)
+    found, rho = (score(d, sad_prediction(d), "SAD", "structure", where) for d in (true, true.as_units(RHO)))
+    own = charge_error(true.sad, true.total, true.sad, true.structure)
+    assert (found.charge_error, rho.charge_error) == (pytest.approx(own, rel=1e-2),) * 2 and own > 1e-4
+    assert rho.potential_error == pytest.approx(found.potential_error, rel=1e-3) and found.potential_error > 1
+    r = np.arange(0, 5, 0.05)
+    wide = FreeAtoms({s: FreeAtom.of(s, 7, 0.05, 7 * np.exp(-r**2 / 2) / (2 * np.pi) ** 1.5) for s in ("Na", "Cl")}, "wide")
+    other, _ = score_material(true, {"SAD": ("structure", sad_prediction)}, wide)
+    sad_xyz = sad_density(true.structure, true.shape, wide)
+    assert other[0].charge_error == pytest.approx(charge_error(sad_xyz, true.total, sad_xyz, true.structure, wide), rel=1e-3)
 
 
 @pytest.mark.parametrize("sign, rank", [(1, 1), (-1, -1)])
@@ -381,6 +399,12 @@ def test_a_summary_is_means_medians_and_tails(result):
     assert found["half"]["nmae"]["mean"] == pytest.approx(0.5, rel=0.2)
     assert found["half"]["nemd"]["mean"] > found["half"]["nmae"]["mean"]
     assert found["SAD"]["nemd"] is None and found["causal, free-running"]["seam"] > 0
+    for name in ("potential_error", "charge_error"):
+        own = [getattr(line, name) for line in result.scores if line.entry == "half"]
+        mean = found["half"][name] if name == "charge_error" else found["half"][name]["mean"]
+        assert mean == pytest.approx(np.mean(own)) and min(own) > 0
+        some = evaluation_summary([replace(result.scores[0], **{name: None}), *result.scores[1:]])
+        assert some["SAD"][name] is None and some["half"][name] == found["half"][name]  # no mean over a part
     assert np.array(found["half"]["reliability"])[:, 0].sum() == 2 * 6 * 7 * 8
 
 
@@ -388,7 +412,7 @@ def test_the_report_stands_alone_and_labels_everything(result, tmp_path):
     files = write_report(replace(result, folder=result.folder), "a <title>", ["a & b"], more=3)
     page = Path(files[0]).read_text()
     assert "a &lt;title&gt;" in page and "a &amp; b" in page and not re.search(r"""(src|href)=["'](?!data:)""", page)
-    assert page.count("<img") == 2 and page.count("<table") == 4  # one material is drawn, and one curve
+    assert page.count("<img") == 2 and page.count("<table") == 5  # one material is drawn, and one curve
     for line in result.scores:
         assert line.entry in page and line.id in page
     assert page.count('class="truth"') == 9  # three entries in three tables

@@ -48,7 +48,7 @@ def test_hand_worked():
 @given(pairs(), st.integers(-7, 7), st.integers(-7, 7), st.integers(-7, 7))
 def test_the_origin_does_not_matter(pair, i, j, k):
     moved = [np.roll(v, (i, j, k), (0, 1, 2)) for v in pair]
-    for metric in [*METRICS.values(), potential]:
+    for metric in METRICS.values():
         assert metric(*moved) == pytest.approx(metric(*pair), rel=1e-9, abs=1e-9)
 
 
@@ -59,7 +59,6 @@ def test_units(pair, factor):
     assert nmae(*scaled) == pytest.approx(nmae(*pair), rel=1e-9)
     assert rmse(*scaled) == pytest.approx(factor * rmse(*pair), rel=1e-9)
     assert weighted_mae(*scaled) == pytest.approx(factor * weighted_mae(*pair), rel=1e-9)
-    assert potential(*scaled) == pytest.approx(factor * potential(*pair), rel=1e-6, abs=1e-6)
     for distance in DISTANCES:
         assert distance(*scaled) == pytest.approx(distance(*pair), rel=1e-9, abs=1e-12)
     assert electron_error(*scaled) == pytest.approx(factor * electron_error(*pair), rel=1e-9, abs=1e-9)
@@ -71,8 +70,6 @@ def test_a_supercell_is_the_same_material(pair):
     doubled = [np.tile(v, (1, 2, 1)) for v in pair]
     for metric in METRICS.values():
         assert metric(*doubled) == pytest.approx(metric(*pair), rel=1e-9, abs=1e-9)
-    wide = potential_error(*(2 * v for v in doubled), CELL * [[1], [2], [1]])  # `total` is density × volume
-    assert wide == pytest.approx(potential(*pair), rel=1e-6, abs=1e-6)
 
 
 @quick
@@ -150,9 +147,12 @@ def test_small_differences_are_not_lost_to_rounding():
 def test_no_distribution():
     with pytest.raises(TomatError, match="no distribution"):
         chi_sq(np.zeros(3), np.ones(3))
-    for metric in (weighted_mae, potential):
-        with pytest.raises(TomatError, match="zero everywhere"):
-            metric(np.ones((3, 3, 3)), np.zeros((3, 3, 3)))
+    with pytest.raises(TomatError, match="zero everywhere"):
+        weighted_mae(np.ones(3), np.zeros(3))
+    negative = np.where(np.arange(27).reshape(3, 3, 3) == 13, -5.0, 0.3)
+    for true, message in ((-np.ones((3, 3, 3)), "no electrons"), (negative, "negative where")):
+        with pytest.raises(TomatError, match=message):
+            potential(true + (negative < 0), true)
 
 
 def test_spheres_of_caesium_chloride():
@@ -186,6 +186,17 @@ def test_spheres_in_skewed_cells(alpha, beta, seed):
 def test_a_sphere_smaller_than_the_grid_has_its_nearest_point():
     h2 = Structure(Lattice.cubic(8.0), ["H", "H"], [[0, 0, 0], [0.01, 0, 0]])
     assert [len(inside) for inside in atom_spheres(h2, (8, 8, 8))] == [1, 1]
+
+
+@quick
+@given(pairs(low=0.0), st.tuples(*[st.integers(-7, 7)] * 3), st.floats(1e-3, 1e3))
+def test_the_potential_is_that_of_the_crystal(pair, steps, factor):
+    "Not of its origin, or of the number of its cells; and it is linear in the density."
+    found = pytest.approx(potential(*pair), rel=1e-6, abs=1e-6)
+    assert potential(*(np.roll(v, steps, (0, 1, 2)) for v in pair)) == found
+    doubled = [2 * np.tile(v, (1, 2, 1)) for v in pair]  # `total` is density × volume
+    assert potential_error(*doubled, CELL * [[1], [2], [1]]) == found
+    assert potential(*(factor * v for v in pair)) == pytest.approx(factor * potential(*pair), rel=1e-6, abs=1e-6)
 
 
 def clouds(lattice, shape, centre, widths):

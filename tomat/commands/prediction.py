@@ -116,12 +116,14 @@ def predictors_from(checkpoints: list[str],  # [NAME=]FOLDER; empty: the package
 def print_scores(entries: dict[str, dict[str, Any]],  # summary from `tomat.prediction.report.evaluation_summary`
                  as_json: bool,  # whether to print JSON instead of a table
                  ) -> None:
-    "Print the NMAE of each entry, and whether the entry reads the structure alone or the truth."
+    "Print the NMAE of each entry, its mean error of the potential, and whether the entry reads the structure alone or the truth."
     if as_json:
         return print_result(entries, True)
-    table = Table("entry", "reads", "mean NMAE", "median", "95th percentile", box=None)
+    table = Table("entry", "reads", "mean NMAE", "median", "p95", "potential", box=None)
     for entry, s in entries.items():
-        table.add_row(entry, s["reads"], *(f"{100 * s['nmae'][name]:.2f} %" for name in ("mean", "median", "p95")))
+        found = s["potential_error"]  # scores of before have none
+        table.add_row(entry, s["reads"], *(f"{100 * s['nmae'][name]:.2f} %" for name in ("mean", "median", "p95")),
+                      f"{found['mean']:.0f} meV" if found else "–")
     Console(soft_wrap=True).print(table)
 
 def evaluate(source: Annotated[str, typer.Argument(help="A raw store, a folder or a file of true densities.")],

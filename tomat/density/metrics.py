@@ -169,12 +169,14 @@ def potential_error(predicted_xyz: np.ndarray,  # (nx, ny, nz) `total`, electron
                     ) -> float:  # meV
     "Standard deviation, over the electrons, of the Hartree potential of the error."
     predicted, true = _pair(predicted_xyz, true_xyz)
-    weight = np.abs(true)
-    if not weight.any():
-        raise TomatError("The true density is zero everywhere: a potential averaged over it does not exist, check the file.")
+    if not true.sum() > 0:
+        raise TomatError("The true density has no electrons: an error averaged over them does not exist, check the file.")
     potential_xyz = hartree_potential((predicted - true) / abs(np.linalg.det(lattice)), lattice)
-    potential_xyz -= np.average(potential_xyz, weights=weight)
-    return float(1000 * np.sqrt(np.average(potential_xyz**2, weights=weight)))
+    potential_xyz -= np.average(potential_xyz, weights=true)
+    variance = np.average(potential_xyz**2, weights=true)
+    if variance < 0:
+        raise TomatError("The true density is negative where the potential is largest: it has no spread over electrons, use nmae.")
+    return float(1000 * np.sqrt(variance))
 
 # %% ../../nbs/01_density/09_metrics.ipynb #7694d00a
 Metric = Callable[[np.ndarray, np.ndarray], float]

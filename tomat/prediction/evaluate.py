@@ -86,7 +86,7 @@ def score_material(true: Density,                             # a converged dens
     for entry, (reads, make) in entries.items():
         start = perf_counter()
         prediction = make(true)
-        scores.append(score(true, prediction, entry, reads, region_xyz, perf_counter() - start))
+        scores.append(score(true, prediction, entry, reads, region_xyz, perf_counter() - start, atoms))
         if reads == "structure":
             predictions[entry] = prediction
     return scores, predictions
@@ -116,8 +116,8 @@ def _read_scores(path: str,                # scores of one material
         return None
     if header["drawn"] and not kept.get("drawn"):
         return None
-    names = {part.name for part in fields(Score)}
-    scores = [Score(**{**line, "shape": tuple(line["shape"])}) for line in kept["scores"] if set(line) == names]
+    names, later = {part.name for part in fields(Score)}, {"potential_error", "charge_error"}  # reads old files: without the later
+    scores = [Score(**{**line, "shape": tuple(line["shape"])}) for line in kept["scores"] if names - later <= set(line) <= names]
     renamed = [s if s.entry in entries else replace(s, entry=entry_name(s.entry)) for s in scores]
     return renamed if [s.entry for s in renamed] == list(entries) else None
 

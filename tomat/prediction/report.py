@@ -9,7 +9,7 @@ __all__ = ['slices_png', 'evaluation_summary', 'reliability_png', 'report_html',
 import base64
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from html import escape
 from typing import Any
@@ -57,18 +57,22 @@ def _entry_summary(scores: Sequence[Score],  # of one entry
     def values_of(name: str) -> list[Any]:
         return [value for s in scores if (value := getattr(s, name)) is not None]
     bins, nemds = values_of("reliability"), values_of("nemd")
+    potentials, charges = (found if len(found := values_of(name)) == len(scores) else []
+                           for name in ("potential_error", "charge_error"))
     added = np.sum(bins, axis=0).tolist() if bins else None
     classes = {kind: [s.nmae for s in scores if s.kind == kind] for kind in sorted({s.kind for s in scores})}
     return {"reads": scores[0].reads, "materials": len(scores), "nmae": _quantiles(values_of("nmae")),
             **{name: float(np.mean(values)) if (values := values_of(name)) else None for name in _MEANS},
             "electron_error": float(np.mean(np.abs(values_of("electron_error")))),
+            "potential_error": _quantiles(potentials) if potentials else None,
+            "charge_error": float(np.mean(charges)) if charges else None,
             "nemd": _quantiles(nemds) if nemds else None, "reliability": added,
             "miscalibration": None if added is None else miscalibration(added),
             "classes": {kind: {"materials": len(nmaes), "nmae": _quantiles(nmaes)} for kind, nmaes in classes.items()}}
 
 def evaluation_summary(scores: Sequence[Score],  # of several materials
                        ) -> dict[str, dict[str, Any]]:  # entry → its means, over all materials and per class
-    "Each entry over all materials: NMAE and NEMD by mean, median and 95th percentile, the rest by the mean."
+    "Each entry over all materials: NMAE, NEMD and potential by mean, median and 95th percentile, the rest by the mean."
     return {entry: _entry_summary([s for s in scores if s.entry == entry]) for entry in dict.fromkeys(s.entry for s in scores)}
 
 # %% ../../nbs/07_prediction/08_report.ipynb #247d6e4d
@@ -116,8 +120,10 @@ def _entry_tables(summaries: Mapping[str, Mapping[str, Any]]) -> str:
         return [_percent(found[name]) if found else None for name in ("mean", "median", "p95")]
     def table(head: Sequence[str], cells: Mapping[str, Sequence[_Cell]]) -> str:
         return _table(head, [(summaries[entry]["reads"], [entry, *row]) for entry, row in cells.items()])
-    first = table(["entry", "reads", "NMAE mean", "median", "95th percentile", "NEMD mean", "rank correlation", "miscalibration"], {
-        entry: [s["reads"], *quantiles(s["nmae"]), quantiles(s["nemd"])[0], s["rank_correlation"], s["miscalibration"]]
+    first = table(["entry", "reads", "NMAE mean", "median", "95th percentile", "potential, meV", "charges, e", "NEMD mean",
+                   "rank correlation", "miscalibration"], {
+        entry: [s["reads"], *quantiles(s["nmae"]), s["potential_error"] and s["potential_error"]["mean"], s["charge_error"],
+                quantiles(s["nemd"])[0], s["rank_correlation"], s["miscalibration"]]
         for entry, s in summaries.items()})
     second = table(["entry", "RMSE, e/Å³", "near nuclei", "bonds", "interstitial", "|electrons off|", "seam", "seconds"], {
         entry: [s[name] for name in (*_MEANS[:4], "electron_error", "seam", "seconds")] for entry, s in summaries.items()})
@@ -127,21 +133,23 @@ def _entry_tables(summaries: Mapping[str, Mapping[str, Any]]) -> str:
         for entry, s in summaries.items()})
     return f"{first}<h2>Where</h2>{second}<h2>By class</h2>{third}"
 
-def _material_table(scores: Sequence[Score]) -> str:
-    "NMAE of every material by every entry."
+def _material_table(scores: Sequence[Score], title: str, value_of: Callable[[Score], _Cell]) -> str:
+    "One number of every material by every entry."
     reads = {s.entry: s.reads for s in scores}
-    found = {(s.id, s.entry): s.nmae for s in scores}
+    found = {(s.id, s.entry): value_of(s) for s in scores}
     names = {s.id: f"{s.formula} ({s.id})" for s in scores}
-    head = ["NMAE", *(f"{entry}{' *' if read == 'truth' else ''}" for entry, read in reads.items())]
-    return _table(head, [("", [name, *(_percent(found.get((id, entry))) for entry in reads)]) for id, name in names.items()])
+    head = [title, *(f"{entry}{' *' if read == 'truth' else ''}" for entry, read in reads.items())]
+    return _table(head, [("", [name, *(found.get((id, entry)) for entry in reads)]) for id, name in names.items()])
 
 # %% ../../nbs/07_prediction/08_report.ipynb #ed8e0028
 _LEGEND = """NMAE over the whole grid, Σ|ρ̂ - ρ| / Σ|ρ|. Entries that read the structure alone are predictions: structure and grid
 in, density out. Entries in grey italics, or with a *, read the truth and are references: the codec floor is the quantisation
 error, the score of perfect tokens; teacher-forced, a model guesses each voxel from the true voxels before it; the copy takes
 the difference to SAD from the true voxel before, without any model. SAD is the sum of atomic densities, of
-the atoms in the first checkpoint, and SAD of a name is that of the atoms in the checkpoint with this name. NEMD is the expected
-error of a draw from the predicted distribution. Regions by the distance to the nearest atom in covalent radii: near nuclei
+the atoms in the first checkpoint, and SAD of a name is that of the atoms in the checkpoint with this name. Potential: standard
+deviation over the electrons of the Hartree potential that the error makes. Charges: mean error of the Hirshfeld charges of the
+atoms. Both tell whether a DFT code can use the density, which NMAE does not; scores of earlier versions lack them. NEMD is the
+expected error of a draw from the predicted distribution. Regions by the distance to the nearest atom in covalent radii: near nuclei
 below 0.5, bonds below 1. Seam: the jump of the error across the borders of patches over the jump inside them. Rank
 correlation: of expected and true error over the voxels of a material. Miscalibration: the distance of both in bins of the
 expected error, as a share of the error."""
@@ -165,7 +173,9 @@ def report_html(title: str,
     return (f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
             f"<title>{escape(title)}</title><style>{_STYLE}</style><h1>{escape(title)}</h1>"
             f"{''.join(f'<p>{escape(note)}</p>' for note in notes)}<p>{escape(_LEGEND)}</p>{_entry_tables(summaries)}{calibration}"
-            f"{f'<h2>Skipped</h2><ul>{skipped}</ul>' if skipped else ''}<h2>Materials</h2>{_material_table(result.scores)}"
+            f"{f'<h2>Skipped</h2><ul>{skipped}</ul>' if skipped else ''}<h2>Materials</h2>"
+            f"{_material_table(result.scores, 'NMAE', lambda s: _percent(s.nmae))}"
+            f"{_material_table(result.scores, 'potential, meV', lambda s: s.potential_error)}"
             f"{''.join(pictures)}</html>\n")
 
 # %% ../../nbs/07_prediction/08_report.ipynb #35387908

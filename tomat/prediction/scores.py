@@ -7,7 +7,7 @@ __all__ = ['REGIONS', 'ERROR_BINS', 'regions', 'reliability', 'miscalibration', 
 
 # %% ../../nbs/07_prediction/06_scores.ipynb #bcb2f3b2
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,10 +16,12 @@ from pymatgen.core import Structure
 from scipy.spatial import cKDTree
 from scipy.stats import spearmanr
 
+from ..atoms.hirshfeld import charge_error
 from ..atoms.neighbours import periodic_images
+from ..atoms.sad import FreeAtoms
 from ..density.classify import classify
-from ..density.core import Density
-from ..density.metrics import nmae, rmse
+from ..density.core import TOTAL, Density
+from ..density.metrics import nmae, potential_error, rmse
 from .core import Prediction
 
 # %% ../../nbs/07_prediction/06_scores.ipynb #84d391ba
@@ -95,6 +97,8 @@ class Score:
     nmae: float                    # a fraction
     nemd: float | None             # None: the entry has no expected error
     rmse: float                    # e/Å³
+    potential_error: float | None = field(default=None, kw_only=True)  # meV; None: scored by a version before it
+    charge_error: float | None = field(default=None, kw_only=True)     # e, mean over the atoms; None: so, or no SAD
     error_nuclei: float | None     # mean |error| in the region, e/Å³; None: no voxel is in it
     error_bonds: float | None
     error_interstitial: float | None
@@ -106,12 +110,21 @@ class Score:
     seconds: float                 # wall time of the entry
 
 # %% ../../nbs/07_prediction/06_scores.ipynb #23c84be3
+def _consequences(true: Density,            # in electrons
+                  predicted: Density,
+                  atoms: FreeAtoms | None,  # of the SAD of the true density
+                  ) -> dict[str, Any]:
+    "Errors of the potential and of the charges of the atoms."
+    charge = None if true.sad is None else charge_error(predicted.total, true.values, true.sad, true.structure, atoms)
+    return {"potential_error": potential_error(predicted.total, true.values, true.structure.lattice.matrix), "charge_error": charge}
+
 def score(true: Density,           # the converged density
           prediction: Prediction,  # on the grid of the true density
           entry: str,              # name in the table
           reads: str,              # "structure" or "truth"
           region_xyz: np.ndarray,  # (nx, ny, nz) from `regions`
           seconds: float = 0.0,    # wall time of the entry
+          atoms: FreeAtoms | None = None,  # those of the SAD of the true density; None: the packaged ones
           ) -> Score:
     "The score of a prediction against the true density."
     rho, expected_xyz = true.rho, prediction.expected_error_xyz
@@ -130,7 +143,7 @@ def score(true: Density,           # the converged density
                  nmae=nmae(prediction.density.rho, rho), rmse=rmse(prediction.density.rho, rho),
                  electron_error=prediction.electrons_before - true.n_electrons,
                  seam=None if prediction.borders is None else seam(difference_xyz, prediction.borders), seconds=seconds,
-                 **by_region, **calibration)
+                 **by_region, **calibration, **_consequences(true.as_units(TOTAL), prediction.density, atoms))
 
 # %% ../../nbs/07_prediction/06_scores.ipynb #09c2aff4
 _OLD_ENTRIES = {"sum of free atoms": "SAD", "parallel": "probe"}  # reads old files
