@@ -28,6 +28,7 @@ from tomat.density.formats import read_density
 from tomat.density.metrics import nmae
 from tomat.density.source import InMemory
 from tomat.density.store import write_store
+from tomat.io.files import read_json
 from tomat.io.remote import TomatError
 from tomat.models.causal import load_checkpoint, with_atoms
 from tomat.prediction.causal import CausalPredictor
@@ -249,7 +250,7 @@ def test_old_checkpoints_have_the_packaged_atoms(made, tmp_path):
     (tmp_path / "model/atoms.json").unlink()
     with pytest.raises(TomatError, match=r"atoms\.json is not the file"):  # a new checkpoint without its atoms is damaged
         load_checkpoint(tmp_path / "model")
-    metadata = json.loads((tmp_path / "model/tomat.json").read_text())
+    metadata = read_json(tmp_path / "model/tomat.json")
     del metadata["md5"]["atoms.json"]
     (tmp_path / "model/tomat.json").write_text(json.dumps(metadata))
     assert own_digest(load_checkpoint(tmp_path / "model")[0].atoms) is None

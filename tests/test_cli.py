@@ -30,6 +30,7 @@ from tomat import cli
 from tomat.density import formats
 from tomat.tokens.levels import fit_levels, save_levels
 from tomat.density.core import Density
+from tomat.io.files import read_json
 from tomat.io.remote import TomatError
 from tomat.density.formats import read_density, write_density
 from tomat.models.causal import load_checkpoint, make_model, save_checkpoint
@@ -214,7 +215,7 @@ def test_tokenize_a_store(tomat, tmp_path, made, layout, target):
     said = "tomat: The packaged atoms are used: they have the electrons of all 2 materials.\n"
     assert done.code == 0 and done.err == (said if target == "difference" else "")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["rows"]
-    meta = json.loads((tmp_path / "rows" / "meta.json").read_text())
+    meta = read_json(tmp_path / "rows" / "meta.json")
     assert (meta["label"], meta["seed"], meta["rows"], list(meta["materials"])) == ("small", 7, 8, ["metal", "salt"])
     tokenizer = tokenizer_from_dict(meta["tokenizer"])
     assert (tokenizer.layout, tokenizer.target, tokenizer.size, tokenizer.pad_to) == (layout, target, (3, 3, 3), None)
@@ -228,11 +229,11 @@ def test_tokenize_one_file_with_fitted_levels(tomat, tmp_path, made):
     done = tomat("tokenize", made / "CHGCAR.salt", "--out", tmp_path / "deep" / "rows", "--density-codec",
                  tmp_path / "levels.npz", *ROWS)
     assert done.code == 0
-    meta = json.loads((tmp_path / "deep" / "rows" / "meta.json").read_text())
+    meta = read_json(tmp_path / "deep" / "rows" / "meta.json")
     assert list(meta["materials"]) == ["salt"] and meta["tokenizer"]["density_codec"]["codec"] == "levels"
     again = tomat("tokenize", made / "CHGCAR.metal", "--out", tmp_path / "deep" / "rows", "--overwrite", *ROWS)
     assert again.code == 0
-    assert list(json.loads((tmp_path / "deep" / "rows" / "meta.json").read_text())["materials"]) == ["metal"]
+    assert list(read_json(tmp_path / "deep" / "rows" / "meta.json")["materials"]) == ["metal"]
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["rows"]
 
 
@@ -583,7 +584,7 @@ def zeros(path, at):
 
 def edited(path, **changes):
     "Change entries of a JSON file; None removes one."
-    old = json.loads(path.read_text()) | changes
+    old = read_json(path) | changes
     path.write_text(json.dumps({key: value for key, value in old.items() if value is not None}))
 
 
@@ -637,7 +638,7 @@ def test_a_folder_of_calculations_goes_all_the_way(tomat, tmp_path, made):
         done = tomat("tokenize", tmp_path / source, "--density-codec", tmp_path / "c.npz", "--out", tmp_path / f"{source}-rows",
                      *ROWS, "--json")
         assert done.code == 0 and json.loads(done.out)["materials"] == 2, done.err
-    meta = json.loads((tmp_path / "store-rows" / "meta.json").read_text())
+    meta = read_json(tmp_path / "store-rows" / "meta.json")
     assert meta["tokenizer"]["unit"] == "e/Å³"
     for i in range(2):
         assert tomat("tokenize", tmp_path / "store", "--out", tmp_path / "parts", "--worker", f"{i}/2", *ROWS).code == 0
@@ -651,7 +652,8 @@ def test_a_folder_of_calculations_goes_all_the_way(tomat, tmp_path, made):
 def test_verify(tomat, made):
     assert tomat("verify", made / "rows") == Done(0, f"{made}/rows: all is well\n", "")
     assert json.loads(tomat("verify", made / "rows", "--json").out)["faults"] == []
-    is_one_sentence(tomat("verify", made / "store"), "store", "tokenize")
+    assert tomat("verify", made / "store") == Done(0, f"{made}/store: all is well\n", "")
+    is_one_sentence(tomat("verify", made / "run"), "run", "tokenize")
 
 
 MODEL_DAMAGE: dict[str, Any] = {
@@ -663,7 +665,7 @@ MODEL_DAMAGE: dict[str, Any] = {
        for name in ("tomat", "config") for text in ("", "{", "[]", "{}", "3")},
     "tomat.json gone": lambda f: (f / "tomat.json").unlink(), "config.json gone": lambda f: (f / "config.json").unlink(),
     "tokenizer": lambda f: edited(f / "tomat.json", tokenizer=3), "settings": lambda f: edited(f / "tomat.json", tokenizer={}),
-    "layout": lambda f: (f / "tomat.json").write_text((f / "tomat.json").read_text().replace("framed", "anchored")),
+    "layout": lambda f: edited(f / "tomat.json", tokenizer=read_json(f / "tomat.json")["tokenizer"] | {"layout": "anchored"}),
     "layers": lambda f: edited(f / "config.json", num_hidden_layers=2, layer_types=["full_attention"] * 2),
     "width": lambda f: edited(f / "config.json", hidden_size=64), "type": lambda f: edited(f / "config.json", head_dim="wide"),
 }
@@ -714,7 +716,7 @@ def test_what_a_row_cannot_hold_is_skipped_and_named(tomat, tmp_path, made):
     for target, skipped in (("total", ids[:2]), ("difference", ids[:3])):
         done = tomat("tokenize", tmp_path / "store", "--out", tmp_path / target, "--target", target, "--atoms", "packaged", *ROWS)
         assert done.code == 0, done.err
-        meta = json.loads((tmp_path / target / "meta.json").read_text())
+        meta = read_json(tmp_path / target / "meta.json")
         assert sorted(meta["skipped"]) == sorted(skipped) and "1200" in meta["skipped"]["long"] and "salt" in meta["materials"]
 
 
@@ -788,7 +790,7 @@ def test_two_runs_into_one_folder_leave_one_whole_folder(tmp_path, made):
         assert one.code == 0 or is_one_sentence(one, "rows") is None
     assert 0 in [one.code for one in done]
     assert [p.name for p in tmp_path.iterdir()] == ["rows"]
-    meta = json.loads((tmp_path / "rows" / "meta.json").read_text())
+    meta = read_json(tmp_path / "rows" / "meta.json")
     assert set(pq.read_table(tmp_path / "rows" / SHARD)["task_id"].to_pylist()) == set(meta["materials"]) and meta["rows"] == 100
 
 

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 import tomat
 from tomat.tokens.levels import fit_levels
+from tomat.io.files import read_json
 from tomat.io.remote import TomatError
 from tomat.train.config import RunConfig
 from tomat.train.probe import ProbeTask, ProbeTrainConfig, train_probe
@@ -234,7 +235,7 @@ def test_damaged_checkpoints_get_one_sentence(model, tmp_path):
         (copy / name).unlink()
         with pytest.raises(TomatError, match=text):
             load_probe(copy)
-    metadata = json.loads((tmp_path / "c" / "tomat.json").read_text())
+    metadata = read_json(tmp_path / "c" / "tomat.json")
     (tmp_path / "c" / "tomat.json").write_text(json.dumps(metadata | {"decoder": "causal"}))
     with pytest.raises(TomatError, match="names the decoder 'causal'"):
         load_probe(tmp_path / "c")
@@ -242,7 +243,7 @@ def test_damaged_checkpoints_get_one_sentence(model, tmp_path):
 
 def test_a_checkpoint_of_another_network_gets_one_sentence(model, tmp_path):
     save_probe(model, tmp_path / "c", {"elements": []})
-    metadata = json.loads((tmp_path / "c" / "tomat.json").read_text())
+    metadata = read_json(tmp_path / "c" / "tomat.json")
     (tmp_path / "c" / "tomat.json").write_text(json.dumps(metadata | {"md5": {}}))
     config = json.loads((tmp_path / "c" / "config.json").read_text())
     for change in ({"width": 16}, {"depth": 3}):

@@ -1,6 +1,5 @@
 """The whole way in object stores, on servers on loopback: fetch, convert, tokenize, verify, sync; and the way back."""
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -58,7 +57,7 @@ def test_from_the_open_bucket_to_checked_rows_elsewhere(open_bucket, s3, tmp_pat
     tokenize(store, small_rows(), f"{s3}/rows", TokenizeConfig(4))
     assert verify(f"{s3}/rows") == []
     tokenize(store, small_rows(), tmp_path / "local", TokenizeConfig(4))
-    assert read_json(f"{s3}/rows/meta.json") == json.loads((tmp_path / "local" / "meta.json").read_text())
+    assert read_json(f"{s3}/rows/meta.json") == read_json(tmp_path / "local" / "meta.json")
     assert sync(f"{s3}/rows", tmp_path / "copy")["copied"] == 2
     assert {p.name: p.read_bytes() for p in (tmp_path / "copy").iterdir()} == \
         {p.name: p.read_bytes() for p in (tmp_path / "local").iterdir()}

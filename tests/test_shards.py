@@ -25,6 +25,7 @@ from pymatgen.core import Structure
 
 from tomat.tokens.codecs import POSITIONS, PUBLISHED_DENSITY
 from tomat.density.core import Density
+from tomat.io.files import read_json
 from tomat.io.remote import TomatError
 from tomat.tokens.patches import as_size, cut
 from tomat.dataset.verify import verify
@@ -124,7 +125,7 @@ def test_meta_counts_what_is_there(tmp_path):
     densities = [a_density(0), long, huge, many, a_density(1)]
     tok = tokenizer(pad_to=300)
     meta = tokenize(densities, tok, tmp_path / "rows", TokenizeConfig(5, seed=9, label="counted", rows_per_shard=20))
-    assert meta == json.loads((tmp_path / "rows" / "meta.json").read_text())
+    assert meta == read_json(tmp_path / "rows" / "meta.json")
     tables = [pq.read_table(tmp_path / "rows" / name) for name in meta["shards"]]
     ids = [row for table in tables for row in table["input_ids"].to_pylist()]
     whose = [id for table in tables for id in table["task_id"].to_pylist()]
@@ -154,7 +155,7 @@ def test_rows_decode_to_the_patches_they_were_cut_from(tmp_path_factory, layout,
     tok = tokenizer(layout, codec, size, target=target)
     tokenize([density], tok, folder / "rows", TokenizeConfig(3))
     table = pq.read_table(folder / "rows" / "rows-00000.parquet")
-    reader = tokenizer_from_dict(json.loads((folder / "rows" / "meta.json").read_text())["tokenizer"])
+    reader = tokenizer_from_dict(read_json(folder / "rows" / "meta.json")["tokenizer"])
     offsets = np.stack([table[f"offset_{axis}"].to_numpy() for axis in "xyz"], axis=1)
     assert (offsets >= 0).all() and (offsets < shape).all()
     for ids, offset, patch in zip(table["input_ids"].to_pylist(), offsets, cut(tok.target_of(density), offsets, size), strict=True):
@@ -331,6 +332,7 @@ def test_two_runs_at_once_do_not_both_succeed(tmp_path):
 
 CHANGES = {  # where in meta.json, and what then stands there
     "settings": ("tokenizer density_codec log_max", 4.9), "seed": ("seed", 1), "label": ("label", "other"), "rows": ("rows", 9),
+    "plan": ("plan", 64 * "0"),
     "tokens": ("tokens", 5), "padded": ("tokens_padded", 1), "patches": ("patches_per_material", 3),
     "clipped": ("materials m-1 clipped", 3), "material": ("materials m-0", None),
     "one more": ("materials x", {"rows": 2, "clipped": 0, "source": ""}),
@@ -343,7 +345,7 @@ def test_a_changed_manifest_is_found(tmp_path, change):
     tokenize([a_density(0), long, a_density(1), a_density(2)], tokenizer(), tmp_path / "rows", TokenizeConfig(2, rows_per_shard=4))
     assert verify(tmp_path / "rows") == []
     path = tmp_path / "rows" / "meta.json"
-    meta = place = json.loads(path.read_text())
+    meta = place = read_json(path)  # without its checksum, as a data set of before
     keys, value = CHANGES[change]
     *way, last = keys.split()
     for key in way:
@@ -360,8 +362,8 @@ def test_a_changed_manifest_is_found(tmp_path, change):
 def test_a_damaged_manifest_gets_a_sentence(tmp_path, content):
     tokenize([a_density(0)], tokenizer(), tmp_path / "rows", TokenizeConfig(2))
     path = tmp_path / "rows" / "meta.json"
-    sound = path.read_text()
-    meta = json.loads(sound)
+    meta = read_json(path)
+    sound = json.dumps(meta)
     worse = {"half": sound[:len(sound) // 2], "shards": json.dumps(meta | {"shards": {"rows-00000.parquet": 3}}),
              "materials": json.dumps(meta | {"materials": {"m-0": {}}}), "no shards": json.dumps(meta | {"shards": {}, "rows": 0}),
              "bytes": sound.replace('"bytes": ', '"bytes": "many", "old": ')}
@@ -464,7 +466,7 @@ def test_a_damaged_part_gets_a_sentence(tmp_path):
     for i in range(2):
         tokenize([a_density(0), a_density(1)], tokenizer(), tmp_path / "rows", TokenizeConfig(2, rows_per_shard=2), part=(i, 2))
     path = tmp_path / "rows" / "worker-01" / "meta.json"
-    sound = json.loads(path.read_text())
+    sound = read_json(path)
     changes = [{"worker": w} for w in (None, 5, "x", [], {}, ["a", "b"], [0, None], [0, 2], [1, 3])] + \
         [{"label": "y"}, {"seed": 1}, {"patches_per_material": 3}, {"tokenizer": sound["tokenizer"] | {"pad_to": 99}}]
     for change in changes:
@@ -473,7 +475,7 @@ def test_a_damaged_part_gets_a_sentence(tmp_path):
             read_meta(tmp_path / "rows")
     whole = tmp_path / "whole"
     tokenize([a_density(0)], tokenizer(), whole, TokenizeConfig(2))
-    sound = json.loads((whole / "meta.json").read_text())
+    sound = read_json(whole / "meta.json")
     for change in [{"layout": []}, {"patch_size": None}, {"patch_size": 1.5}, {"patch_size": ["x", 1, 1]}, {"density_codec": 3},
                    {"density_codec": sound["tokenizer"]["density_codec"] | {"bits": [1.5]}}]:
         (whole / "meta.json").write_text(json.dumps(sound | {"tokenizer": sound["tokenizer"] | change}))

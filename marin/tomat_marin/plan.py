@@ -9,7 +9,8 @@ from typing import Any
 
 from tomat.dataset.meta import read_meta, tokenizer_of
 from tomat.dataset.order import RowIndex, RowOrder, row_index
-from tomat.io.files import is_name, read_json, write_json
+from tomat.io.files import read_json, write_json
+from tomat.io.untrusted import is_name
 from tomat.io.remote import TomatError, exists, is_remote
 from tomat.io.settings import setting
 from tomat.models.objective import Objective, objective_of

@@ -9,6 +9,7 @@ __all__ = ['G_MAX', 'G_STEP', 'FreeAtom', 'rounded', 'FreeAtoms', 'load_atoms', 
 # %% ../../nbs/02_atoms/01_sad.ipynb #cae5f708
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
@@ -24,6 +25,7 @@ from scipy.interpolate import CubicSpline
 from ..density.core import Density, check_structure, formula_of, preparation
 from ..io.remote import TomatError
 from ..io.files import read_json, write_text
+from ..io.limits import check_limit
 
 # %% ../../nbs/02_atoms/01_sad.ipynb #bf3fc135
 G_MAX, G_STEP = 32.0, 0.02  # 1/Å: longest wavevector in the sum; step of a form factor's table
@@ -193,6 +195,7 @@ def sad_density(structure: Structure,         # a crystal; ordered sites only
     if len(shape) != 3 or min(shape) < 1:
         raise TomatError(f"{tuple(shape)} is no shape of a grid: give three numbers of points, each 1 or more.")
     orders = _orders(structure.lattice.matrix)
+    check_limit("largest_waves", math.prod(map(len, orders)), f"The cell of {formula_of(structure)}")
     symbols = np.array([site.specie.symbol for site in structure])
     kinds = [(atoms[s], _phases(structure.frac_coords[symbols == s], orders)) for s in sorted(set(symbols))]
     reciprocal = structure.lattice.reciprocal_lattice.matrix

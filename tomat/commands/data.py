@@ -282,11 +282,11 @@ def prepare(source: Annotated[str, typer.Argument(help="A raw store, a folder of
     passed_over(unreadable(meta))
 
 # %% ../../nbs/11_commands/03_data.ipynb #970858b9
-def verify(data: Annotated[str, typer.Argument(help="Folder of rows to verify.")],
+def verify(data: Annotated[str, typer.Argument(help="Folder of rows or of drawn voxels, or a raw store, to verify.")],
            workers: Workers = None,
            as_json: Json = False,
            ) -> None:
-    """Read a data set again: hashes, every row, and the counts of meta.json. Exit code 1 if something is wrong.
+    """Read a data set or a raw store again: checksums, every row, and the counts of meta.json. Exit code 1 if something is wrong.
 
     Example: `tomat verify rows/`
     """

@@ -31,6 +31,7 @@ from ..io.fetch import has_md5
 from ..io.files import atomic_write, md5_of, open_binary
 from ..io.remote import TomatError, client_errors, details, is_remote, remote_fs
 from ..tokens.patches import random_offsets
+from ..io.untrusted import parse_json
 from ..tokens.tokenizer import Tokenizer
 
 # %% ../../nbs/04_dataset/01_parquet.ipynb #006307cb
@@ -174,9 +175,9 @@ def read_footer(path: str | Path,  # a shard, local or remote; little more than 
     "The footer that `write_shard` wrote; None for a damaged file and for a file of another program."
     try:
         with open_binary(path) as file:
-            footer = json.loads((pq.read_metadata(file).metadata or {})[_FOOTER.encode()])
+            footer = parse_json((pq.read_metadata(file).metadata or {})[_FOOTER.encode()])
         return footer if isinstance(footer, dict) else None
-    except (pa.ArrowException, OSError, KeyError, ValueError, RecursionError):
+    except (pa.ArrowException, OSError, KeyError, ValueError):
         return None
 
 # %% ../../nbs/04_dataset/01_parquet.ipynb #28124f68

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 from uuid import uuid4
 
-from .meta import ROWS, FolderForm, has_form, is_part
+from .meta import ROWS, FolderForm, is_part
 from .parquet import UNREADABLE, TokenizeConfig, density_checksum, hash_of, is_intact, read_footer, shard_rows, write_shard
 from ..atoms.sad import own_digest, save_atoms
 from ..density.core import Density
@@ -26,6 +26,7 @@ from ..io.files import atomic_write, check_folder, make_durable, read_json, writ
 from ..io.progress import in_order, track
 from ..io.remote import TomatError, client_errors, exists, is_remote, list_folder, remote_fs
 from ..tokens.tokenizer import Tokenizer
+from ..io.untrusted import has_form
 
 # %% ../../nbs/04_dataset/03_shards.ipynb #1dfcf419
 class ShardKind(Protocol):
@@ -306,7 +307,7 @@ def _make_all(source: Source,
             none = f"{source} has no material to {form.command}: choose another part of it."
             raise TomatError(next(iter(meta["skipped"].values()), none))
         kind.finish(folder)
-        write_json(f"{folder}/meta.json", meta)
+        write_json(f"{folder}/meta.json", meta, seal=True)
     _tidy(folder, form)
     return meta
 

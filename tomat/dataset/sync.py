@@ -7,7 +7,6 @@ __all__ = ['Side', 'sync']
 
 # %% ../../nbs/04_dataset/09_sync.ipynb #c92fec37
 import hashlib
-import json
 import re
 import tempfile
 from collections.abc import Callable
@@ -17,8 +16,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..io.fetch import Meter, StoredObject, download, has_md5, in_threads, pieces, stored_md5
-from .meta import ROWS, VOXELS, has_form, is_part
+from .meta import ROWS, VOXELS, is_part
 from ..io.remote import TomatError, client_errors, details, is_remote, remote_fs
+from ..io.untrusted import check_name, check_seal, has_form, parse_json
 
 # %% ../../nbs/04_dataset/09_sync.ipynb #5add9c1e
 @dataclass(frozen=True)
@@ -71,7 +71,8 @@ def _side(path: str | Path,  # a folder, local or remote, that may be missing
             found = {}
     if root in found:
         raise TomatError(f"{url} is a file: give the folder that it is in.")
-    files = {key.removeprefix(root + "/"): info for key, info in found.items() if info["type"] == "file"}
+    files = {check_name(key.removeprefix(root + "/"), url, path=True): info for key, info in found.items()
+             if info["type"] == "file"}
     return Side(fs, root, url, {name: info for name, info in sorted(files.items()) if "/.partial-" not in f"/{name}"})
 
 # %% ../../nbs/04_dataset/09_sync.ipynb #a13b7daf
@@ -85,10 +86,8 @@ def _manifest(side: Side,  # the source
     for name in (n for n in side.files if PurePosixPath(n).name == "meta.json"):
         with client_errors(f"{side.url}/{name}", "read"):
             content = side.fs.cat_file(side.key(name))
-        try:
-            meta = json.loads(content)
-        except (ValueError, RecursionError) as err:
-            raise TomatError(f"{side.url}/{name} is not valid JSON, make the data set again: {err}.") from err
+        meta = parse_json(content, f"{side.url}/{name}")
+        check_seal(content, f"{side.url}/{name}")
         folder = name.removesuffix("meta.json")
         beside = any(n.endswith(_SHARDS) and n.removeprefix(folder).count("/") == 0 for n in side.files if n.startswith(folder))
         shards: Any = meta.get("shards", {}) if isinstance(meta, dict) else {}
@@ -169,8 +168,8 @@ def _jobs(side: Side,  # the source or the destination
     "The jobs that made the data sets in a folder, finished or not; a meta.json that cannot be read is left out."
     jobs: set[tuple[str, int]] = set()
     for name in (n for n in side.files if re.fullmatch(r"(worker-\d+/)?(meta|unfinished)\.json", n)):
-        with client_errors(f"{side.url}/{name}", "read"), suppress(ValueError, RecursionError):
-            meta = json.loads(side.fs.cat_file(side.key(name)))
+        with client_errors(f"{side.url}/{name}", "read"), suppress(TomatError):
+            meta = parse_json(side.fs.cat_file(side.key(name)))
             if has_form(meta, {"plan": str}):
                 jobs.add((meta["plan"], meta["worker"][1] if "/" in name and is_part(meta.get("worker")) else 0))
     return jobs

@@ -18,7 +18,8 @@ import pyarrow as pa
 from .meta import ROWS, VOXELS, FolderForm, form_of, read_meta, recipe_of, row_atoms, tokenizer_of
 from .parquet import hash_of, is_intact, read_footer, read_shard
 from .voxels import read_atoms, read_voxel_footer, read_voxels
-from ..io.remote import TomatError, list_folder
+from ..density.store import RawStore, is_store
+from ..io.remote import TomatError, exists, list_folder
 from ..io.files import local_copy
 from ..io.progress import in_order, track
 from ..tokens.tokenizer import Tokenizer
@@ -156,14 +157,58 @@ def _atom_faults(path: str,             # folder of the data set
             faults.append(str(err))
     return faults
 
-def verify(path: str | Path,  # a folder that `tokenize` or `prepare` wrote, local or remote
-           workers: int = 1,  # number of processes
-           ) -> list[str]:  # one sentence per fault; empty for a data set without faults
-    "Read a whole data set, compare it with its `meta.json`, and return the faults."
-    form, path = form_of(path), str(path)
+def _plan_faults(meta: dict[str, Any],  # content of its meta.json
+                 found: list[_Found],   # footers of every shard
+                 form: FolderForm,
+                 ) -> list[str]:
+    "A fault where the plan is not the hash of settings and materials; it is known only for several shards, and none without rows."
+    order = sorted(zip(meta["shards"], found, strict=True), key=lambda pair: pair[0].rpartition("/")[2])
+    ids = [shard.footer.get("ids", []) for _, shard in order]
+    together = [id for some in ids for id in some]
+    known = len(ids) > 1 and {len(some) for some in ids[:-1]} == {len(ids[0])} and meta["skipped"].keys() <= set(together)
+    wrong = known and meta["plan"] != hash_of(recipe_of(meta, form), together, len(ids[0]))
+    return ["meta.json names a plan that its settings and materials do not have"] if wrong else []
+
+def _verify_rows(path: str,     # a folder that `tokenize` or `prepare` wrote, local or remote
+                 workers: int,  # number of processes
+                 ) -> list[str]:
+    "The faults of a data set."
+    form = form_of(path)
     meta = read_meta(path, form)
     recipe = recipe_of(meta, form)
     check = partial(_check_rows, path, tokenizer_of(path, meta), recipe) if form is ROWS else partial(_check_voxels, path, recipe)
     found = list(track(in_order(check, meta["shards"].items(), workers), "verify", len(meta["shards"]), "shards"))
     faults = [*(fault for shard in found for fault in shard.faults), *_strays(path, meta, form), *_count_faults(meta, found, form)]
-    return faults + _atom_faults(path, meta, form)
+    return faults + _plan_faults(meta, found, form) + _atom_faults(path, meta, form)
+
+# %% ../../nbs/04_dataset/11_verify.ipynb #a1f85351
+def _density_faults(store: RawStore,
+                    id: str,  # of a material
+                    ) -> list[str]:
+    "What is wrong with one material of a store."
+    try:
+        store.read(id)
+    except TomatError as err:
+        return [str(err)]
+    return []
+
+def _verify_store(path: str,     # a raw store, local or remote
+                  workers: int,  # number of processes
+                  ) -> list[str]:
+    "The faults of a raw store."
+    store, label = RawStore(path), f"{path}/label"
+    try:
+        ids, _ = store.ids, store.splits
+    except TomatError as err:
+        return [str(err)]
+    found = list(track(in_order(partial(_density_faults, store), ids, workers), "verify", len(ids), "materials"))
+    groups = list_folder(label) if not path.lower().endswith(".zip") and exists(label) else []
+    strays = [f"{label}/{name}: mp_filelist.txt does not name it, remove it" for name in groups
+              if name.removesuffix(".zarr") not in ids]
+    return [fault for faults in found for fault in faults] + strays
+
+def verify(path: str | Path,  # a folder that `tokenize` or `prepare` wrote, or a raw store; local or remote
+           workers: int = 1,  # number of processes
+           ) -> list[str]:  # one sentence per fault; empty for a data set without faults
+    "Read a whole data set, compare it with its `meta.json`, or read a whole raw store, and return the faults."
+    return (_verify_store if is_store(path) else _verify_rows)(str(path).rstrip("/"), workers)

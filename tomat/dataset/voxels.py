@@ -18,13 +18,14 @@ import numpy as np
 import pyarrow as pa
 
 from ..atoms.sad import FreeAtom, FreeAtoms, own_digest, packaged_atoms, save_atoms, with_sad
-from .meta import VOXELS, FolderForm, has_form, row_atoms
+from .meta import VOXELS, FolderForm, row_atoms
 from .parquet import UNREADABLE, density_checksum, hash_of
 from ..density.classify import classify
 from ..density.core import RHO, Density
 from ..density.formats import UnreadableFile
 from ..io.files import atomic_write, open_binary
 from ..io.remote import TomatError
+from ..io.untrusted import has_form, parse_json
 
 # %% ../../nbs/04_dataset/04_voxels.ipynb #fdf449da
 @dataclass(frozen=True)
@@ -103,9 +104,9 @@ def read_voxel_footer(path: str | Path,  # a shard, local or remote; little more
     "The footer that `write_voxels` wrote; None for a damaged file and for a file of another program."
     try:
         with open_binary(path) as file, pa.ipc.open_file(file) as reader:
-            footer = json.loads((reader.schema.metadata or {})[_FOOTER])
+            footer = parse_json((reader.schema.metadata or {})[_FOOTER])
         return footer if has_form(footer, _FOOTER_FORM) else None
-    except (pa.ArrowException, OSError, KeyError, ValueError, RecursionError):
+    except (pa.ArrowException, OSError, KeyError, ValueError):
         return None
 
 # %% ../../nbs/04_dataset/04_voxels.ipynb #b19811a5

@@ -25,9 +25,12 @@ import numpy as np
 from monty.json import MontyEncoder
 
 from .core import TOTAL, Density
+from .decode import decode_arrays, decode_structure
 from .numbers import leading_numbers, number_lines, read_block
 from .poscar import Lines, decoded, parse_poscar, poscar_text
+from ..io.limits import limit, read_unpacked
 from ..io.remote import TomatError
+from ..io.untrusted import parse_json
 
 if TYPE_CHECKING:
     from pymatgen.io.vasp.outputs import Chgcar
@@ -197,7 +200,7 @@ def read_bytes(path: Path,      # a local file, plain or packed with gzip, bzip2
         unpack = next((opener for magic, opener in PACKERS.items() if head.startswith(magic)), None)
         file.seek(0)
         with unpack(file) if unpack else file as content:
-            return content.read(n)
+            return content.read(n) if unpack is None or n >= 0 else read_unpacked(content, path.stat().st_size, path.name)
 
 def write_bytes(path: Path,      # a local file, .gz or plain
                 content: bytes,  # not packed
@@ -294,14 +297,15 @@ def as_chgcar(density: Density,  # with an ordered structure
 def read_mp_json(path: Path,  # .json or .json.gz; local
                  ) -> Density:
     "The density in the JSON of a task of the Materials Project, or of a `Chgcar` alone."
+    from pymatgen.io.vasp.inputs import Poscar
     from pymatgen.io.vasp.outputs import Chgcar
     with parsing("JSON of a density"):
-        task = json.loads(read_bytes(path))
+        task = parse_json(read_bytes(path), largest=limit("largest_unpacked"))
         found = task if "poscar" in task else task.get("data")
         if not isinstance(found, dict) or not {"poscar", "data"} <= found.keys():
             raise TomatError("there is no density in this JSON: give a task with its Chgcar under `data`.")
-        chgcar: Any = Chgcar.from_dict(found)
-        density = from_chgcar(chgcar)
+        poscar = Poscar(decode_structure(found["poscar"]["structure"]), found["poscar"].get("comment"))
+        density = from_chgcar(Chgcar(poscar, decode_arrays(found["data"]), data_aug=decode_arrays(found.get("data_aug") or {})))
         metadata = {} if task is found else {name: value for name, value in task.items() if name != "data"}
         return replace(density, metadata={**density.metadata, **metadata})
 

@@ -17,6 +17,7 @@ import numpy as np
 from pymatgen.core import DummySpecies, Element, Lattice, Structure
 from pymatgen.util.string import formula_double_format
 
+from ..io.limits import check_limit
 from ..io.remote import TomatError
 
 if TYPE_CHECKING:
@@ -124,7 +125,8 @@ class Density:
 def check_structure(structure: Structure,  # a crystal, such as one just read from a file
                     name: str,             # name of the crystal in an error
                     ) -> None:
-    "Raise `TomatError` unless the cell has a volume, and atoms of real elements at finite coordinates."
+    "Raise `TomatError` unless the cell has a volume, and atoms of real elements at finite coordinates, not too many."
+    check_limit("largest_atoms", len(structure), name)
     with np.errstate(over="ignore", invalid="ignore"):
         sound = len(structure) and 0 < structure.volume < np.inf and np.isfinite(structure.cart_coords).all()
     if not sound:

@@ -9,7 +9,6 @@ __all__ = ['FORMATS', 'begins_as_cube', 'begins_as_xsf', 'Format', 'known_format
 
 # %% ../../nbs/01_density/05_formats.ipynb #e9b0c842
 import bz2
-import json
 import lzma
 import re
 import zlib
@@ -28,8 +27,10 @@ from .poscar import begins_as_poscar, lines_of_numbers, parse_poscar
 from .structures import check_whole, foreign, read_structure_file, structure_fields
 from .xsf import holds_xsf_grid, read_xsf, write_xsf
 from .zarr_group import GROUP_NAMES, read_zarr, write_zarr
+from ..io.limits import limit
 from ..io.remote import TomatError, is_remote
 from ..io.files import atomic_write, head_of, local_copy
+from ..io.untrusted import parse_json
 
 # %% ../../nbs/01_density/05_formats.ipynb #96a08ef8
 def begins_as_cube(head: bytes,  # beginning of a file
@@ -203,7 +204,7 @@ def _holds_grid(path: Path,   # a local file or folder
     if format == "mp-json":
         content = read_bytes(path)
         with foreign("JSON file"):
-            return structure_fields(json.loads(content)) is None
+            return structure_fields(parse_json(content, largest=limit("largest_unpacked"))) is None
     if format == "chgcar" and not _plain_name(path).startswith(FORMATS["chgcar"].prefixes):
         return bool(_GRID_SIZES.search(read_bytes(path)))
     return holds_xsf_grid(read_bytes(path)) if format == "xsf" else True
@@ -251,7 +252,7 @@ def _is_task(text: bytes,   # JSON, or its beginning
              ) -> bool:
     "Whether a JSON may hold a density."
     try:
-        task = json.loads(text) if whole else None
+        task = parse_json(text) if whole else None
     except ValueError:
         task = None
     if task is None:

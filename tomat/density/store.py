@@ -22,8 +22,9 @@ from pathlib import Path
 from .chgcar import unpacking
 from .core import Density
 from ..io.remote import TomatError, exists, list_folder
-from ..io.files import is_name, open_binary, read_text, check_folder, version_tag, atomic_write
-from .zarr_group import group_version_tag, pack_folder, read_group, write_group, zip_entries
+from ..io.untrusted import check_name, is_name, parse_json
+from ..io.files import open_binary, read_text, check_folder, version_tag, atomic_write
+from .zarr_group import group_version_tag, pack_folder, read_group, read_member, write_group, zip_entries
 from .formats import read_density
 
 # %% ../../nbs/01_density/06_store.ipynb #fc1b087a
@@ -72,7 +73,7 @@ class RawStore:
             if name is None:
                 return None
             path = self._path(name)
-            return path, read_text(path) if packed is None else packed.read(base + name).decode()
+            return path, read_text(path) if packed is None else read_member(packed, base + name).decode()
 
     @cached_property
     def ids(self) -> list[str]:
@@ -80,8 +81,9 @@ class RawStore:
         if (listed := self._text(_ID_LIST)) is None:
             raise TomatError(f"{self.root} has no file {_ID_LIST}: give a raw store.")
         path, text = listed
-        _check_unique(text.split(), path)
-        return text.split()
+        ids = [check_name(id, path) for id in text.split()]
+        _check_unique(ids, path)
+        return ids
 
     @cached_property
     def splits(self) -> dict[str, list[str]]:
@@ -90,11 +92,11 @@ class RawStore:
             return {}
         path, text = found
         try:
-            listed = {part: indices for part, indices in json.loads(text).items() if isinstance(indices, list)}
+            listed = {part: indices for part, indices in parse_json(text, path).items() if isinstance(indices, list)}
             if min((i for indices in listed.values() for i in indices), default=0) < 0:
                 raise IndexError("an index below 0")
             parts = {part: [self.ids[i] for i in indices] for part, indices in listed.items()}
-        except (json.JSONDecodeError, IndexError, TypeError, AttributeError) as err:
+        except (ValueError, IndexError, TypeError, AttributeError) as err:
             raise TomatError(f"the split of {self.root} does not fit its {_ID_LIST}, copy both again: {err}.") from err
         for part, ids in parts.items():
             _check_unique(ids, f"the part {part!r} in {path}")
@@ -112,6 +114,7 @@ class RawStore:
     def read(self, id: str,  # one of `ids`
              ) -> Density:
         "The density of one material."
+        check_name(id, str(self.root))
         if not self._zipped:
             return read_density(self._path(f"label/{id}.zarr"), id=id)
         with self._archive() as (packed, base):

@@ -6,7 +6,6 @@
 __all__ = ['foreign', 'structure_fields', 'read_structure_file', 'check_whole']
 
 # %% ../../nbs/01_density/04_structures.ipynb #4becc3cd
-import json
 import re
 import warnings
 from collections.abc import Iterator
@@ -20,9 +19,11 @@ from pymatgen.core import Structure
 from .chgcar import read_bytes
 from .cif import read_cif
 from .core import formula_of
+from .decode import decode_structure, parse_yaml
 from .poscar import begins_as_poscar, parse_poscar
 from .xsf import xsf_structure
 from ..io.remote import TomatError
+from ..io.untrusted import parse_json
 
 # %% ../../nbs/01_density/04_structures.ipynb #16a0bf56
 @contextmanager
@@ -52,12 +53,11 @@ def _from_fields(content: bytes,
                  kind: str,  # "JSON" or "YAML"
                  ) -> Structure:
     "The structure in a JSON or YAML file."
-    from ruamel.yaml import YAML
     with foreign(f"{kind} file"):
-        fields = structure_fields(json.loads(content) if kind == "JSON" else YAML(typ="safe", pure=True).load(content.decode()))
+        fields = structure_fields(parse_json(content) if kind == "JSON" else parse_yaml(content.decode()))
         if fields is None:
             raise TomatError("this file holds no structure: give one with `lattice` and `sites`, at the top or under `structure`.")
-        return Structure.from_dict(fields)
+        return decode_structure(fields)
 
 # %% ../../nbs/01_density/04_structures.ipynb #c9e89a02
 def _read_res(text: str) -> Structure:

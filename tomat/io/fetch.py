@@ -11,7 +11,6 @@ import base64
 import fcntl
 import gzip
 import hashlib
-import json
 import os
 import re
 import threading
@@ -31,16 +30,15 @@ from .files import md5_of, read_text, write_text
 from .progress import R, T, drawn, silent
 from .remote import TomatError, client_errors, details, is_remote, remote_fs
 from .settings import setting
+from .untrusted import is_name, parse_json
 
 # %% ../../nbs/10_io/05_fetch.ipynb #31284096
-_ID = re.compile(r"[A-Za-z0-9][\w.-]*")
-
 def _check_ids(ids: Sequence[str],  # as typed
                ) -> list[str]:
     "The ids without repeats, in their order."
     if not ids:
         raise TomatError("there is no id to fetch: give some, such as mp-149, or a file with one a line.")
-    if bad := [name for name in ids if not isinstance(name, str) or not _ID.fullmatch(name)]:
+    if bad := [name for name in ids if not isinstance(name, str) or not is_name(name)]:
         raise TomatError(f"{bad[0]!r} is no id: give ids such as mp-149 with commas between, or a file with one a line.")
     return list(dict.fromkeys(ids))
 
@@ -50,10 +48,7 @@ def read_ids(text: str,  # "mp-1,mp-2", or a file, local or remote
     if is_remote(text) or os.path.isfile(text) or ("," not in text and text.lower().endswith((".txt", ".json"))):
         text = read_text(text)
     if text.lstrip().startswith("["):
-        try:
-            return _check_ids(json.loads(text))
-        except json.JSONDecodeError as err:
-            raise TomatError(f"the list of ids is no valid JSON, write it again: {err}.") from err
+        return _check_ids(parse_json(text, "the list of ids"))
     return _check_ids(re.sub("#.*", "", text).replace(",", " ").split())
 
 # %% ../../nbs/10_io/05_fetch.ipynb #11509d2a

@@ -13,13 +13,12 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from ..io.remote import TomatError
 from ..io.files import atomic_write, local_copy, read_json
 from .sizes import ModelSize
 from ..atoms.sad import FreeAtoms, save_atoms
-from .weights import one_line, model_atoms, read_metadata, read_model_atoms, save_weights
+from .weights import bounded, one_line, model_atoms, read_metadata, read_model_atoms, read_weights, save_weights
 from ..tokens.vocabulary import BOS, EOS, PAD, Vocabulary
 from ..tokens.tokenizer import Tokenizer, tokenizer_from_dict
 
@@ -95,19 +94,37 @@ def save_checkpoint(model: Qwen3ForCausalLM,  # the network
         tokenizer.save_hf(folder)
 
 # %% ../../nbs/05_models/03_causal.ipynb #d7b99645
+_BOUNDS: dict[str, tuple[float, float]] = {
+    "vocab_size": (1, 10**7), "hidden_size": (1, 2**16), "num_hidden_layers": (1, 1000), "num_attention_heads": (1, 2**10),
+    "num_key_value_heads": (1, 2**10), "head_dim": (1, 2**12), "intermediate_size": (1, 2**18)}
+_OPTIONAL: dict[str, tuple[float, float]] = {
+    "max_position_embeddings": (1, 2**24), "rms_norm_eps": (0.0, 0.1), "rope_theta": (1.0, 1e9)}
+_ONLY = {"hidden_act": "silu", "attention_bias": False, "tie_word_embeddings": True, "use_sliding_window": False, "is_causal": True,
+         "rope_type": "default", "rope_scaling": None}  # networks of other values are not tomat's
+
+def _config(settings: Any,  # content of config.json
+            ) -> Qwen3Config:
+    "The configuration of a checkpoint, from its known and bounded keys; raises `ValueError` for another network."
+    numbers = bounded(settings, _BOUNDS)
+    if missing := _BOUNDS.keys() - numbers:
+        raise ValueError(f"config.json lacks {min(missing)}")
+    settings = {**settings, **(settings.get("rope_parameters") or {})}
+    if other := [name for name, only in _ONLY.items() if settings.get(name, only) != only]:
+        raise ValueError(f"config.json has {other[0]} {str(settings[other[0]])[:40]}, and tomat has no decoder for such a network")
+    more = bounded(settings, _OPTIONAL)
+    theta = more.pop("rope_theta", None)
+    rope: dict[str, Any] = {} if theta is None else {"rope_parameters": {"rope_type": "default", "rope_theta": theta}}
+    return Qwen3Config(**numbers, **more, **rope, tie_word_embeddings=True, pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS)
+
 def _read_model(folder: Path,       # folder with config.json and model.safetensors
                 vocab: Vocabulary,  # vocabulary of the checkpoint's tokenizer
                 ) -> Qwen3ForCausalLM:
     "The network of a checkpoint; raises `ValueError` if its files do not fit together."
-    settings, weights = read_json(folder / "config.json"), load_file(folder / "model.safetensors")
-    n_ids, width = weights["model.embed_tokens.weight"].shape
-    if (settings["vocab_size"], settings["hidden_size"]) != (n_ids, width) or n_ids != vocab.size:
-        raise ValueError(f"weights for {n_ids} ids, a config for {settings['vocab_size']}, a vocabulary of {vocab.size}")
-    if not settings.get("is_causal", True):
-        raise ValueError("config.json has is_causal false, and tomat has no decoder for a network without a causal mask")
-    if not all(bool(tensor.isfinite().all()) for tensor in weights.values()):
-        raise ValueError("NaN or infinite weights")
-    model = Qwen3ForCausalLM(Qwen3Config.from_dict(settings))
+    config = _config(read_json(folder / "config.json"))
+    if config.vocab_size != vocab.size:
+        raise ValueError(f"a config for {config.vocab_size} ids, a vocabulary of {vocab.size}")
+    weights = read_weights(folder, lambda: Qwen3ForCausalLM(config))
+    model = Qwen3ForCausalLM(config)
     missing, unexpected = model.load_state_dict(weights, strict=False)
     if set(missing) - {"lm_head.weight"} or unexpected:
         raise ValueError(f"weights of another network, such as {[*missing, *unexpected][0]}")

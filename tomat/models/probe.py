@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from pymatgen.core import Element, Structure
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..io.remote import TomatError
@@ -29,7 +28,7 @@ from ..atoms.sad import FreeAtom, FreeAtoms, packaged_atoms, save_atoms
 from ..tokens.levels import LevelCodec, codec_from_dict
 from .geometry import DENSITY, N_DESCRIPTOR, N_RADIAL, POTENTIAL, aggregate, descriptor, radial_basis
 from .messages import OLD_FIELDS, OLD_LAYERS, Dropout, Message, ProbeConfig, mlp, squash
-from .weights import one_line, read_metadata, read_model_atoms, save_weights
+from .weights import bounded, one_line, read_metadata, read_model_atoms, read_weights, save_weights
 
 # %% ../../nbs/05_models/08_probe.ipynb #ee2324b9
 @dataclass(frozen=True)
@@ -290,23 +289,36 @@ def _renamed_scale(training: dict[str, Any],  # metadata of the training, of any
     new = {"calibration_scale" if name == "widen" else name: x for name, x in training.items()}  # reads old files
     return new | ({"held_out": _renamed_scale(new["held_out"])} if isinstance(new.get("held_out"), dict) else {})
 
+_BOUNDS: dict[str, tuple[float, float]] = {
+    "width": (1, 1024), "n_layers": (0, 16), "atom_channels": (0, 512), "voxel_channels": (0, 512), "readout_width": (1, 2048),
+    "readout_blocks": (0, 16), "dropout": (0.0, 1.0), "element_dropout": (0.0, 1.0), "cutoff": (0.1, 20.0),
+    "atom_cutoff": (0.1, 20.0)}
+
+def _read_config(folder: Path) -> ProbeConfig:
+    "The config of a checkpoint, within its bounds; raises `ValueError` for another network."
+    settings = read_json(folder / "config.json")
+    found = {OLD_FIELDS.get(name, name): x for name, x in settings.items() if name != "model_type"}
+    if unknown := found.keys() - _BOUNDS:
+        raise ValueError(f"config.json has the unknown setting {min(unknown)[:40]}")
+    return ProbeConfig(**bounded(found, _BOUNDS))
+
 def load_probe(path: str | Path,  # folder or URL of a checkpoint that `save_probe` wrote
                ) -> ProbeNet:
     "The model in evaluation mode; raises `TomatError` for a damaged checkpoint or none."
     with local_copy(path) as folder:
         metadata = read_metadata(folder, path)
         if metadata.get("decoder") not in ("probe", "parallel"):  # reads old files: "parallel"
-            raise TomatError(f"{path}/tomat.json names the decoder {metadata.get('decoder')!r}, not 'probe': "
+            raise TomatError(f"{path}/tomat.json names the decoder {str(metadata.get('decoder'))[:40]!r}, not 'probe': "
                              "give a checkpoint of `train_probe`.")
-        settings = read_json(folder / "config.json")
         try:
-            config = ProbeConfig(**{OLD_FIELDS.get(name, name): x for name, x in settings.items() if name != "model_type"})
-            model = ProbeNet(config, read_model_atoms(folder, path))
-            model.load_state_dict(load_file(folder / "model.safetensors"))
-        except (TypeError, ValueError, RuntimeError, SafetensorError) as err:
+            config, atoms, training = _read_config(folder), read_model_atoms(folder, path), metadata["training"]
+            weights = read_weights(folder, lambda: ProbeNet(config, atoms))
+            codec = codec_from_dict(metadata["codec"]) if metadata.get("codec") else None
+            if not isinstance(training.get("elements"), list):
+                raise ValueError("tomat.json does not name the elements of the training data")
+            model = ProbeNet(config, atoms)
+            model.load_state_dict(weights)
+        except (TypeError, ValueError, LookupError, AttributeError, RuntimeError, OSError, SafetensorError) as err:
             raise TomatError(f"{path} cannot be read with this version of tomat, copy or train it again: {one_line(err)}.") from err
-    if not all(bool(x.isfinite().all()) for x in model.state_dict().values()):
-        raise TomatError(f"{path} holds NaN or infinite weights: train it again.")
-    codec = codec_from_dict(metadata["codec"]) if metadata.get("codec") else None
-    model.training_metadata, model.codec = _renamed_scale(metadata["training"]), codec if isinstance(codec, LevelCodec) else None
+    model.training_metadata, model.codec = _renamed_scale(training), codec if isinstance(codec, LevelCodec) else None
     return model.eval()

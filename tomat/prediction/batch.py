@@ -20,10 +20,8 @@ from time import perf_counter
 from typing import Any, NamedTuple
 
 import numpy as np
-import zarr
 from ase import Atoms
 from pymatgen.core import IStructure, Structure
-from zarr.codecs import ZstdCodec
 
 from ..atoms.sad import FreeAtoms
 from ..atoms.zval import check_zval, potcar_beside, read_zval
@@ -33,6 +31,7 @@ from ..density.structures import check_whole
 from ..density.zarr_group import pack_folder, write_group
 from ..io.remote import TomatError, entries, exists, is_remote, kind_of, list_folder
 from ..io.files import atomic_write
+from ..io.limits import check_grid
 from ..io.progress import track
 from .core import Prediction, Predictor, check_crystal
 from .predictors import load_predictor
@@ -103,6 +102,14 @@ def default_grid(structure: Structure,  # any crystal
     a, b, c = map(side, structure.lattice.abc)
     return a, b, c
 
+def _shape(crystal: Crystal,
+           grid: tuple[int, int, int] | None,  # (nx, ny, nz) that was asked for; None: that of a density file, else `default_grid`
+           ) -> tuple[int, int, int]:
+    "The grid to predict; raises `TomatError` for one that is too large or too fine."
+    shape = grid or crystal.grid or default_grid(crystal.structure)
+    check_grid(crystal.structure.lattice.abc, shape, formula_of(crystal.structure))
+    return shape
+
 # %% ../../nbs/07_prediction/05_batch.ipynb #b3be9084
 def predict(crystal: Any,                                # pymatgen Structure, ase Atoms, or path of a structure or density file
             shape: tuple[int, int, int] | None = None,   # (nx, ny, nz); None: the grid of a density file, else `default_grid`
@@ -111,9 +118,8 @@ def predict(crystal: Any,                                # pymatgen Structure, a
             ) -> Density:
     "The density of a crystal, predicted from its structure alone, with the exact number of valence electrons."
     predictor = predictor or load_predictor()
-    name, structure, grid = read_crystal(crystal, getattr(predictor, "atoms", None))
-    found = predictor.predict(structure, shape or grid or default_grid(structure), show)
-    return replace(found.density, id=name)
+    found = read_crystal(crystal, getattr(predictor, "atoms", None))
+    return replace(predictor.predict(found.structure, _shape(found, shape), show).density, id=found.name)
 
 # %% ../../nbs/07_prediction/05_batch.ipynb #506ff83f
 SUFFIXES = {"chgcar": ".CHGCAR", "cube": ".cube", "xsf": ".xsf", "mp-json": ".json", "zarr": ".zarr"}
@@ -228,7 +234,7 @@ def tasks_of(found: Sequence[Crystal],                  # from `find_crystals`
     suffix = SUFFIXES[format or "chgcar"]
     def file_of(path: str | None, crystal: Crystal, ending: str) -> str | None:
         return f"{path.rstrip('/')}/{crystal.name}{ending}" if many and path else path
-    tasks = [PredictionTask(crystal.name, crystal.structure, grid or crystal.grid or default_grid(crystal.structure),
+    tasks = [PredictionTask(crystal.name, crystal.structure, _shape(crystal, grid),
                             file_of(out, crystal, suffix) or "", file_of(expected_error, crystal, suffix),
                             file_of(picture, crystal, ".png")) for crystal in found]
     _check_paths(tasks, sources)
@@ -299,10 +305,7 @@ def _write_together(prediction: Prediction,
     with atomic_write(path) as partial, tempfile.TemporaryDirectory() as elsewhere:
         zipped = path.lower().endswith(".zip")
         folder = Path(elsewhere) if zipped else partial
-        write_group(density, folder)
-        zarr.open_group(folder, mode="r+").create_array(
-            "charge_density_spread", data=(error_xyz * density.volume).astype(np.float32), chunks=error_xyz.shape,
-            compressors=[ZstdCodec(level=5)])
+        write_group(density, folder, {"spread": error_xyz * density.volume})
         if zipped:
             pack_folder(folder, partial)
 

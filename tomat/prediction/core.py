@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from pymatgen.core import Structure
 
+from ..atoms.neighbours import check_images
 from ..atoms.sad import FreeAtoms, own_digest, valence_electrons
 from ..density.core import Density, check_structure, formula_of
 from ..io.remote import TomatError
@@ -57,16 +58,28 @@ class Predictor(Protocol):
 # %% ../../nbs/07_prediction/01_core.ipynb #d0026643
 CLOSEST = 0.4  # Å, smallest distance of two atoms; the shortest bond, that of H2, is 0.74 Å
 
+def _closest(structure: Structure) -> tuple[int, int, float] | None:
+    "Two atoms nearer than `CLOSEST` and their distance, Å; None where there are none."
+    check_images(np.array(structure.lattice.matrix), len(structure), CLOSEST)
+    xyz_Ax3 = structure.frac_coords % 1 @ structure.lattice.matrix
+    cube_Ax3 = np.floor(xyz_Ax3 / (CLOSEST / 3**0.5))  # two atoms in one cube are near; a list of all such pairs may be endless
+    _, first, cube_A = np.unique(cube_Ax3, axis=0, return_index=True, return_inverse=True)
+    if len(first) < len(structure):
+        b = int(np.flatnonzero(first[cube_A] != np.arange(len(structure)))[0])
+        a = int(first[cube_A[b]])
+        return a, b, float(np.linalg.norm(xyz_Ax3[a] - xyz_Ax3[b]))
+    first, second, _, distance = structure.get_neighbor_list(CLOSEST)
+    return (int(first[0]), int(second[0]), float(distance[0])) if len(distance) else None
+
 def check_crystal(structure: Structure,            # a crystal to predict
                   atoms: FreeAtoms | None = None,  # atoms of the predictor; None: the packaged ones
                   ) -> None:
     "Raise `TomatError` for a crystal whose density cannot be predicted."
     check_structure(structure, "The crystal")
     valence_electrons(structure, atoms)
-    first, second, _, distance = structure.get_neighbor_list(CLOSEST)
-    if len(distance):
-        a, b = (f"{i + 1} ({structure[int(i)].specie})" for i in (first[0], second[0]))
-        raise TomatError(f"Atoms {a} and {b} of {formula_of(structure)} are {distance[0]:.2f} Å apart: remove one, or correct the "
+    if close := _closest(structure):
+        a, b = (f"{i + 1} ({structure[i].specie})" for i in close[:2])
+        raise TomatError(f"Atoms {a} and {b} of {formula_of(structure)} are {close[2]:.2f} Å apart: remove one, or correct the "
                          "positions.")
 
 # %% ../../nbs/07_prediction/01_core.ipynb #121b9c19

@@ -27,6 +27,7 @@ from .batch import check_writable
 from .causal import reference, sad_of
 from .core import Prediction, Predictor
 from .scores import Score, entry_name, regions, score
+from ..io.untrusted import check_name
 
 # %% ../../nbs/07_prediction/07_evaluate.ipynb #40c381cb
 def sad_prediction(true: Density,  # a density with its SAD
@@ -147,7 +148,7 @@ def evaluate(source: Source,                       # true densities
     pictured = {ids[i] for i in np.linspace(0, len(ids) - 1, min(drawn, len(ids))).astype(int)} if draw else set()
     result = Evaluation([], {}, setup, str(out))
     for id in track(ids, "evaluate", unit="materials"):
-        path = f"{out}/materials/{id}.json"
+        path = f"{out}/materials/{check_name(id, str(source), path=True)}.json"
         header = {"setup": digest, "stamp": version_of(id), "drawn": id in pictured}
         found = _read_scores(path, header, list(entries))
         if found is None:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..io.remote import TomatError
-from ..io.files import is_name
+from ..io.untrusted import is_name
 from ..io.settings import data_set, setting
 from ..prediction.worker import ServiceLimits
 from .jobs import Job, Resources, carry_out, reported

@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 from zipfile import BadZipFile
 
@@ -194,6 +195,10 @@ def codec_from_dict(d: Mapping[str, Any],  # what `Codec.to_dict` returned
     raise TomatError(f"{d['codec']!r} is no kind of codec: use 'log' or 'levels'.")
 
 # %% ../../nbs/03_tokens/02_levels.ipynb #9b8453c6
+# what NumPy and zipfile raise for a file that is damaged, encrypted, of objects, or larger than the memory
+_NO_ARRAYS = (OSError, ValueError, EOFError, BadZipFile, AttributeError, TypeError, LookupError, SyntaxError, TokenError,
+              zlib.error, RuntimeError, MemoryError)
+
 def read_arrays(path: str | Path,           # .npz, local or remote
                 needed: Sequence[str],      # names of arrays
                 optional: Sequence[str] = (),  # names of arrays that may be missing
@@ -203,7 +208,7 @@ def read_arrays(path: str | Path,           # .npz, local or remote
         try:
             with open(local, "rb") as whole, np.load(whole) as file:  # NumPy leaves a damaged file open
                 arrays = {key: file[key] for key in (*needed, *optional) if key in file}
-        except (OSError, ValueError, EOFError, BadZipFile, AttributeError, TypeError, zlib.error, NotImplementedError) as err:
+        except _NO_ARRAYS as err:
             raise TomatError(f"{path} is not an .npz file of numbers: copy it again, or write it again with tomat.") from err
     if missing := [key for key in needed if key not in arrays]:
         raise TomatError(f"{path} lacks {' and '.join(missing)}: give a file that holds {', '.join(needed)}.")

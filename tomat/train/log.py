@@ -22,16 +22,16 @@ from ..io.remote import TomatError, exists
 from ..io.files import read_json, read_text, atomic_write, write_text
 from ..io.progress import drawn, silent
 from ..io.settings import setting
+from ..io.untrusted import has_form, parse_json
 
 # %% ../../nbs/06_train/06_log.ipynb #837f5534
 def _line(text: str,  # a line of the file
           ) -> dict[str, Any] | None:
     "An entry of a log; None for a broken line."
-    try:
-        line = json.loads(text)
-        return line if isinstance(line["step"], int) else None
-    except (json.JSONDecodeError, KeyError, TypeError):
-        return None
+    with suppress(TomatError):
+        line: Any = parse_json(text)
+        return line if has_form(line, {"step": int}) else None
+    return None
 
 def read_log(run: str | Path,  # folder of a run
              ) -> list[dict[str, Any]]:  # an entry a step: step, loss, lr, grad_norm, tokens, padded, flops, time, at times val
@@ -223,4 +223,10 @@ def list_runs(folder: str | Path,  # folder with runs at any depth, or of one ru
     if not Path(folder).is_dir():
         raise TomatError(f"{folder} is not a folder: give the folder that holds the runs.")
     found = sorted(path.parent for path in Path(folder).rglob("log.jsonl") if _is_run(path.parent))
-    return [_summary(run, Path(folder)) for run in found]
+    def summary(run: Path) -> RunSummary:
+        try:
+            return _summary(run, Path(folder))
+        except (LookupError, TypeError, AttributeError, ArithmeticError) as err:
+            raise TomatError(f"{run} is a damaged run, its config.json or log.jsonl lacks {str(err)[:80]}: put back copies, or "
+                             "remove the folder.") from err
+    return [summary(run) for run in found]

@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 from ..io.remote import TomatError
 from ..io.files import read_json, write_json
-from .checkpoints import ShutdownRequest, load_state, open_run_dir, save_state, shutdown_on_signal
+from .checkpoints import ShutdownRequest, load_state, open_run_dir, run_lock, save_state, shutdown_on_signal
 from .config import RunConfig
 from .distributed import DistributedContext, clip_gradient
 from .log import Log, live, read_log, save_picture
@@ -171,8 +171,8 @@ def run_task(make_task: Callable[[], Task],  # makes the task, after the folder 
              upgrade: Callable[[dict[str, Any]], dict[str, Any]] = dict,  # reads old files: metadata of earlier versions
              ) -> Path:  # the checkpoint, out/model
     "Train to the end, or resume; a finished run is left as it is."
-    state = open_run_dir(out, metadata, upgrade)
-    with shutdown_on_signal() as request:
+    with run_lock(out) if context.rank == 0 else nullcontext(), shutdown_on_signal() as request:
+        state = open_run_dir(out, metadata, upgrade)
         run = Run(make_task(), out, run_config, context)
         log = _resume(run, state)
         if state is None and context.rank == 0:
