@@ -153,7 +153,7 @@ def test_a_checkpoint_predicts_the_same(name, tmp_path):
 def test_scores_are_kept(tmp_path):
     out, predictors = copied("scores", tmp_path), {}
     for name in ("causal", "parallel"):
-        predictors[name] = load_predictor(copied(f"checkpoint_{name}", tmp_path))
+        predictors[name] = load_predictor(copied(f"checkpoint_{name}", tmp_path), full_grid=True)  # nothing was interpolated
     kept = {}
     for id in STORE.ids:
         path = out / "materials" / f"{id}.json"

@@ -363,7 +363,7 @@ def field_of_stand_in(model, structure, shape, sad_xyz, show=False):
 def stand_in(monkeypatch):
     monkeypatch.setattr(tomat.prediction.predictors, "load_probe", lambda path: StandIn())
     monkeypatch.setattr(tomat.prediction.predictors, "predict_field", field_of_stand_in)
-    return ProbePredictor(StandIn())
+    return ProbePredictor(StandIn(), full_grid=True)
 
 
 def test_the_probe_predictor_adds_and_counts(stand_in):
@@ -403,7 +403,7 @@ def test_identity_tells_weights_and_settings_apart(stand_in):
         next(other.parameters())[0, 0] += 1
     ids = [p.identity() for p in (CausalPredictor(model, tokenizer), CausalPredictor(other, tokenizer),
                                   CausalPredictor(model, tokenizer, "argmax"), CausalPredictor(model, tokenizer, overlap=1),
-                                  stand_in, replace(stand_in, rescale=False))]
+                                  stand_in, replace(stand_in, rescale=False), replace(stand_in, full_grid=False))]
     assert all(a != b for i, a in enumerate(ids) for b in ids[:i])
     assert CausalPredictor(copy.deepcopy(model), tokenizer, batch_size=3).identity() == ids[0]
 

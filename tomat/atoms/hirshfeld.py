@@ -10,7 +10,7 @@ import numpy as np
 import scipy.fft
 from pymatgen.core import Structure
 
-from .sad import G_MAX, FreeAtom, FreeAtoms, _orders, _phases, packaged_atoms, valence_electrons
+from .sad import G_MAX, FreeAtom, FreeAtoms, packaged_atoms, valence_electrons, wave_orders, wave_phases
 
 # %% ../../nbs/02_atoms/07_hirshfeld.ipynb #60b4c7e4
 def _add_plane(electrons_N: np.ndarray,      # (N,) electrons of the atoms, changed in place
@@ -40,7 +40,7 @@ def _mean_on_grid(structure: Structure,
                   atoms: FreeAtoms,
                   ) -> float:  # electrons
     "Mean of the SAD on a grid before it is scaled: the waves that are constant on the grid."
-    constant = [order[order % n == 0] for order, n in zip(_orders(structure.lattice.matrix), shape, strict=True)]
+    constant = [order[order % n == 0] for order, n in zip(wave_orders(structure.lattice.matrix), shape, strict=True)]
     waves_Hx3 = np.stack(np.meshgrid(*constant, indexing="ij"), axis=-1).reshape(-1, 3)
     g_H = np.linalg.norm(waves_Hx3 @ structure.lattice.reciprocal_lattice.matrix, axis=1)
     waves_Hx3, g_H = waves_Hx3[g_H <= G_MAX], g_H[g_H <= G_MAX]
@@ -62,10 +62,11 @@ def hirshfeld_electrons(total_xyz: np.ndarray,  # (nx, ny, nz) density × cell v
     atomic_xyz = sad_xyz > VACUUM * structure.volume
     ratio_xyz = np.divide(total_xyz, sad_xyz, out=np.zeros(sad_xyz.shape), where=atomic_xyz)
     waves_xyz = scipy.fft.fftn(ratio_xyz, norm="forward")
-    orders = _orders(structure.lattice.matrix)
+    orders = wave_orders(structure.lattice.matrix)
     symbols = np.array([site.specie.symbol for site in structure])
     indices = {symbol: np.flatnonzero(symbols == symbol) for symbol in sorted(set(symbols))}
-    kinds = [(atom_N, atoms[symbol], _phases(structure.frac_coords[atom_N], orders)) for symbol, atom_N in indices.items()]
+    kinds = [(atom_N, atoms[symbol], [wave_phases(x, order) for x, order in zip(structure.frac_coords[atom_N].T, orders, strict=True)])
+             for symbol, atom_N in indices.items()]
     reciprocal = structure.lattice.reciprocal_lattice.matrix
     for h in orders[0][orders[0] >= 0]:
         _add_plane(electrons_N, int(h), waves_xyz, orders, reciprocal @ reciprocal.T, kinds)

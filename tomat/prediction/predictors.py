@@ -11,11 +11,13 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
 from pymatgen.core import Structure
 
-from ..atoms.sad import FreeAtoms, sad_density
+from ..atoms.sad import FreeAtoms, sad_waves
 from ..io.remote import TomatError, exists
 from ..io.files import read_json
+from ..models.interpolation import APART, predict_smooth
 from ..models.probe import ProbeNet, load_probe, predict_field
 from ..train.distributed import pick_device
 from ..models.weights import model_atoms
@@ -30,6 +32,7 @@ class ProbePredictor:
     "A probe network, which predicts all voxels at once as the difference to SAD."
     model: ProbeNet          # with the metadata of its training
     rescale: bool = True     # shift to the exact number of valence electrons
+    full_grid: bool = False  # predict every voxel by the network, and interpolate none
     kind: ClassVar[str] = "probe"
     gives_error: ClassVar[bool] = True
 
@@ -46,16 +49,21 @@ class ProbePredictor:
         "A prediction of all voxels at once."
         shape = (shape[0], shape[1], shape[2])
         check_crystal(structure, self.atoms)
-        sad_xyz = sad_density(structure, shape, self.atoms)
-        difference_xyz, error_xyz = predict_field(self.model, structure, shape, sad_xyz / structure.volume, show=show)
+        sad = sad_waves(structure, self.atoms)
+        total_xyz = sad.density(shape)
+        sad_xyz = (total_xyz / structure.volume).astype(np.float32)
+        if self.full_grid:
+            difference_xyz, error_xyz = predict_field(self.model, structure, shape, sad_xyz, show=show)
+        else:
+            difference_xyz, error_xyz, _ = predict_smooth(self.model, structure, sad, sad_xyz, show)
+        total_xyz += difference_xyz * structure.volume
         elements = frozenset(self.model.training_metadata["elements"])
-        return finish(structure, sad_xyz + difference_xyz * structure.volume, error_xyz, "tomat, probe", elements,
-                      "shift" if self.rescale else None, self.atoms)
+        return finish(structure, total_xyz, error_xyz, "tomat, probe", elements, "shift" if self.rescale else None, self.atoms)
 
     def identity(self) -> dict[str, Any]:
         "Weights and settings that decide the predictions, ready for JSON."
         return {"decoder": self.kind, "weights": weights_digest(self.model), "rescale": self.rescale,
-                **named_atoms(self.atoms)}
+                **({} if self.full_grid else {"apart": APART}), **named_atoms(self.atoms)}
 
 # %% ../../nbs/07_prediction/04_predictors.ipynb #2fe26556
 def load_predictor(path: str | Path | None = None,  # folder or URL of a checkpoint; None: the packaged probe network
@@ -63,6 +71,7 @@ def load_predictor(path: str | Path | None = None,  # folder or URL of a checkpo
                    overlap: int = 0,                # of a causal checkpoint: voxels that neighbouring patches share and average
                    batch_size: int = 256,           # of a causal checkpoint: patches written together
                    device: str = "",                # cpu, cuda or cuda:1; "": a GPU where there is one
+                   full_grid: bool = False,         # of a probe network: predict every voxel, and interpolate none
                    ) -> "CausalPredictor | ProbePredictor":
     "A predictor for a checkpoint of either decoder."
     folder = str(files("tomat") / "data" / "probe") if path is None else str(path)
@@ -75,7 +84,7 @@ def load_predictor(path: str | Path | None = None,  # folder or URL of a checkpo
         for name, value in {"strategy": strategy, "overlap": overlap}.items():
             if value:
                 raise TomatError(f"{folder} is a probe network, which has no {name}: leave it out, or load a causal checkpoint.")
-        return ProbePredictor(load_probe(folder).to(where))
+        return ProbePredictor(load_probe(folder).to(where), full_grid=full_grid)
     from tomat.models.causal import load_checkpoint  # imported late, because it imports transformers
     from tomat.prediction.causal import CausalPredictor
     model, tokenizer = load_checkpoint(folder)
