@@ -65,8 +65,8 @@ def hirshfeld_electrons(total_xyz: np.ndarray,  # (nx, ny, nz) density × cell v
     orders = wave_orders(structure.lattice.matrix)
     symbols = np.array([site.specie.symbol for site in structure])
     indices = {symbol: np.flatnonzero(symbols == symbol) for symbol in sorted(set(symbols))}
-    kinds = [(atom_N, atoms[symbol], [wave_phases(x, order) for x, order in zip(structure.frac_coords[atom_N].T, orders, strict=True)])
-             for symbol, atom_N in indices.items()]
+    phases = [wave_phases(x_N, order) for x_N, order in zip(structure.frac_coords.T, orders, strict=True)]
+    kinds = [(atom_N, atoms[symbol], [phases_NxH[atom_N] for phases_NxH in phases]) for symbol, atom_N in indices.items()]
     reciprocal = structure.lattice.reciprocal_lattice.matrix
     for h in orders[0][orders[0] >= 0]:
         _add_plane(electrons_N, int(h), waves_xyz, orders, reciprocal @ reciprocal.T, kinds)

@@ -44,8 +44,7 @@ def predict(structures: Annotated[list[str], typer.Argument(help="POSCAR, CIF or
             expected_error: Annotated[str | None, typer.Option(
                 help="File (a folder for many) for the expected error of each voxel, or the Zarr group of --out.")] = None,
             picture: Annotated[str | None, typer.Option(help="File (.png; a folder for many) for slices of the density.")] = None,
-            format: Annotated[str | None, typer.Option(
-                help="Format of many densities: chgcar, cube, xsf, mp-json or zarr.  [default: chgcar]")] = None,
+            format: Annotated[str | None, typer.Option(help="Format of many densities.  [default: chgcar]")] = None,
             from_: Annotated[str | None, typer.Option(
                 "--from", help="Format to read, if the content does not tell: poscar, chgcar, cube, xsf, mp-json or zarr.")] = None,
             strategy: Strategy = None,
