@@ -368,8 +368,8 @@ def bad(made, tmp_path_factory):
 
 
 # file → what the sentence says beside its name
-BAD = {"CHGCAR.empty": "empty", "CHGCAR.cut": "whole CHGCAR", "CHGCAR.cut.gz": "unpacked", "CHGCAR.nan": "NaN", "nan.zarr": "NaN",
-       "CHGCAR.poscar": "whole CHGCAR", "CHGCAR.text": "whole CHGCAR", "CHGCAR.unknown": "Xx", "nothing.json": "no density",
+BAD = {"CHGCAR.empty": "empty", "CHGCAR.cut": "copy it again", "CHGCAR.cut.gz": "unpacked", "CHGCAR.nan": "NaN", "nan.zarr": "NaN",
+       "CHGCAR.poscar": "holds no density", "CHGCAR.text": "line 2", "CHGCAR.unknown": "Xx", "nothing.json": "no density",
        "CHGCAR.missing": "does not exist", "missing.zarr": "does not exist", "CHGCAR.folder": "CHGCAR",
        "letter.txt": "no known format", "POSCAR": ""}
 
@@ -698,8 +698,8 @@ def test_a_damaged_run_is_refused(tomat, tmp_path, made, name, text):
 def test_a_damaged_material_of_a_store_is_named(tomat, tmp_path, made):
     shutil.copytree(made / "store", tmp_path / "store")
     cut(next((tmp_path / "store/label/metal.zarr/charge_density_total").rglob("c/0/0/0")))
-    with nothing_changes(tmp_path):
-        is_one_sentence(tomat("tokenize", tmp_path / "store", "--out", tmp_path / "rows", *ROWS), "metal.zarr")
+    done = tomat("tokenize", tmp_path / "store", "--out", tmp_path / "rows", *ROWS)
+    assert done.code == 1 and "passed over metal: " in done.err and "metal.zarr" in done.err and "Traceback" not in done.err
     (tmp_path / "store/split.json").write_text('{"train": [7]}')
     with nothing_changes(tmp_path):
         is_one_sentence(tomat("tokenize", tmp_path / "store", "--out", tmp_path / "rows", *ROWS), "store", "split")

@@ -6,10 +6,10 @@
 __all__ = ['KNOTS', 'TABLE_R', 'BASIS', 'N_BASIS', 'ELECTRONS', 'OVERLAP', 'ROUGHNESS', 'PRIOR_WEIGHT', 'SMOOTHING',
            'TAIL_WEIGHT', 'TAIL_SMOOTHING', 'TAIL_FLOOR', 'CORE', 'UNKNOWN_WEIGHT', 'CORE_WEIGHT', 'COMPUTED_PRIOR',
            'columns_of', 'FitSums', 'add_up', 'sums_of', 'ElectronCounts', 'count_electrons', 'solve', 'fit_atoms',
-           'disagreement', 'choose_atoms']
+           'disagreement', 'of_readable', 'choose_atoms']
 
 # %% ../../nbs/02_atoms/05_fit_atoms.ipynb #6cb22cde
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -25,7 +25,7 @@ from ..density.core import Density
 from ..density.formats import UnreadableFile
 from ..io.remote import TomatError
 from ..density.source import Source, material_rng
-from ..io.progress import T, in_order, track
+from ..io.progress import R, T, in_order, track
 from .neighbours import find_neighbours, periodic_images
 from .kohn_sham import computed_atom
 from .sad import FreeAtom, FreeAtoms, packaged_atoms, rounded, valence_electrons
@@ -288,19 +288,12 @@ def _usable(density: Density) -> bool:
     "Whether a density has a sum of atoms."
     return bool(density.structure.is_ordered) and density.n_electrons > 0
 
-def _readable(id: str, read: Callable[[str], Density]) -> Density | None:
-    "The density of a material; None for a damaged file, which the work that needs the atoms passes over and names."
-    try:
-        return read(id)
-    except UnreadableFile:
-        return None
-
 def disagreement(id: str,  # id of a material
                  read: Callable[[str], Density],  # id → density
                  ) -> str:
-    "The disagreement of a material's electrons with the packaged atoms; empty where they agree, or the file cannot be read."
-    density, atoms = _readable(id, read), packaged_atoms()
-    if density is None or not _usable(density):
+    "The disagreement of a material's electrons with the packaged atoms; empty where they agree."
+    density, atoms = read(id), packaged_atoms()
+    if not _usable(density):
         return ""
     if missing := sorted({site.specie.symbol for site in density.structure} - set(atoms.atoms)):
         return f"{id} holds {missing[0]}, for which there is none"
@@ -311,14 +304,21 @@ def disagreement(id: str,  # id of a material
 # %% ../../nbs/02_atoms/05_fit_atoms.ipynb #9291eeda
 def _sum_if_usable(id: str, read: Callable[[str], Density]) -> FitSums:
     "The sums of one material; empty sums where it has no sum of atoms."
-    density = _readable(id, read)
-    return sums_of(density) if density and _usable(density) else FitSums({}, {}, {}, {})
+    density = read(id)
+    return sums_of(density) if _usable(density) else FitSums({}, {}, {}, {})
 
 def _of_another_code(sums: FitSums) -> bool:
     "Whether an element has other electrons than its packaged atom, whose shape then says nothing about these densities."
     counted, atoms = count_electrons(sums, packaged_atoms()), packaged_atoms().atoms
     pairs = zip(counted.symbols, counted.electrons, counted.known, strict=True)
     return any(known and s in atoms and abs(atoms[s].n_valence - n) > 1e-3 for s, n, known in pairs)
+
+def of_readable(id: str, one: Callable[[str], R]) -> R | UnreadableFile:
+    "What a function says of a material, or the error of its file: the work that needs the atoms passes it over and names it."
+    try:
+        return one(id)
+    except UnreadableFile as err:
+        return err
 
 def choose_atoms(source: Source,      # densities to train on
                  ids: Sequence[str],  # ids of the materials
@@ -328,14 +328,22 @@ def choose_atoms(source: Source,      # densities to train on
     "The packaged atoms if their electrons agree with those of every material to 0.1 %, else atoms fitted to the materials."
     if not ids:
         raise TomatError(f"{source} has no material to choose atoms for: choose another part of it.")
-    reason = ""
-    if not fit:
-        look = in_order(partial(disagreement, read=source.read), ids, workers)
-        reason = next((why for why in track(look, "compare electrons", len(ids), "materials") if why), "")
-        if not reason:
-            return packaged_atoms(), f"The packaged atoms are used: they have the electrons of all {len(ids)} materials."
-    one = partial(_sum_if_usable, read=source.read)
-    sums = add_up(track(in_order(one, ids, workers), "fit atoms", len(ids), "materials"))
+    errors: list[UnreadableFile] = []
+    def looked(one: Callable[..., R], what: str) -> Iterator[R]:
+        errors.clear()
+        work = partial(of_readable, one=partial(one, read=source.read))
+        for found in track(in_order(work, ids, workers), what, len(ids), "materials"):
+            if isinstance(found, UnreadableFile):
+                errors.append(found)
+            else:
+                yield found
+        if len(errors) == len(ids):
+            raise errors[0]
+    reason = "" if fit else next(filter(None, looked(disagreement, "compare electrons")), "")
+    if not reason and not fit:
+        n = len(ids) - len(errors)
+        return packaged_atoms(), f"The packaged atoms are used: they have the electrons of all {n} materials."
+    sums = add_up(looked(_sum_if_usable, "fit atoms"))
     atoms = solve(sums, COMPUTED_PRIOR if _of_another_code(sums) else packaged_atoms())
     n, unexplained = atoms.metadata["materials"], atoms.metadata["electrons_unexplained"]
     why = f"The packaged atoms do not fit, since {reason}: atoms" if reason else "Atoms"

@@ -156,14 +156,16 @@ def atoms_of_rows(choice: str | None,            # option --atoms
                   separate: bool,                # True: the data set is made in parts, or is one of the settings
                   ) -> "FreeAtoms | None":
     "The atoms of a data set of rows; None: the packaged ones."
-    from tomat.atoms.fit_atoms import disagreement
+    from tomat.atoms.fit_atoms import disagreement, of_readable
+    from tomat.density.formats import UnreadableFile
     if choice == "fit" and separate:
         raise TomatError("--atoms fit would fit atoms for each part or label anew: fit once with `tomat fit-atoms`, and give the "
                          "file as --atoms.")
     if choice is not None or (target == "difference" and not separate):
         return chosen_atoms(choice, source, ids, workers)
     some = ids[::max(1, len(ids) // 16)]
-    if not (why := next(filter(None, (disagreement(id, source.read) for id in some)), "")):
+    looked = (of_readable(id, partial(disagreement, read=source.read)) for id in some)
+    if not (why := next((str(why) for why in looked if why and not isinstance(why, UnreadableFile)), "")):
         return None
     if not separate:
         return chosen_atoms(None, source, ids, workers)

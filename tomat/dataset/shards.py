@@ -305,7 +305,7 @@ def _make_all(source: Source,
         meta = _meta(job, made)
         if not meta[form.unit] and job.part is None:
             none = f"{source} has no material to {form.command}: choose another part of it."
-            raise TomatError(next(iter(meta["skipped"].values()), none))
+            raise TomatError(next(iter(meta["skipped"].values()), none).removeprefix(UNREADABLE))
         kind.finish(folder)
         write_json(f"{folder}/meta.json", meta, seal=True)
     _tidy(folder, form)
