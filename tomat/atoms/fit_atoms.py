@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KNOTS', 'TABLE_R', 'BASIS', 'N_BASIS', 'ELECTRONS', 'OVERLAP', 'ROUGHNESS', 'PRIOR_WEIGHT', 'SMOOTHING',
-           'TAIL_WEIGHT', 'TAIL_SMOOTHING', 'TAIL_FLOOR', 'CORE', 'UNKNOWN_WEIGHT', 'CORE_WEIGHT', 'COMPUTED_PRIOR',
+           'TAIL_WEIGHT', 'TAIL_SMOOTHING', 'TAIL_FLOOR', 'CORE', 'CORE_WEIGHT', 'UNKNOWN_WEIGHT', 'COMPUTED_PRIOR',
            'columns_of', 'FitSums', 'add_up', 'sums_of', 'ElectronCounts', 'count_electrons', 'solve', 'fit_atoms',
            'disagreement', 'of_readable', 'choose_atoms']
 
@@ -190,10 +190,8 @@ def count_electrons(sums: FitSums,     # of all materials
 # %% ../../nbs/02_atoms/05_fit_atoms.ipynb #a015fbc9
 PRIOR_WEIGHT, SMOOTHING = 0.1, 1e-5     # weights of the penalties for an element with a free atom, …
 TAIL_WEIGHT, TAIL_SMOOTHING = 10.0, 1e-6  # … and for one with a computed atom; all chosen on held-out materials
-TAIL_FLOOR = 3e-4  # e/Å³, density below which a deviation from a computed atom costs the same
-CORE = 0.8, 1.5    # Å, distances between which the pull to a computed atom sets in
-UNKNOWN_WEIGHT = 1e-3  # weight of that pull where the cells leave the number of electrons open
-CORE_WEIGHT = 1e-3  # weight of that pull at the nucleus, where only the data know the density
+TAIL_FLOOR, CORE = 3e-4, (0.8, 1.5)    # density below which a deviation costs the same, e/Å³; the pull sets in between, Å
+CORE_WEIGHT = UNKNOWN_WEIGHT = 1e-3    # weights of the pull at the nucleus, and of electrons that the cells leave open
 
 def _in_basis(atom: FreeAtom,  # an atom with a radial table
               ) -> np.ndarray:  # (N_BASIS,) coefficients

@@ -33,7 +33,8 @@ from ..io.settings import setting
 from ..prediction.worker import Options, ServiceError, ServiceLimits, WorkerQueue, check_voxels, service_limits
 
 # %% ../../nbs/09_run/01_service.ipynb #92fef153
-ANSWERS = {"chgcar": "density.CHGCAR", "cube": "density.cube", "xsf": "density.xsf", "mp-json": "density.json", "zarr": "density.zarr.zip"}
+ANSWERS = {"chgcar": "density.CHGCAR", "cube": "density.cube", "xsf": "density.xsf", "mp-json": "density.json",
+           "zarr": "density.zarr.zip"}
 _NAME = re.compile(r"POSCAR[\w.-]*|[\w.-]+\.(vasp|cif)")
 
 def parse_query(query: str,  # query of the URL, such as "grid=24,24,30"
