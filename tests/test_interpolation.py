@@ -63,10 +63,11 @@ def test_points_of_both_grids_keep_their_values(degree, n, m):
 @settings(derandomize=True, deadline=None, max_examples=30)
 @given(st.tuples(*[st.floats(0, 1, exclude_max=True)] * 3), st.tuples(*[st.integers(9, 30)] * 3))
 def test_the_ball_around_a_nucleus(centre, shape):
-    found = near_voxels(np.array(centre), shape, CELL.matrix)
+    found, distance = near_voxels(np.array(centre), shape, CELL.matrix)
     all_Gx3 = np.stack(np.meshgrid(*[np.arange(-n, 2 * n) for n in shape], indexing="ij"), -1).reshape(-1, 3)
     r = np.linalg.norm((all_Gx3 / shape - centre) @ CELL.matrix, axis=1)
-    assert len(found) == (r < NEAR).sum() and (np.linalg.norm((found / shape - centre) @ CELL.matrix, axis=1) < NEAR).all()
+    assert len(found) == (r < NEAR).sum() and (distance < NEAR).all()
+    np.testing.assert_allclose(np.linalg.norm((found / shape - centre) @ CELL.matrix, axis=1), distance)
 
 
 def test_checked_voxels_move_with_the_first_atom():
@@ -78,7 +79,7 @@ def test_checked_voxels_move_with_the_first_atom():
 def test_nuclei_are_exact_and_the_loss_is_what_all_voxels_say(packaged):
     smooth, whole, loss = both(packaged, CRYSTAL)
     for centre in CRYSTAL.frac_coords:
-        inside = tuple(near_voxels(centre, SHAPE, CELL.matrix).T % np.array(SHAPE)[:, None])
+        inside = tuple(near_voxels(centre, SHAPE, CELL.matrix)[0].T % np.array(SHAPE)[:, None])
         assert np.abs(smooth - whole)[:, *inside].max() < 1e-5
     moved = smooth[0] - whole[0]
     everywhere = expected_loss(moved, whole[1]).mean() * CRYSTAL.volume / valence_electrons(CRYSTAL)
@@ -102,6 +103,17 @@ def test_whole_predictions_lose_what_is_stated(packaged):
         assert made.n_electrons == pytest.approx(valence_electrons(true.structure), rel=1e-6)
         interpolated += (made.total != every.total).any()
     assert interpolated > 5
+
+
+def test_metals_need_fewer_voxels_than_oxygen_and_all_atoms_of_an_element_as_many(packaged, monkeypatch):
+    found, work = [], module._add_nuclei
+    monkeypatch.setattr(module, "_add_nuclei", lambda *given: found.append(work(*given)))
+    rock = Structure.from_spacegroup("Fm-3m", Lattice.cubic(4.21), ["Mg", "O"], [[0, 0, 0], [0.5, 0.5, 0.5]])
+    smooth, whole, loss = both(packaged, rock, (46, 46, 46))
+    assert found[0]["Mg"] < found[0]["O"] <= NEAR and 0 < loss < LARGEST_LOSS
+    for site in rock:
+        voxel_Vx3, _ = near_voxels(site.frac_coords, (46,) * 3, rock.lattice.matrix, found[0][site.specie.symbol])
+        assert np.abs(smooth - whole)[:, *voxel_Vx3.T % 46].max() < 1e-5
 
 
 def test_where_much_would_be_lost_the_grid_is_whole(packaged, monkeypatch):
