@@ -395,7 +395,7 @@ def test_a_bad_density_is_refused_by_every_command_that_reads_one(tomat, tmp_pat
 WRONG = """
 tokenize {bad}/long.zarr --out {tmp}/rows | 1200 Li 1,023
 show-tokens {bad}/long.zarr | 1200 Li 1,023
-predict {bad}/long.zarr --checkpoint {run}/model --out {tmp}/x.cube | 1200 Li 1,023
+predict {bad}/long.zarr --checkpoint {run}/model --out {tmp}/x.cube | 1,200 Li 600
 tokenize {salt} --out {tmp}/rows --pad-to 100 | 5,529 pad_to
 show-tokens {salt} --pad-to 100 | 5,529 pad_to
 tokenize {bad}/shared.zarr --out {tmp}/rows | Fe shared
@@ -446,7 +446,7 @@ train {made}/rows --out {tmp}/run --loss-on luck | luck
 
 predict {made}/POSCAR --checkpoint {run}/model --out {tmp}/x.cube --grid 0 4 4 | 0 1,023
 predict {made}/POSCAR --checkpoint {run}/model --out {tmp}/x.cube --grid -4 4 4 | -4 1,023
-predict {made}/POSCAR --checkpoint {run}/model --out {tmp}/x.cube --grid 4 4 1200 | 1200 1,023
+predict {made}/POSCAR --checkpoint {run}/model --out {tmp}/x.cube --grid 4 4 1200 | 1,200 600
 predict {made}/POSCAR --checkpoint {run}/model --out {tmp}/x.cube --grid 4 4 4 --choose luck | luck median
 predict {made}/POSCAR --checkpoint {run}/model --out {tmp}/x.cube --grid 4 4 4 --choose median | median argmax
 predict {made}/POSCAR --checkpoint {run}/model --out {tmp}/x.cube --grid 4 4 4 --overlap -1 | overlap -1

@@ -253,7 +253,7 @@ def test_lists_of_ids(tmp_path):
         assert read_ids(str(tmp_path / "list.txt")) == read_ids(text) == ["mp-1", "mp-2"]
     assert read_ids("mvc-12") == ["mvc-12"] and read_ids("x_1.2") == ["x_1.2"]
     for text, why in [("", "no id to fetch"), ("#", "no id to fetch"), ("a/b", "is no id"), ("mp-1,..", "is no id"),
-                      ("[1]", "is no id"), ("[", "no valid JSON"), ("none.txt", "does not exist"),
+                      ("[1]", "is no id"), ("[", "not valid JSON"), ("none.txt", "does not exist"),
                       ("mp-1," * 3000 + "-", "is no id")]:
         with pytest.raises(TomatError, match=why):
             read_ids(text)

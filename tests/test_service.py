@@ -89,7 +89,7 @@ def test_the_service_describes_itself(port):
 @pytest.mark.parametrize("path, body, status, sentence", [
     ("/?gird=1,2,3", POSCAR, 400, "no option 'gird'"), ("/?grid=1,2", POSCAR, 400, "three numbers"),
     ("/?name=../x.json", POSCAR, 400, r"POSCAR, \*.vasp or \*.cif"), ("/?format=xyz", POSCAR, 400, "no format 'xyz'"),
-    ("/", b"", 400, "body is empty"), ("/", b"nothing", 422, "^POSCAR: "), ("/?name=x.cif", POSCAR, 422, "^x.cif: "),
+    ("/", b"", 400, "body is empty"), ("/", b"nothing", 422, "^POSCAR: "), ("/?name=x.cif", b"nothing", 422, "^x.cif: "),
     ("/?grid=99999,99999,99999", POSCAR, 413, "voxels"), ("/", POSCAR.replace(b"\n1\n", b"\n9\n"), 413, "voxels"),
     (SMALL, CROWD, 413, "21 atoms"), ("/", bytes(2001), 413, "2,000 bytes"),
     ("/", bytes(30_000), 413, "2,000 bytes"), ("/x", POSCAR, 404, "nothing at /x"),

@@ -897,6 +897,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'tomat.io.files.write_json': ('10_io/files.html#write_json', 'tomat/io/files.py'),
                                 'tomat.io.files.write_text': ('10_io/files.html#write_text', 'tomat/io/files.py')},
             'tomat.io.limits': { 'tomat.io.limits.Limit': ('10_io/limits.html#limit', 'tomat/io/limits.py'),
+                                 'tomat.io.limits.LimitError': ('10_io/limits.html#limiterror', 'tomat/io/limits.py'),
                                  'tomat.io.limits.check_grid': ('10_io/limits.html#check_grid', 'tomat/io/limits.py'),
                                  'tomat.io.limits.check_limit': ('10_io/limits.html#check_limit', 'tomat/io/limits.py'),
                                  'tomat.io.limits.check_unpacked': ('10_io/limits.html#check_unpacked', 'tomat/io/limits.py'),
