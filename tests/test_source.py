@@ -137,7 +137,7 @@ def test_a_damaged_density_is_not_skipped(runs, three):
     content = (runs / "task.json").read_bytes()
     (runs / "task.json").write_bytes(content[:len(content) // 2])
     assert "task" in Folder(runs).ids
-    with pytest.raises(TomatError, match=r"task\.json: the JSON is not valid JSON"):
+    with pytest.raises(TomatError, match=r"task\.json: this is no whole JSON"):
         Folder(runs).read("task")
 
 

@@ -945,6 +945,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'tomat.io.untrusted.crc_of': ('10_io/untrusted.html#crc_of', 'tomat/io/untrusted.py'),
                                     'tomat.io.untrusted.has_form': ('10_io/untrusted.html#has_form', 'tomat/io/untrusted.py'),
                                     'tomat.io.untrusted.is_name': ('10_io/untrusted.html#is_name', 'tomat/io/untrusted.py'),
+                                    'tomat.io.untrusted.load_json': ('10_io/untrusted.html#load_json', 'tomat/io/untrusted.py'),
                                     'tomat.io.untrusted.parse_json': ('10_io/untrusted.html#parse_json', 'tomat/io/untrusted.py'),
                                     'tomat.io.untrusted.sealed': ('10_io/untrusted.html#sealed', 'tomat/io/untrusted.py')},
             'tomat.models.causal': { 'tomat.models.causal._config': ('05_models/causal.html#_config', 'tomat/models/causal.py'),

@@ -30,7 +30,7 @@ from .numbers import leading_numbers, number_lines, read_block
 from .poscar import Lines, decoded, parse_poscar, poscar_text
 from ..io.limits import limit, read_unpacked
 from ..io.remote import TomatError
-from ..io.untrusted import parse_json
+from ..io.untrusted import load_json
 
 if TYPE_CHECKING:
     from pymatgen.io.vasp.outputs import Chgcar
@@ -300,7 +300,7 @@ def read_mp_json(path: Path,  # .json or .json.gz; local
     from pymatgen.io.vasp.inputs import Poscar
     from pymatgen.io.vasp.outputs import Chgcar
     with parsing("JSON of a density"):
-        task = parse_json(read_bytes(path), largest=limit("largest_unpacked"))
+        task = load_json(read_bytes(path), largest=limit("largest_unpacked"))
         found = task if "poscar" in task else task.get("data")
         if not isinstance(found, dict) or not {"poscar", "data"} <= found.keys():
             raise TomatError("there is no density in this JSON: give a task with its Chgcar under `data`.")
