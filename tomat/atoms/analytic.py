@@ -80,11 +80,10 @@ def valence_shells(symbol: str,     # "Fe"
 
 def multi_shell(symbol: str,   # "Fe"
                 r: np.ndarray,  # (n,) distances from the nucleus, Å
-                n_valence: float | None = None,  # valence electrons; None: those of the packaged atom
                 ) -> np.ndarray:  # (n,) e/Å³
     "Density of the valence shells by Slater's rules."
     rho = np.zeros(len(r))
-    for electrons, n, zeta in valence_shells(symbol, n_valence or packaged_atoms()[symbol].n_valence):
+    for electrons, n, zeta in valence_shells(symbol, packaged_atoms()[symbol].n_valence):
         norm = (2 * zeta) ** (2 * n + 1) / (4 * np.pi * math.gamma(2 * n + 1))
         rho += electrons * norm * r ** (2 * n - 2) * np.exp(-2 * zeta * r)
     return rho

@@ -147,8 +147,8 @@ def _existing_shard(path: str,    # path of a shard, local or remote
         return None
     footer = kind.read_footer(path)
     same = footer and footer.get("recipe") == hash_of(kind.recipe(), ids)
-    mended = footer and any(reason.startswith(UNREADABLE) for reason in footer["skipped"].values())  # perhaps
-    return footer | {"bytes": entry["bytes"], "md5": entry["md5"]} if footer and same and not mended else None
+    unread = footer and any(reason.startswith(UNREADABLE) for reason in footer["skipped"].values())  # perhaps it can be read now
+    return footer | {"bytes": entry["bytes"], "md5": entry["md5"]} if footer and same and not unread else None
 
 def _check_densities(read: Callable[[str], Density],  # function from a material's id to its density
                      footer: dict[str, Any],          # footer of an existing shard

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from pymatgen.core import Element, Lattice, Structure
 
-from .chgcar import read_bytes, write_bytes
+from .chgcar import check_ordered, read_bytes, write_bytes
 from .core import RHO, Density
 from .numbers import leading_numbers, read_block
 from ..io.remote import TomatError
@@ -123,8 +123,7 @@ def write_cube(density: Density,  # with an ordered structure
     "Write the charge density as a Gaussian cube file, e/bohr³, without spin and augmentation."
     from ase.units import Bohr
     structure = density.structure
-    if not structure.is_ordered:
-        raise TomatError(f"{density.formula} has sites shared by elements: a cube file needs one element at each site.")
+    check_ordered(density, "a cube file")
     def row(first: int, *numbers: float) -> str:
         return f"{first:5d}" + "".join(f"{x:12.6f}" for x in numbers) + "\n"
     steps_3x3 = structure.lattice.matrix / np.array(density.shape)[:, None] / Bohr

@@ -8,7 +8,6 @@ __all__ = ['FORMATS', 'begins_as_cube', 'begins_as_xsf', 'Format', 'known_format
            'may_be_density', 'density_info']
 
 # %% ../../nbs/01_density/05_formats.ipynb #e9b0c842
-import bz2
 import lzma
 import re
 import zlib
@@ -20,7 +19,7 @@ from typing import Any
 
 from pymatgen.core import Structure
 
-from .chgcar import read_bytes, read_chgcar, read_mp_json, unpacking, write_chgcar, write_mp_json
+from .chgcar import PACKERS, plain_name, read_bytes, read_chgcar, read_mp_json, unpacking, write_chgcar, write_mp_json
 from .core import Density, check_density, check_structure
 from .cube import read_cube, write_cube
 from .poscar import begins_as_poscar, lines_of_numbers, parse_poscar
@@ -66,14 +65,10 @@ FORMATS = {
 _VASP_NAME = re.compile(r"chg([._-].*)?|.*chgcar")  # names of densities besides those that begin with a prefix
 _OTHER_QUANTITIES = {"locpot": "a potential", "elfcar": "the localisation of electrons", "parchg": "the density of some bands"}
 
-def _plain_name(path: str | Path) -> str:
-    "Name of a file in lower case, without the ending of a packer."
-    return re.sub(r"\.(gz|bz2|xz)$", "", Path(path).name.lower())
-
 def known_format(path: str | Path,  # the file need not exist
                  ) -> str | None:
     "Key in `FORMATS` of a file's name, or None."
-    name = _plain_name(path)
+    name = plain_name(path)
     by_suffix = [key for key, known in FORMATS.items() if name.endswith(known.suffixes)]
     by_prefix = [key for key, known in FORMATS.items() if name.startswith(known.prefixes)]
     return next(iter(by_suffix + by_prefix), "chgcar" if _VASP_NAME.fullmatch(name) else None)
@@ -90,7 +85,7 @@ def format_of(path: str | Path,  # the file need not exist
 def other_quantity(path: str | Path,  # the file need not exist
                    ) -> str:
     "The quantity in a file of VASP that is no density, by its name; \"\" for any other name."
-    return next((what for word, what in _OTHER_QUANTITIES.items() if word in _plain_name(path)), "")
+    return next((what for word, what in _OTHER_QUANTITIES.items() if word in plain_name(path)), "")
 
 # %% ../../nbs/01_density/05_formats.ipynb #ef7d4871
 def is_utf8(name: str,  # a file's name
@@ -112,8 +107,6 @@ def id_of(path: str | Path,  # local or remote
 
 # %% ../../nbs/01_density/05_formats.ipynb #f0a1c0d2
 _HEAD = 1 << 16  # bytes
-_UNPACKERS: dict[bytes, Callable[[], Any]] = {  # by first bytes
-    b"\x1f\x8b": lambda: zlib.decompressobj(31), b"BZh": bz2.BZ2Decompressor, b"\xfd7zXZ\0": lzma.LZMADecompressor}
 
 def _unpacked_head(path: str | Path,  # a file, local or remote
                    ) -> tuple[bytes, bool]:  # and whether that is all of it
@@ -123,7 +116,7 @@ def _unpacked_head(path: str | Path,  # a file, local or remote
             content = read_bytes(Path(path), _HEAD)
             return content, len(content) < _HEAD
         head = head_of(path, _HEAD)
-        unpack = next((make() for magic, make in _UNPACKERS.items() if head.startswith(magic)), None)
+        unpack = next((make() for magic, (_, make) in PACKERS.items() if head.startswith(magic)), None)
         content = unpack.decompress(head, _HEAD) if unpack else head  # nothing, where the first block of bzip2 is longer
         return content, len(head) < _HEAD and len(content) < _HEAD
     except (zlib.error, lzma.LZMAError, OSError, EOFError):
@@ -175,7 +168,7 @@ def read_density(path: str | Path,           # local, s3:// or gs://
     with _opened(path) as here:
         quantity = other_quantity(path) if format is None else ""
         refusal = TomatError(f"it holds {quantity}, by its name: give a CHGCAR, or rename it if it is one.")
-        if quantity and "parchg" not in _plain_name(path):
+        if quantity and "parchg" not in plain_name(path):
             raise refusal
         density = _known(format or find_format(here), path).read(here)
         if quantity:  # the faults of a density in the usual form are named first
@@ -205,7 +198,7 @@ def _holds_grid(path: Path,   # a local file or folder
         content = read_bytes(path)
         with foreign("JSON file"):
             return structure_fields(parse_json(content, largest=limit("largest_unpacked"))) is None
-    if format == "chgcar" and not _plain_name(path).startswith(FORMATS["chgcar"].prefixes):
+    if format == "chgcar" and not plain_name(path).startswith(FORMATS["chgcar"].prefixes):
         return bool(_GRID_SIZES.search(read_bytes(path)))
     return holds_xsf_grid(read_bytes(path)) if format == "xsf" else True
 
@@ -218,7 +211,7 @@ def _structure_format(path: Path) -> str | None:
     by_content = next((key for key, known in FORMATS.items() if known.begins(head)), None)
     if by_content or path.is_dir():
         return by_content or find_format(path)
-    if _STRUCTURES.fullmatch(_plain_name(path)):
+    if _STRUCTURES.fullmatch(plain_name(path)):
         return None
     if known_format(path) is None:
         raise TomatError(f"{path} is of no known format: give a density, or name it POSCAR…, CONTCAR…, *.vasp, *.cif, *.json, "
@@ -263,7 +256,7 @@ def _is_task(text: bytes,   # JSON, or its beginning
 def may_be_density(path: str | Path,  # a file of a known format, local or remote
                    ) -> bool:
     "Whether a file of an ambiguous name, `*.json`, `*.vasp` or `*.xsf`, begins as a density does; True for all other names."
-    name = _plain_name(path)
+    name = plain_name(path)
     if not name.endswith((".json", ".vasp", ".xsf")) or name.startswith(FORMATS["chgcar"].prefixes):
         return True
     try:

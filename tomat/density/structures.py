@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from pymatgen.core import Structure
 
-from .chgcar import read_bytes
+from .chgcar import plain_name, read_bytes
 from .cif import read_cif
 from .core import formula_of
 from .decode import decode_structure, parse_yaml
@@ -88,7 +88,7 @@ def read_structure_file(path: Path,  # a local file that holds no density
                         ) -> Structure:
     "The structure in a POSCAR, a CIF or another file that pymatgen reads."
     content = read_bytes(path)
-    name = re.sub(r"\.(gz|bz2|xz)$", "", path.name.lower())
+    name = plain_name(path)
     if begins_as_poscar(content) or name.endswith(".vasp") or re.search("poscar|contcar", name):
         return parse_poscar(content).structure
     if name.endswith(("cif", ".xsf")):

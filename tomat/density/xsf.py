@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from pymatgen.core import Element, Structure
 
-from .chgcar import read_bytes, write_bytes
+from .chgcar import check_ordered, read_bytes, write_bytes
 from .core import RHO, Density
 from .cube import crystal_of, shown, without_end
 from .numbers import leading_numbers, read_block
@@ -136,8 +136,7 @@ def write_xsf(density: Density,  # with an ordered structure
     "Write the charge density as an XSF file, e/bohr³, without spin and augmentation."
     from ase.units import Bohr
     structure = density.structure
-    if not structure.is_ordered:
-        raise TomatError(f"{density.formula} has sites shared by elements: an XSF file needs one element at each site.")
+    check_ordered(density, "an XSF file")
     def rows(vectors_nx3: np.ndarray) -> list[str]:
         return ["".join(f"{x:17.10f}" for x in vector) for vector in vectors_nx3]
     atoms = [f"{site.specie.symbol:<3s}{row}" for site, row in zip(structure, rows(structure.cart_coords), strict=True)]

@@ -25,6 +25,7 @@ from pymatgen.core import IStructure, Structure
 
 from ..atoms.sad import FreeAtoms
 from ..atoms.zval import check_zval, potcar_beside, read_zval
+from ..density.chgcar import plain_name
 from ..density.core import Density, formula_of, plot_slice
 from ..density.formats import format_of, id_of, known_format, read_structure, write_density
 from ..density.structures import check_whole
@@ -152,13 +153,11 @@ def _is_folder(source: Any) -> bool:
     "Whether a source is a folder of files; a Zarr group is a density."
     return isinstance(source, (str, Path)) and kind_of(source) == "folder" and not exists(f"{source}/zarr.json")
 
-_OF_A_CALCULATION = ("poscar", "contcar", "chgcar")  # of these files of a calculation, the first that is there is read
-
 def _first_of_calculation(names: Iterable[str],  # names of the files in a folder
                           ) -> list[str]:  # the names among them that stand for one crystal; the one to read is first
     "The files with a structure that a calculation leaves."
-    plain = {re.sub(r"\.(gz|bz2|xz)$", "", name.lower()): name for name in names}
-    return [plain[name] for name in _OF_A_CALCULATION if name in plain]
+    plain = {plain_name(name): name for name in names}
+    return [plain[name] for name in ("poscar", "contcar", "chgcar") if name in plain]
 
 def _files_of(folder: str) -> tuple[list[str], dict[str, str]]:  # paths; names that are skipped → reason
     "The files of a folder to read, and those of the calculations in its folders."
