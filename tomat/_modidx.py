@@ -108,6 +108,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'tomat.atoms.sad.valence_electrons': ('02_atoms/sad.html#valence_electrons', 'tomat/atoms/sad.py'),
                                  'tomat.atoms.sad.wave_orders': ('02_atoms/sad.html#wave_orders', 'tomat/atoms/sad.py'),
                                  'tomat.atoms.sad.wave_phases': ('02_atoms/sad.html#wave_phases', 'tomat/atoms/sad.py'),
+                                 'tomat.atoms.sad.wave_plane': ('02_atoms/sad.html#wave_plane', 'tomat/atoms/sad.py'),
                                  'tomat.atoms.sad.with_sad': ('02_atoms/sad.html#with_sad', 'tomat/atoms/sad.py')},
             'tomat.atoms.zval': { 'tomat.atoms.zval.check_zval': ('02_atoms/zval.html#check_zval', 'tomat/atoms/zval.py'),
                                   'tomat.atoms.zval.parse_zval': ('02_atoms/zval.html#parse_zval', 'tomat/atoms/zval.py'),

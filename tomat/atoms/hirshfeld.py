@@ -10,29 +10,25 @@ import numpy as np
 import scipy.fft
 from pymatgen.core import Structure
 
-from .sad import G_MAX, FreeAtom, FreeAtoms, packaged_atoms, valence_electrons, wave_orders, wave_phases
+from .sad import G_MAX, FreeAtom, FreeAtoms, packaged_atoms, valence_electrons, wave_orders, wave_phases, wave_plane
 
 # %% ../../nbs/02_atoms/07_hirshfeld.ipynb #60b4c7e4
 def _add_plane(electrons_N: np.ndarray,      # (N,) electrons of the atoms, changed in place
-               h: int,                       # index of the plane along a*
+               l: int,  # noqa: E741         Miller index: index of the plane along c*
                waves_xyz: np.ndarray,        # (nx, ny, nz) complex, transform of the ratio to SAD
                orders: list[np.ndarray],     # three arrays of indices, along each axis
                metric: np.ndarray,           # (3, 3) of the reciprocal lattice, 1/Å²
                kinds: list[tuple[np.ndarray, FreeAtom, list[np.ndarray]]],  # atoms of each element: indices, table, phases
                ) -> None:
-    "Add the products of the waves (h, k, l) of all k and l."
+    "Add the products of the waves (h, k, l) of all h and k."
     nx, ny, nz = waves_xyz.shape
-    k, l = orders[1][:, None], orders[2][None]  # noqa: E741  Miller indices
-    g2_kl = metric[0, 0] * h**2 + metric[1, 1] * k**2 + metric[2, 2] * l**2
-    g2_kl = g2_kl + 2 * (metric[0, 1] * h * k + metric[0, 2] * h * l + metric[1, 2] * k * l)
-    inside_kl = g2_kl <= G_MAX**2
-    g = np.sqrt(np.maximum(g2_kl[inside_kl], 0))  # rounding can leave -1e-16 at G = 0
-    ratio = waves_xyz[h % nx][k % ny, l % nz][inside_kl].conj()
+    inside_hk, g = wave_plane(l, orders, metric)
+    ratio = waves_xyz[:, :, l % nz][np.ix_(orders[0] % nx, orders[1] % ny)][inside_hk].conj()
     for atom_N, atom, (px, py, pz) in kinds:
-        waves_kl = np.zeros(g2_kl.shape, complex)
-        waves_kl[inside_kl] = ratio * atom.form_factor(g)
-        products_N = px[:, h - orders[0][0]] * ((py @ waves_kl) * pz).sum(axis=1)
-        electrons_N[atom_N] += (2 if h else 1) * products_N.real
+        waves_hk = np.zeros(inside_hk.shape, complex)
+        waves_hk[inside_hk] = ratio * atom.form_factor(g)
+        products_N = pz[:, l - orders[2][0]] * ((px @ waves_hk) * py).sum(axis=1)
+        electrons_N[atom_N] += (2 if l else 1) * products_N.real
 
 # %% ../../nbs/02_atoms/07_hirshfeld.ipynb #077cf845
 def _mean_on_grid(structure: Structure,
@@ -68,8 +64,8 @@ def hirshfeld_electrons(total_xyz: np.ndarray,  # (nx, ny, nz) density × cell v
     phases = [wave_phases(x_N, order) for x_N, order in zip(structure.frac_coords.T, orders, strict=True)]
     kinds = [(atom_N, atoms[symbol], [phases_NxH[atom_N] for phases_NxH in phases]) for symbol, atom_N in indices.items()]
     reciprocal = structure.lattice.reciprocal_lattice.matrix
-    for h in orders[0][orders[0] >= 0]:
-        _add_plane(electrons_N, int(h), waves_xyz, orders, reciprocal @ reciprocal.T, kinds)
+    for l in orders[2][orders[2] >= 0]:  # noqa: E741
+        _add_plane(electrons_N, int(l), waves_xyz, orders, reciprocal @ reciprocal.T, kinds)
     scaled_N: np.ndarray = electrons_N * (electrons / _mean_on_grid(structure, sad_xyz.shape, atoms))
     return scaled_N
 

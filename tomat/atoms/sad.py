@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['G_MAX', 'G_STEP', 'SLAB', 'FreeAtom', 'rounded', 'FreeAtoms', 'load_atoms', 'save_atoms', 'packaged_atoms',
-           'free_atom', 'own_digest', 'wave_orders', 'wave_phases', 'SadWaves', 'sad_waves', 'sad_density',
-           'valence_electrons', 'with_sad']
+           'free_atom', 'own_digest', 'wave_orders', 'wave_phases', 'wave_plane', 'SadWaves', 'sad_waves',
+           'sad_density', 'valence_electrons', 'with_sad']
 
 # %% ../../nbs/02_atoms/01_sad.ipynb #cae5f708
 import hashlib
@@ -165,18 +165,25 @@ def wave_phases(positions: np.ndarray,  # (N,) fractional coordinates along one 
     "Phase factors of each atom along one axis."
     return np.exp(-2j * np.pi * np.outer(positions, orders))
 
-def _plane(l: int,  # noqa: E741  Miller index: index of the plane along c*
-           orders: list[np.ndarray],  # indices along a* and b*
-           metric: np.ndarray,        # (3, 3) of the reciprocal lattice, 1/Å²
-           kinds: list[tuple[FreeAtom, list[np.ndarray]]],  # atom of each element, and its phases along a*, b* and c*
-           ) -> np.ndarray:  # (H, K) complex, electrons
-    "The waves (h, k, l) of all h and k; zero beyond `G_MAX`."
+def wave_plane(l: int,  # noqa: E741  Miller index: index of the plane along c*
+               orders: list[np.ndarray],  # indices along a* and b*
+               metric: np.ndarray,        # (3, 3) of the reciprocal lattice, 1/Å²
+               ) -> tuple[np.ndarray, np.ndarray]:  # (H, K) bool; lengths of those wavevectors, 1/Å
+    "Which of the waves (h, k, l) of all h and k are not beyond `G_MAX`."
     h, k = orders[0][:, None], orders[1][None]
     g2_hk = metric[0, 0] * h**2 + metric[1, 1] * k**2 + metric[2, 2] * l**2
     g2_hk = g2_hk + 2 * (metric[0, 1] * h * k + metric[0, 2] * h * l + metric[1, 2] * k * l)
     inside_hk = g2_hk <= G_MAX**2
-    g = np.sqrt(np.maximum(g2_hk[inside_hk], 0))  # rounding can leave -1e-16 at G = 0
-    waves_hk = np.zeros(g2_hk.shape, complex)
+    return inside_hk, np.sqrt(np.maximum(g2_hk[inside_hk], 0))  # rounding can leave -1e-16 at G = 0
+
+def _plane(l: int,  # noqa: E741  as `wave_plane` takes it
+           orders: list[np.ndarray],
+           metric: np.ndarray,
+           kinds: list[tuple[FreeAtom, list[np.ndarray]]],  # atom of each element, and its phases along a*, b* and c*
+           ) -> np.ndarray:  # (H, K) complex, electrons
+    "The waves (h, k, l) of all h and k; zero beyond `G_MAX`."
+    inside_hk, g = wave_plane(l, orders, metric)
+    waves_hk = np.zeros(inside_hk.shape, complex)
     waves_hk[inside_hk] = sum(((px * pz[:, l, None]).T @ py)[inside_hk] * atom.form_factor(g) for atom, (px, py, pz) in kinds)
     return waves_hk
 
