@@ -18,6 +18,7 @@ from pymatgen.core import Element
 from torch import Tensor
 from torch.nn import functional
 
+from ..atoms.kohn_sham import kohn_sham_shells
 from ..atoms.neighbours import Neighbours
 from ..atoms.sad import FreeAtom
 
@@ -123,12 +124,25 @@ def aggregate(tables: Sequence[Tensor],  # for l = 0, 1, 2: (A, rows, c) tables 
 # %% ../../nbs/05_models/06_geometry.ipynb #580eec8a
 _RADII = .3, .6, .9, 1.2, 1.6, 2., 2.5, 3., 4.  # Å
 _SHARES = .5, .8, .9, .95, .98, .995            # shares of the electrons
-N_DESCRIPTOR = 30
+N_DESCRIPTOR = 41
+
+def _valence_shells(atom: FreeAtom) -> list[float]:  # 11 numbers
+    "Energies, radii and fillings of the valence shells of the computed atom."
+    left, valence, numbers = atom.n_valence, [], []
+    for shell in kohn_sham_shells(atom.symbol):
+        if left > 1e-6:
+            valence.append(shell)
+            left -= shell.electrons
+    for momentum in range(3):
+        first = next((shell for shell in valence if shell.momentum == momentum), None)
+        filling = first.electrons / (4 * momentum + 2) if first else 0.0
+        numbers += [first.energy / 10 + 0.8, math.log(first.radius), filling] if first else [0.0, 0.0, 0.0]
+    return [*numbers, max(shell.energy for shell in valence if shell.electrons) / 4 + 1, math.log(valence[0].radius)]
 
 @lru_cache(512)
 def descriptor(atom: FreeAtom,
                ) -> tuple[float, ...]:  # N_DESCRIPTOR numbers of order 1
-    "Numbers that describe an element: its isolated atom, its place in the periodic table, and tabulated properties."
+    "Numbers that describe an element: its isolated atom, its place in the periodic table, tabulated properties, and shells."
     element, r = Element(atom.symbol), np.arange(0, 12, 0.005)
     rho, outside, _ = _profile(atom, r)
     tabulated = element.data.get("X")
@@ -138,4 +152,4 @@ def descriptor(atom: FreeAtom,
     return (*(np.log(np.maximum(np.interp(_RADII, r, rho), 0) + 1e-4) / 2 + 1), *(radii * 2), *block,
             group / 9 - 1, element.row / 3.5 - 1, x - 2, x * x / 4 - 1, (element.atomic_radius or 1.5) - 1.5,
             (element.electron_affinity or 0) - 1, (element.ionization_energy or 8) / 5 - 1.5, atom.n_valence / 6 - 1.2,
-            atom.n_valence % 2, (18 - group) / 9 if group > 12 else 1.0, math.log(element.Z) - 3)
+            atom.n_valence % 2, (18 - group) / 9 if group > 12 else 1.0, math.log(element.Z) - 3, *_valence_shells(atom))

@@ -27,7 +27,7 @@ from ..atoms.neighbours import ImageBatch, Neighbours, find_neighbours, periodic
 from ..atoms.sad import FreeAtom, FreeAtoms, packaged_atoms, save_atoms
 from ..tokens.levels import LevelCodec, codec_from_dict
 from .geometry import DENSITY, N_DESCRIPTOR, N_RADIAL, POTENTIAL, aggregate, descriptor, radial_basis
-from .messages import OLD_FIELDS, OLD_LAYERS, Dropout, Message, ProbeConfig, mlp, squash
+from .messages import OLD_FIELDS, OLD_LAYERS, OLD_VALUES, Dropout, Message, ProbeConfig, mlp, squash
 from .weights import bounded, one_line, read_metadata, read_model_atoms, read_weights, save_weights
 
 # %% ../../nbs/05_models/08_probe.ipynb #ee2324b9
@@ -59,7 +59,7 @@ class ProbeNet(nn.Module):
         c, self.config, self.training_metadata, self.atoms = config, config, {}, atoms or packaged_atoms()
         self.element = nn.Embedding(119, c.width)
         nn.init.normal_(self.element.weight, std=0.1)
-        self.descriptor_mlp = mlp(N_DESCRIPTOR, c.width, c.width, c.dropout, norm=False)
+        self.descriptor_mlp = mlp(c.n_descriptor, c.width, c.width, c.dropout, norm=False)
         self.norm = nn.LayerNorm(c.width)
         messages = [Message(c.width, c.atom_channels) for _ in range(c.n_layers)]
         self.messages = nn.ModuleList(messages)
@@ -108,7 +108,8 @@ class ProbeNet(nn.Module):
             first, total = self.element_dropout.part or (0, len(element_AxW))
             kept_Ax1 = torch.rand(total, 1, device=self.device)[first:first + len(element_AxW)] >= self.config.element_dropout
             element_AxW = element_AxW * kept_Ax1
-        described_AxD = self._of_atoms(atoms.symbols, lambda atom: torch.tensor(descriptor(atom), dtype=torch.float32))
+        size = self.config.n_descriptor
+        described_AxD = self._of_atoms(atoms.symbols, lambda atom: torch.tensor(descriptor(atom)[:size], dtype=torch.float32))
         state_AxW = element_AxW + self.descriptor_mlp(described_AxD)
         basis_AxRxK = self._of_atoms(atoms.symbols, lambda atom: radial_basis(atom, self.config.atom_cutoff))
         message: Any  # a Message
@@ -310,12 +311,12 @@ def _renamed_scale(training: dict[str, Any],  # metadata of the training, of any
 _BOUNDS: dict[str, tuple[float, float]] = {
     "width": (1, 1024), "n_layers": (0, 16), "atom_channels": (0, 512), "voxel_channels": (0, 512), "readout_width": (1, 2048),
     "readout_blocks": (0, 16), "dropout": (0.0, 1.0), "element_dropout": (0.0, 1.0), "cutoff": (0.1, 20.0),
-    "atom_cutoff": (0.1, 20.0)}
+    "atom_cutoff": (0.1, 20.0), "n_descriptor": (1, N_DESCRIPTOR)}
 
 def _read_config(folder: Path) -> ProbeConfig:
     "The config of a checkpoint, within its bounds; raises `ValueError` for another network."
     settings = read_json(folder / "config.json")
-    found = {OLD_FIELDS.get(name, name): x for name, x in settings.items() if name != "model_type"}
+    found = OLD_VALUES | {OLD_FIELDS.get(name, name): x for name, x in settings.items() if name != "model_type"}
     if unknown := found.keys() - _BOUNDS:
         raise ValueError(f"config.json has the unknown setting {min(unknown)[:40]}")
     return ProbeConfig(**bounded(found, _BOUNDS))

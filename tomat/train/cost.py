@@ -21,7 +21,7 @@ from pymatgen.core import Structure
 
 from ..dataset.meta import read_meta
 from ..io.files import read_json
-from ..models.geometry import N_DESCRIPTOR, N_HARMONICS, N_RADIAL, STEP
+from ..models.geometry import N_HARMONICS, N_RADIAL, STEP
 from ..models.loss import MAX_LOGITS
 from ..models.messages import ProbeConfig
 from ..models.sizes import ModelSize, flops_per_token, model_size, n_parameters
@@ -202,7 +202,7 @@ def probe_flops(network: ProbeConfig,
     voxel = _received(ours, (ours[0] + 4 + w, ours[1] + 1, ours[2] + 1), voxels)
     readout = 2 * n_in * r + network.readout_blocks * 8 * r * r + 4 * r + 2 * sum(ours)
     layer = _sent(w, sent, network.atom_cutoff) + _received(sent, sent, atoms) + 3 * (4 * n_atom * w + 4 * w * w)
-    first = 3 * (2 * N_DESCRIPTOR * w + 2 * w * w)
+    first = 3 * (2 * network.n_descriptor * w + 2 * w * w)
     return ProbeFlops(voxel + 3 * readout, first + network.n_layers * layer + _sent(w, (*ours, 1), network.cutoff))
 
 # %% ../../nbs/06_train/04_cost.ipynb #f465d23e

@@ -27,9 +27,10 @@ from ..atoms.sad import FreeAtoms, own_digest
 from ..dataset.prepare import VoxelSet, batch_materials, prepare
 from ..dataset.voxels import PrepareConfig
 from ..density.source import Source
+from ..io.files import read_json
 from ..io.remote import TomatError
 from ..models.geometry import aggregate
-from ..models.messages import OLD_FIELDS, PROBE_SIZES, ProbeConfig
+from ..models.messages import OLD_FIELDS, OLD_VALUES, PROBE_SIZES, ProbeConfig
 from ..models.probe import ProbeNet, save_probe
 from ..tokens.levels import LevelCodec, fit_levels
 from .batches import Batch, Crystals, DrawnVoxels, Draws, batch_of, draw, read_ahead
@@ -223,7 +224,15 @@ def _upgraded(metadata: dict[str, Any],  # reads old files: a run's config.json
               ) -> dict[str, Any]:
     "The metadata of a run of an earlier version, with the names and the fields of today."
     config = {**ProbeTrainConfig().written(), **metadata["config"], "model": "probe"}
-    return metadata | {"config": config, "network": {OLD_FIELDS.get(name, name): x for name, x in metadata["network"].items()}}
+    network = {OLD_FIELDS.get(name, name): x for name, x in metadata["network"].items()}
+    return metadata | {"config": config, "network": OLD_VALUES | network}
+
+def _as_begun(config: ProbeTrainConfig, out: str | Path) -> ProbeTrainConfig:
+    "The configuration; a run that an earlier version began goes on with the descriptor it has."
+    begun = read_json(Path(out, "config.json")) if Path(out, "config.json").exists() else {}
+    if "network" in begun and not begun["network"].keys() & OLD_VALUES.keys():
+        return replace(config, network=replace(network_of(config), **OLD_VALUES))
+    return config
 
 def _check(config: ProbeTrainConfig, run_config: RunConfig, context: DistributedContext) -> None:
     "Raise `TomatError` for settings that have no meaning for the probe network."
@@ -255,7 +264,7 @@ def train_voxels(data: str | Path,               # a folder that `prepare` wrote
     with distributed_context(run_config.device) as context:
         _check(config, run_config, context)
         voxels, held_out = VoxelSet(data), VoxelSet(val) if val else None
-        config = replace(config, kept=voxels.meta["kept"])
+        config = replace(_as_begun(config, out), kept=voxels.meta["kept"])
         named = {"label": voxels.meta["label"] or Path(data).name, "plan": voxels.meta["plan"], "materials": len(voxels),
                  "held_out": held_out.meta["plan"] if held_out else None}
 
@@ -263,7 +272,7 @@ def train_voxels(data: str | Path,               # a folder that `prepare` wrote
             _check_data(voxels, held_out, context)
             return ProbeTask(config, voxels, held_out, Path(out), run_config, context)
 
-        return run_task(make_task, Path(out), _metadata(config, named, voxels.meta["atoms"]), run_config, context)
+        return run_task(make_task, Path(out), _metadata(config, named, voxels.meta["atoms"]), run_config, context, _upgraded)
 
 # %% ../../nbs/06_train/10_probe.ipynb #6ba500b4
 def train_probe(source: Source,
@@ -278,7 +287,7 @@ def train_probe(source: Source,
     if not ids or len({*ids, *held_out}) < len(ids) + len(held_out):
         raise TomatError(f"ids and held_out must name each material once, and ids at least one; got {len(ids)} and {len(held_out)} "
                          f"names of {len({*ids, *held_out})} different materials: give other names.")
-    drawn = PrepareConfig(config.kept, config.seed, workers=max(1, run_config.workers))
+    config, drawn = _as_begun(config, out), PrepareConfig(config.kept, config.seed, workers=max(1, run_config.workers))
     with distributed_context(run_config.device) as context:
         _check(config, run_config, context)
 
