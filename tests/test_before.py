@@ -61,8 +61,10 @@ def said(values_xyz):
     return [flat.mean(), flat @ np.cos(np.arange(flat.size))]
 
 
-def assert_predicts(path, name, rtol):
+def assert_predicts(path, name, rtol, trusted=True):
     predictor = load_predictor(path)
+    if not trusted:  # checkpoints of before held no states of the training data
+        predictor.model.trust = None
     for id, expected in EXPECTED["predicted"][name].items():
         true = STORE.read(id)
         np.testing.assert_allclose(said(predictor.predict(true.structure, true.shape).density.values), expected, rtol)
@@ -141,7 +143,7 @@ def test_a_fit_goes_on(tmp_path):
                         RunConfig(save_every=3))
     assert len(before) == 3 and read_log(out)[:3] == before  # with their times: no step was done again
     assert_same_losses(out, "fit")
-    assert_predicts(model, "parallel", 1e-4)
+    assert_predicts(model, "parallel", 1e-4, trusted=False)
 
 
 @pytest.mark.parametrize("name", ["causal", "parallel"])

@@ -256,7 +256,7 @@ def test_damaged_metadata_of_a_checkpoint(tmp_path, kind, load):
 
 def test_weights_of_another_size_build_no_network(tmp_path):
     folder = checkpoint(tmp_path / "model", "parallel", lambda config: config.update(width=1000, trunk=2000))
-    one_sentence(load_probe, folder, words=r"a network of [\d,]+ parameters, and the file holds 1,849")
+    one_sentence(load_probe, folder, words=r"a network of [\d,]+ numbers, and the file holds 1,849")
     folder = checkpoint(tmp_path / "model", "parallel", lambda config: None)
     weights = load_file(folder / "model.safetensors")
     save_file({name: tensor * torch.nan for name, tensor in weights.items()}, folder / "model.safetensors")

@@ -26,8 +26,8 @@ from tomat.models.geometry import N_GAUSSIANS, N_HARMONICS, STEP, harmonics, rad
 from tomat.atoms.neighbours import Neighbours, find_neighbours, periodic_images
 from tomat.density.metrics import nmae
 from tomat.models.messages import ProbeConfig
-from tomat.models.probe import (AtomGraph, ProbeNet, atom_graph, level_probabilities, load_probe, predict_field, save_probe,
-                                shift_to_mean)
+from tomat.models.probe import (AtomGraph, ProbeNet, atom_graph, level_probabilities, load_probe, predict_field, save_probe)
+from tomat.prediction.core import shift_to_mean
 from tomat.prediction.predictors import ProbePredictor, load_predictor
 from tomat.atoms.sad import free_atom, packaged_atoms, sad_density, valence_electrons
 from tomat.train.log import read_log
@@ -299,8 +299,9 @@ def test_a_checkpoint_holds_the_metadata_of_its_training(tmp_path):
     assert len(empty) == 119 - len(elements)  # the others have nothing but their descriptor
 
 
-def test_a_given_calibration_scale_multiplies_expected_errors_where_nothing_is_held_out(tmp_path, crystal):
+def test_a_given_calibration_scale_multiplies_expected_errors_where_nothing_is_held_out(tmp_path):
     ids, store = sample_store().split("train")[:3], sample_store()
+    crystal = store.read(ids[0]).structure
     errors = []
     for scale in (1.0, 3.0):
         made = load_probe(train_probe(store, ids, tmp_path / str(scale), replace(FIT, calibration_scale=scale)))

@@ -36,7 +36,8 @@ from tomat.density.store import RawStore
 from tomat.io.files import read_json, write_json
 from tomat.io.progress import track
 from tomat.models.interpolation import DEGREE, expected_loss, near_voxels, predict_smooth, resample, spline_matrix
-from tomat.models.probe import predict_field, shift_to_mean
+from tomat.models.probe import predict_field
+from tomat.prediction.core import shift_to_mean
 from tomat.prediction.predictors import ProbePredictor, load_predictor
 from tomat.run.launch import sentences
 from tomat.study.site import write_table

@@ -34,7 +34,8 @@ from tomat.io.remote import TomatError
 from tomat.io.files import atomic_write, read_json, read_text, write_json, write_text
 from tomat.train.probe import ProbeTrainConfig, train_probe
 from tomat.density.metrics import nmae, potential_error
-from tomat.models.probe import ProbeNet, shift_to_mean, load_probe, predict_field
+from tomat.models.probe import ProbeNet, load_probe, predict_field
+from tomat.prediction.core import shift_to_mean
 from tomat.prediction.predictors import ProbePredictor, load_predictor
 from tomat.io.progress import track
 from tomat.atoms.sad import with_sad

@@ -30,6 +30,7 @@ class ProbeConfig:
     cutoff: float = 4.0                 # largest distance between a voxel and an atom that sends to it, Å
     atom_cutoff: float = 6.0            # largest distance between two atoms that exchange messages, Å
     n_descriptor: int = N_DESCRIPTOR    # how many of the numbers of an element's descriptor it takes
+    n_states: int = 0                   # number of states of the training data that it keeps; 0 before it is trained
 
     def __post_init__(self) -> None:
         for name in ("atom_channels", "voxel_channels"):
@@ -43,7 +44,7 @@ PROBE_SIZES = {
 
 OLD_FIELDS = {"rounds": "n_layers", "trunk": "readout_width", "blocks": "readout_blocks",  # reads old files: ProbeConfig's fields
               "reach": "cutoff", "atom_reach": "atom_cutoff"}
-OLD_VALUES: dict[str, Any] = {"n_descriptor": 30}  # reads old files: ProbeConfig's values where a file does not say them
+OLD_VALUES: dict[str, Any] = {"n_descriptor": 30, "n_states": 0}  # reads old files: values of ProbeConfig that they do not name
 OLD_LAYERS = {"describe": "descriptor_mlp", "hear": "messages", "learn": "updates",  # reads old files: parts of weights' names
               "see": "probe_message", "send": "radial", "enter": "readout", "blocks": "readout_blocks"}
 

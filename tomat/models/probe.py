@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['BLOCK', 'GPU_BLOCKS', 'AtomGraph', 'atom_graph', 'ProbeNet', 'level_probabilities', 'in_threads', 'CrystalField',
-           'predict_field', 'shift_to_mean', 'save_probe', 'load_probe']
+           'predict_field', 'save_probe', 'load_probe']
 
 # %% ../../nbs/05_models/08_probe.ipynb #06b64eef
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from ..atoms.sad import FreeAtom, FreeAtoms, packaged_atoms, save_atoms
 from ..tokens.levels import LevelCodec, codec_from_dict
 from .geometry import DENSITY, N_DESCRIPTOR, N_RADIAL, POTENTIAL, aggregate, descriptor, radial_basis
 from .messages import OLD_FIELDS, OLD_LAYERS, OLD_VALUES, Dropout, Message, ProbeConfig, mlp, squash
+from .trust import MOST_STATES, Trust, distrusted
 from .weights import bounded, one_line, read_metadata, read_model_atoms, read_weights, save_weights
 
 # %% ../../nbs/05_models/08_probe.ipynb #ee2324b9
@@ -72,6 +73,7 @@ class ProbeNet(nn.Module):
         self.sphere = nn.Linear(c.width, N_RADIAL)
         self.bond = nn.Linear(sum(c.voxel_channels), 1, bias=False)
         self.element_dropout = Dropout(c.element_dropout)
+        self.trust = Trust(c.n_states, c.width) if c.n_states else None  # None: nothing is known of the training data
         for layer in (self.head, self.sphere, self.bond):
             for parameter in layer.parameters():
                 nn.init.zeros_(parameter)  # before training the prediction is the SAD
@@ -92,6 +94,16 @@ class ProbeNet(nn.Module):
             if isinstance(module, Dropout):
                 module.part = voxels
 
+    def remember(self, state_AxW: Tensor,     # (A, W) states of atoms of the training data
+                 elements: Iterable[str],     # symbols of the elements of the training data
+                 ) -> None:
+        "Keep the states of the training data, from which it follows how far predictions are trusted."
+        self.trust = Trust.of(state_AxW, elements).to(self.device)
+        self.config = replace(self.config, n_states=len(self.trust.state_NxW))
+
+    def _numbers(self, atoms: AtomGraph) -> Tensor:  # (A,) atomic numbers
+        return self._of_atoms(atoms.symbols, lambda atom: torch.tensor(Element(atom.symbol).Z))
+
     def _of_atoms(self, symbols: Sequence[str],             # (A,) element of each atom
                   table: Callable[[FreeAtom], Tensor],      # of one element
                   ) -> Tensor:  # (A, …)
@@ -103,7 +115,7 @@ class ProbeNet(nn.Module):
     def states(self, atoms: AtomGraph,  # the atoms and their pairs within `atom_cutoff`
                ) -> Tensor:  # (A, W)
         "The state of every atom after all layers of messages."
-        element_AxW = self.element(self._of_atoms(atoms.symbols, lambda atom: torch.tensor(Element(atom.symbol).Z)))
+        element_AxW = self.element(self._numbers(atoms))
         if self.training:
             first, total = self.element_dropout.part or (0, len(element_AxW))
             kept_Ax1 = torch.rand(total, 1, device=self.device)[first:first + len(element_AxW)] >= self.config.element_dropout
@@ -128,8 +140,17 @@ class ProbeNet(nn.Module):
         sphere_AxRx1 = basis_AxRxK @ self.sphere(state_AxW)[:, :, None]
         more = torch.cat([weight_AxRx1, weight_AxRx1 ** 2, basis_AxRxK[..., POTENTIAL, None], sphere_AxRx1,
                           weight_AxRx1 * state_AxW[:, None]], -1)
+        if self.trust is not None:
+            more = torch.cat([more, weight_AxRx1 * self.trust(state_AxW, self._numbers(atoms))[:, None]], -1)
         learned = self.probe_message.tables(state_AxW, basis_AxRxK)
         return [torch.cat(pair, -1) for pair in zip(learned, (more, density_AxRx1, density_AxRx1), strict=True)]
+
+    @torch.inference_mode()
+    def distance(self, structure: Structure,  # ordered sites only
+                 ) -> float | None:
+        "The mean distance of the atoms of a crystal from those of the training data; None: these are not known."
+        state_AxW = self.states(atom_graph(structure, self.config.atom_cutoff, self.device))
+        return None if self.trust is None else float(self.trust.distance(state_AxW).mean())
 
     def forward(self, tables: Sequence[Tensor],  # as `tables` returns them
                 near: Neighbours,                # neighbours of N voxels
@@ -146,7 +167,7 @@ class ProbeNet(nn.Module):
         raw_NxC = self.probe_message([x[..., :c] for x, c in zip(sums, channels, strict=True)])
         weight_N, square_N, potential_N, sphere_N = sums[0][:, 0, channels[0]:channels[0] + 4].unbind(-1)
         sad_N, weight_N = sad_N.clamp(min=1e-5), weight_N + 1e-6
-        owner_NxW = sums[0][:, 0, channels[0] + 4:] / weight_N[:, None]
+        owner_NxW, from_Nx2 = (sums[0][:, 0, channels[0] + 4:] / weight_N[:, None]).tensor_split([self.config.width], 1)
         slopes = [torch.linalg.vector_norm(x[..., -1], dim=1) / (sad_N + 1e-3) for x in sums[1:]]
         features_Nx6 = torch.stack([sad_N.log() / 2, sad_N.sqrt() - 1, *slopes, square_N / weight_N ** 2,
                                     potential_N.clamp(min=0).log1p()], -1)
@@ -156,7 +177,8 @@ class ProbeNet(nn.Module):
         value_N, log_width_N = self.head(state_NxT).float().unbind(-1)
         unit_N = 0.1 * (sad_N + 0.02).sqrt()
         bond_N = self.bond(raw_NxC[:, channels[0]:])[:, 0]
-        return unit_N * value_N + 0.1 * sphere_N + 0.05 * bond_N, unit_N * log_width_N.clamp(-6, 4).exp()
+        centre_N, width_N = unit_N * value_N + 0.1 * sphere_N + 0.05 * bond_N, unit_N * log_width_N.clamp(-6, 4).exp()
+        return (centre_N, width_N) if self.trust is None else distrusted(centre_N, width_N, from_Nx2)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         "Load weights as PyTorch does, also under the names of earlier versions; returns the keys that did not match."
@@ -269,23 +291,6 @@ def predict_field(model: ProbeNet,              # the network; put into evaluati
     centre_xyz, width_xyz = CrystalField(model, structure).on_grid(sad_xyz, show).cpu().numpy()
     return centre_xyz, width_xyz
 
-# %% ../../nbs/05_models/08_probe.ipynb #6ef77eda
-def shift_to_mean(total_xyz: np.ndarray,  # (nx, ny, nz) a density, in any unit
-                  mean: float,            # mean of the result, above 0, in the same unit
-                  ) -> np.ndarray:  # (nx, ny, nz) float64
-    "All values, shifted by one amount to a given mean; a positive value stops at zero, a negative one is not lowered."
-    assert mean > 0
-    moved_xyz, floor_xyz, shift = np.array(total_xyz, np.float64), np.minimum(total_xyz, 0), 0.0
-    excess = float(moved_xyz.mean()) - mean
-    if excess <= 0:
-        moved_xyz -= excess
-    while excess > 1e-10 * mean:  # Newton's method on a convex, piecewise linear function: no step is too long, the last is exact
-        shift += excess / float((moved_xyz > floor_xyz).mean())
-        np.subtract(total_xyz, shift, out=moved_xyz)
-        np.maximum(moved_xyz, floor_xyz, out=moved_xyz)
-        excess = float(moved_xyz.mean()) - mean
-    return moved_xyz
-
 # %% ../../nbs/05_models/08_probe.ipynb #9c15db09
 def save_probe(model: ProbeNet,           # the network
                path: str | Path,          # folder to write; an existing one is replaced as a whole
@@ -311,7 +316,7 @@ def _renamed_scale(training: dict[str, Any],  # metadata of the training, of any
 _BOUNDS: dict[str, tuple[float, float]] = {
     "width": (1, 1024), "n_layers": (0, 16), "atom_channels": (0, 512), "voxel_channels": (0, 512), "readout_width": (1, 2048),
     "readout_blocks": (0, 16), "dropout": (0.0, 1.0), "element_dropout": (0.0, 1.0), "cutoff": (0.1, 20.0),
-    "atom_cutoff": (0.1, 20.0), "n_descriptor": (1, N_DESCRIPTOR)}
+    "atom_cutoff": (0.1, 20.0), "n_descriptor": (1, N_DESCRIPTOR), "n_states": (0, MOST_STATES)}
 
 def _read_config(folder: Path) -> ProbeConfig:
     "The config of a checkpoint, within its bounds; raises `ValueError` for another network."

@@ -80,12 +80,15 @@ def bounded(settings: Any,  # content of config.json
 def read_weights(folder: Path,  # folder of the checkpoint, local
                  make: Callable[[], nn.Module],  # makes the network of its config
                  ) -> dict[str, Tensor]:
-    "The weights of a checkpoint; raises `ValueError` where they are not as many as the network's, or not finite."
+    "The weights and buffers of a checkpoint; raises `ValueError` where they are not as many as the network's, or not finite."
     weights = load_file(folder / "model.safetensors")
     with torch.device("meta"):
-        expected = sum(parameter.numel() for parameter in make().parameters())
+        network = make()
+    parameters = dict(network.named_parameters(remove_duplicate=False))  # weights that are used twice are written once
+    buffers = [values for name, values in network.state_dict().items() if name not in parameters]
+    expected = sum(values.numel() for values in (*network.parameters(), *buffers))
     if (n := sum(tensor.numel() for tensor in weights.values())) != expected:
-        raise ValueError(f"config.json describes a network of {expected:,} parameters, and the file holds {n:,}")
+        raise ValueError(f"config.json describes a network of {expected:,} numbers, and the file holds {n:,}")
     if not all(bool(tensor.isfinite().all()) for tensor in weights.values()):
         raise ValueError("NaN or infinite weights")
     return weights

@@ -345,5 +345,6 @@ def run_tasks(tasks: Sequence[PredictionTask],  # from `plan_tasks`
         yield {"name": task.name, "formula": density.formula, "grid": list(density.shape), "electrons": density.n_electrons,
                "electrons_before_rescaling": prediction.electrons_before,
                "expected_nmae": None if error_xyz is None else float(error_xyz.mean() * density.volume / density.n_electrons),
+               "inside_90": prediction.inside_90, "distance": prediction.distance, "unlike": prediction.unlike,
                "elements_never_seen": density.metadata["elements_never_seen"], "out": task.out,
                "seconds": perf_counter() - start}

@@ -6,7 +6,7 @@
 __all__ = ['ProbePredictor', 'load_predictor']
 
 # %% ../../nbs/07_prediction/04_predictors.ipynb #30d9fada
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -57,8 +57,10 @@ class ProbePredictor:
         else:
             difference_xyz, error_xyz, _ = predict_smooth(self.model, structure, sad, sad_xyz, show)
         total_xyz += difference_xyz * structure.volume
-        elements = frozenset(self.model.training_metadata["elements"])
-        return finish(structure, total_xyz, error_xyz, "tomat, probe", elements, "shift" if self.rescale else None, self.atoms)
+        training = self.model.training_metadata
+        made = finish(structure, total_xyz, error_xyz, "tomat, probe", frozenset(training["elements"]),
+                      "shift" if self.rescale else None, self.atoms)
+        return replace(made, distance=self.model.distance(structure), inside_90=training.get("held_out", {}).get("inside_90"))
 
     def identity(self) -> dict[str, Any]:
         "Weights and settings that decide the predictions, ready for JSON."

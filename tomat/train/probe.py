@@ -80,15 +80,18 @@ def validation_scores(model: ProbeNet,
                       data: VoxelSet,                      # materials to score, at most MOST_HELD_OUT of them
                       context: DistributedContext = DistributedContext(torch.device("cpu")),
                       ) -> dict[str, float]:
-    "Mean and median NMAE over materials, on kept voxels, and the calibration scale; each process scores its share."
+    "Mean and median NMAE over materials, on kept voxels, and how expected errors fit; each process scores its share."
     chosen = sorted(batch_materials(0, data.strata, MOST_HELD_OUT, 0))
     crystals, own = Crystals(data, model.config), {}
     for i in chosen[context.rank::context.ranks]:
         error, width = sampled_errors(model, crystals, i)
-        own[i] = float(error.mean()) / data.mean(i), float((error / width).mean())
+        own[i] = float(error.mean()) / data.mean(i), (error / width).astype(np.float64)
     found = {i: pair for part in context.gathered(own) for i, pair in part.items()}
     scores, ratios = zip(*(found[i] for i in chosen), strict=True)
-    return {"loss": float(np.mean(scores)), "median": float(np.median(scores)), "calibration_scale": float(np.mean(ratios))}
+    ratio_N = np.concatenate(ratios)
+    scale = float(np.median(ratio_N)) / math.log(2)
+    return {"loss": float(np.mean(scores)), "median": float(np.median(scores)), "calibration_scale": scale,
+            "inside_90": float((ratio_N < scale * math.log(10)).mean())}
 
 # %% ../../nbs/06_train/10_probe.ipynb #22b18632
 MOST_FITTED = 4096  # materials that the levels of a codec are fitted to
@@ -164,10 +167,21 @@ class ProbeTask:
         "The materials of the last batch."
         return [{"material": self.data.ids[i]} for i in self.drawn.materials]
 
+    @torch.no_grad()
+    def averaged(self) -> ProbeNet:
+        "A copy of the averaged weights that knows the states of the training data's atoms."
+        model, crystals = copied(self.average), self.draws.crystals
+        chosen = sorted(batch_materials(0, self.data.strata, MOST_FITTED, 0))
+        one = [np.zeros(1, np.int64)]  # a voxel; only atoms are needed
+        parts = (draw(crystals, chosen[i:i + 32], one * len(chosen[i:i + 32])) for i in range(0, len(chosen), 32))
+        states = [model.states(batch_of(part, self.context.device).atoms) for part in parts]
+        model.remember(torch.cat(states), self.data.symbols)
+        return model
+
     def scores(self) -> dict[str, float]:
         "Scores of the averaged weights on the held-out materials; computed once a step, also for its checkpoints."
         if self.validation is None:
-            self.validation = validation_scores(self.average, self.held_out, self.context) if self.held_out else {}
+            self.validation = validation_scores(self.averaged(), self.held_out, self.context) if self.held_out else {}
         return self.validation
 
     def state(self) -> dict[str, Any]:
@@ -198,7 +212,7 @@ class ProbeTask:
         scores = self.scores()
         if self.context.rank:
             return
-        model, scale = copied(self.average).cpu(), scores.get("calibration_scale", self.config.calibration_scale)
+        model, scale = self.averaged().cpu(), scores.get("calibration_scale", self.config.calibration_scale)
         with torch.no_grad():
             model.head.bias[1] += math.log(scale)
         model.codec = self.codec
