@@ -1,17 +1,21 @@
-"""Train the packaged probe network, package it, and measure it: results/probe/ and its model card.
+"""Train the probe networks of the results, package one, and measure them: results/probe/ and the model card.
 
-    python results/probe/make_probe_results.py calibrate STORE RUN [--steps 3000]
-    python results/probe/make_probe_results.py train STORE RUN [--steps 3000] --calibration-scale X
-    python results/probe/make_probe_results.py package RUN
+    python results/probe/make_probe_results.py split STORE
+    python results/probe/make_probe_results.py calibrate STORE RUNS
+    python results/probe/make_probe_results.py train STORE RUNS [--size S] [--seed 0] [--part 1]
+    python results/probe/make_probe_results.py package RUNS
     python results/probe/make_probe_results.py evaluate STORE
-    python results/probe/make_probe_results.py curve STORE RUNS --steps 800
+    python results/probe/make_probe_results.py seeds STORE RUNS
+    python results/probe/make_probe_results.py curve STORE RUNS
+    python results/probe/make_probe_results.py folds STORE RUNS [--steps 3000] [--only H F]
 
-calibrate: a run on four fifths of the training split, measured on the whole grids of the materials of held_out.csv.
-It finds the factor of the expected errors (pass it to train) and the best way to make electrons exact: held_out.json and
-electrons.csv. train: the checkpoint, from all of the training split; a stopped run is resumed. package: copy it to
-tomat/data/probe. evaluate: the packaged checkpoint on the whole grids of the validation split, as a user predicts them:
-validation.csv, validation.json, calibration.csv and the card. curve: the same for short runs on growing parts of the training
-split: curve.csv.
+split: held_out.csv, a tenth of the chemical systems of the training split. calibrate: a run without these materials, measured on
+their whole grids. It finds the factor of the expected errors and the best way to make electrons exact: held_out.json and
+electrons.csv. train: a run on all of the training split, or on a part of it. A stopped run is resumed. package: the run of seed 0
+with the factor that calibrate found, copied to tomat/data/probe. evaluate: the packaged checkpoint on the whole grids of the
+validation split, as a user predicts them: validation.csv, validation.json, calibration.csv and the card. seeds: the runs of all
+sizes and seeds there are: seeds.csv. curve: the runs of all parts: curve.csv. folds: for each element in FOLDS a run without
+the materials that have it, measured on these: folds.csv.
 """
 
 import os
@@ -19,22 +23,29 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy is imported: its pools read it once
 
 import argparse
-import shutil
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from time import process_time
 from typing import Any
+from zlib import crc32
 
 import numpy as np
+import torch
+from pymatgen.core import Structure
 from scipy.stats import spearmanr
 
 from tomat.atoms.hirshfeld import charge_error
 from tomat.density.classify import classify
 from tomat.io.remote import TomatError
-from tomat.io.files import atomic_write, read_json, read_text, write_json, write_text
-from tomat.train.probe import ProbeTrainConfig, train_probe
+from tomat.io.files import read_json, read_text, write_json, write_text
+from tomat.dataset.prepare import prepare
+from tomat.dataset.voxels import PrepareConfig
+from tomat.train.config import ProbeTrainConfig, RunConfig
+from tomat.train.probe import train_voxels
 from tomat.density.metrics import nmae, potential_error
-from tomat.models.probe import ProbeNet, load_probe, predict_field
+from tomat.models.messages import PROBE_SIZES
+from tomat.models.probe import ProbeNet, load_probe, predict_field, save_probe
 from tomat.prediction.core import shift_to_mean
 from tomat.prediction.predictors import ProbePredictor, load_predictor
 from tomat.io.progress import track
@@ -46,20 +57,46 @@ from tomat.study.site import read_table, write_table
 
 RESULTS = Path(__file__).resolve().parent
 PACKAGED = RESULTS.parents[1] / "tomat" / "data" / "probe"
-SIZES = (39, 78, 156, 312)
+STEPS = 16_000
+AVERAGE = 0.999  # of the weights: a longer memory than that of `tomat train`, for more steps
+FOLDS = ("Ne", "H", "F", "La", "Bi")
 NOMINAL = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 RARE = 5  # an element in fewer materials is named in the card
 COMMAND = "python results/probe/make_probe_results.py evaluate STORE"
 
 
+def system(structure: Structure) -> str:
+    "The elements of a crystal in one word."
+    return "-".join(sorted(element.symbol for element in structure.composition.elements))
+
+
+def split(store: RawStore) -> None:
+    "A tenth of the chemical systems, by a checksum of their names, which holds when the store grows."
+    found = [(id, store.read(id).structure) for id in track(store.split("train"), "look")]
+    write_table(RESULTS / "held_out.csv", [{"id": id, "formula": structure.composition.reduced_formula} for id, structure in found
+                                           if crc32(system(structure).encode()) % 10 == 0])
+
+
 def fold(store: RawStore) -> tuple[list[str], list[str]]:
-    "The training split in two: a part to train on, in a drawn order, and the materials of held_out.csv, whole chemical systems."
+    "The training split in two: a part to train on, and the materials of held_out.csv, whole chemical systems."
     held_out, training = {row["id"] for row in read_table(RESULTS / "held_out.csv")}, store.split("train")
     if missing := sorted(held_out - set(training)):
         raise TomatError(f"{store} lacks {', '.join(missing)} in its part train, which results/probe/held_out.csv names: give the "
                          "store of these results.")
-    kept = [id for id in training if id not in held_out]
-    return [kept[i] for i in np.random.default_rng(1).permutation(len(kept))], [id for id in training if id in held_out]
+    return [id for id in training if id not in held_out], [id for id in training if id in held_out]
+
+
+def run_name(size: str, seed: int, part: float) -> str:
+    return f"{size}-{seed}" + (f"-{part:g}" if part < 1 else "")
+
+
+def train(store: RawStore, run: Path, voxels: str, ids: Sequence[str], steps: int, size: str = "S", seed: int = 0) -> Path:
+    "The checkpoint of a run, which is trained unless it is there; runs of one folder share the voxels of a name."
+    if not (run / "model").exists():
+        prepare(store, run.parent / "voxels" / voxels, PrepareConfig(), ids)
+        train_voxels(run.parent / "voxels" / voxels, run, ProbeTrainConfig(size=size, steps=steps, seed=seed, average=AVERAGE),
+                     RunConfig(save_every=500))
+    return run / "model"
 
 
 def inside(ratio: np.ndarray) -> list[float]:
@@ -82,11 +119,9 @@ def corrections(raw: np.ndarray,    # predicted density, e/Å³
             **{name: raw - excess * x / x.mean() for name, x in shape.items()}}
 
 
-def calibrate(store: RawStore, run: Path, steps: int) -> None:
+def calibrate(store: RawStore, runs: Path, steps: int) -> None:
     training, held_out = fold(store)
-    if not (run / "model").exists():
-        train_probe(store, training, run, ProbeTrainConfig(steps=steps), held_out)
-    model = load_probe(run / "model")
+    model = load_probe(train(store, runs / "calibrate", "calibrate", training, steps))
     metadata = model.training_metadata
     scores: list[dict[str, float]] = []
     ratios, below = [], Counter[str]()
@@ -95,7 +130,6 @@ def calibrate(store: RawStore, run: Path, steps: int) -> None:
         assert density.sad is not None
         sad = density.sad.astype(np.float64)
         difference, width = predict_field(model, density.structure, density.shape, sad)
-        width /= metadata["calibration_scale"]  # the run's own, from drawn voxels, before electrons were exact
         made = corrections(sad + difference, sad.mean(), sad, width)
         scores.append({name: nmae(x, density.values) for name, x in [("SAD", sad), *made.items()]})
         lowest = min(0.0, float((sad + difference).min()))
@@ -105,10 +139,11 @@ def calibrate(store: RawStore, run: Path, steps: int) -> None:
     write_table(RESULTS / "electrons.csv", [{"correction": name, "materials": len(held_out), "nmae_mean": float(np.mean(column)),
                                  "nmae_median": float(np.median(column)), "made_lower": below[name]}
                                 for name, column in columns.items()])
-    factor = float(np.mean([ratio.mean() for ratio in ratios]))  # under which the errors that were found are most likely
+    drawn = np.concatenate([np.random.default_rng(0).choice(ratio, 4000) for ratio in ratios])  # each material counts the same
+    factor = float(np.median(drawn) / np.log(2))
     write_json(RESULTS / "held_out.json", {
         "calibration_scale": factor, "materials": len(training), "held_out_materials": len(held_out), "steps": metadata["steps"],
-        "seconds": metadata["seconds"],
+        "cpu_seconds": metadata["cpu_seconds"],
         "nmae_mean": float(np.mean(columns["one shift, none below zero"])),
         "nmae_median": float(np.median(columns["one shift, none below zero"])),
         "sad_mean": float(np.mean(columns["SAD"])),
@@ -118,12 +153,15 @@ def calibrate(store: RawStore, run: Path, steps: int) -> None:
 
 
 def package(run: Path) -> None:
-    load_probe(run / "model")
-    with atomic_write(PACKAGED) as aside:
-        shutil.copytree(run / "model", aside)
+    model, found = load_probe(run / "model"), read_json(RESULTS / "held_out.json")
+    scale = found["calibration_scale"]
+    with torch.no_grad():
+        model.head.bias[1] += np.log(scale / model.training_metadata["calibration_scale"])
+    held_out = {"materials": found["held_out_materials"], "inside_90": found["inside_after"]["0.9"]}
+    save_probe(model, PACKAGED, model.training_metadata | {"calibration_scale": scale, "held_out": held_out})
     log, metadata = read_log(run), read_json(run / "config.json")
     write_table(RESULTS / "log.csv", [{"step": line["step"], "nmae": line["loss"], "lr": line["lr"],
-                           "cpu_seconds": line["time"]["cpu_seconds"]} for line in log[9::10]])
+                           "cpu_seconds": line["time"]["cpu_seconds"]} for line in log[9::20]])
     del metadata["data"]["ids"]
     write_json(RESULTS / "fit.json", metadata)
 
@@ -139,7 +177,7 @@ def scores_of(store: RawStore, id: str, predictor: Any) -> tuple[dict[str, Any],
     expected = made.expected_error_xyz.ravel()
     cell, true_xyz, sad_xyz = density.structure, density.total, density.sad * density.volume
     row = {"id": id, "formula": density.formula, "class": classify(density.structure), "atoms": len(density.structure),
-           "voxels": error.size, "nmae": nmae(made.density.rho, density.values),
+           "voxels": error.size, "nmae": nmae(made.density.rho, density.values), "distance": made.distance, "unlike": made.unlike,
            "sad": nmae(density.sad, density.values), "expected": float(expected.sum() / np.abs(density.values).sum()),
            "potential": potential_error(made.density.total, true_xyz, cell.lattice.matrix),
            "potential_sad": potential_error(sad_xyz, true_xyz, cell.lattice.matrix),
@@ -162,7 +200,9 @@ def summary_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
             **{f"{key}_mean": over(key) for key in ("potential", "potential_sad", "charges", "charges_sad")},
             "better_potential_than_sad": sum(row["potential"] < row["potential_sad"] for row in rows),
             "better_than_sad": sum(row["nmae"] < row["sad"] for row in rows),
-            "expected_mean": over("expected"), "rank_correlation_median": over("rank_correlation", np.median),
+            "expected_mean": over("expected"), "rank_of_materials": float(spearmanr([row["expected"] for row in rows],
+                                                                                    [row["nmae"] for row in rows])[0]),
+            "unlike": sum(row["unlike"] for row in rows), "rank_correlation_median": over("rank_correlation", np.median),
             "inside_50_mean": over("inside_50"), "inside_90_mean": over("inside_90"),
             "electron_error_before_mean": float(np.mean([abs(r["electrons_before"] / r["electrons"] - 1) for r in rows])),
             "voxels_per_cpu_s": sum(row["voxels"] for row in rows) / sum(row["cpu_seconds"] for row in rows)}
@@ -213,47 +253,82 @@ def card(summary: dict[str, Any], rows: list[dict[str, Any]], elements: list[str
     return text.replace("%", " %")
 
 
-def curve(store: RawStore, runs: Path, steps: int) -> None:
-    ids = store.split("train")
-    drawn, rows = [ids[i] for i in np.random.default_rng(1).permutation(len(ids))], []
-    for size in SIZES:
-        model: ProbeNet = load_probe(train_probe(store, drawn[:size], runs / str(size), ProbeTrainConfig(steps=steps)))
-        predictor = ProbePredictor(model)
-        validation = track(store.split("validation"), "evaluate", unit="materials")
-        scores = [scores_of(store, id, predictor)[0] for id in validation]
-        rows.append({**summary_of(scores), "materials": size, "steps": steps, "elements": len(model.training_metadata["elements"]),
-                     "cpu_seconds": model.training_metadata["cpu_seconds"]})
+def measured(store: RawStore, checkpoint: Path, ids: Sequence[str], scale: float) -> list[dict[str, Any]]:
+    "The scores of a run's checkpoint on some materials, with the expected errors multiplied by one number."
+    model: ProbeNet = load_probe(checkpoint)
+    with torch.no_grad():
+        model.head.bias[1] += np.log(scale)
+    predictor = ProbePredictor(model)
+    return [scores_of(store, id, predictor)[0] for id in track(ids, checkpoint.parent.name, unit="materials")]
+
+
+def of_runs(store: RawStore, found: Sequence[Path]) -> list[dict[str, Any]]:
+    "A row for each run, with its scores on the validation split."
+    rows, scale = [], read_json(RESULTS / "held_out.json")["calibration_scale"]
+    for run in found:
+        metadata = load_probe(run / "model").training_metadata
+        summary = summary_of(measured(store, run / "model", store.split("validation"), scale))
+        rows.append({"run": run.name, "materials": len(metadata["materials"]), "elements": len(metadata["elements"]),
+                     **{key: metadata[key] for key in ("seed", "steps", "parameters", "cpu_seconds")},
+                     **{key: summary[key] for key in (
+                         "nmae_mean", "nmae_median", "nmae_worst", "sad_mean", "potential_mean", "potential_sad_mean",
+                         "better_than_sad", "better_potential_than_sad", "inside_50_mean", "inside_90_mean", "rank_of_materials",
+                         "unlike", "voxels_per_cpu_s")}})
         print(rows[-1], flush=True)
-    kept = ("materials", "steps", "elements", "cpu_seconds", "nmae_mean", "nmae_median", "nmae_worst", "sad_mean",
-            "better_than_sad")
-    write_table(RESULTS / "curve.csv", [{key: row[key] for key in kept} for row in rows])
+    return rows
+
+
+def seeds(store: RawStore, runs: Path) -> None:
+    names = [run_name(size, seed, 1) for size in PROBE_SIZES for seed in range(10)]
+    write_table(RESULTS / "seeds.csv", of_runs(store, [runs / name for name in names if (runs / name / "model").exists()]))
+
+
+def curve(store: RawStore, runs: Path) -> None:
+    found = sorted((runs.glob("S-0*")), key=lambda run: len(load_probe(run / "model").training_metadata["materials"]))
+    write_table(RESULTS / "curve.csv", of_runs(store, found))
+
+
+def folds(store: RawStore, runs: Path, steps: int, only: Sequence[str]) -> None:
+    ids, scale, table = store.split("train"), read_json(RESULTS / "held_out.json")["calibration_scale"], RESULTS / "folds.csv"
+    elements = {id: system(store.read(id).structure).split("-") for id in track(ids, "look")}
+    rows = [row for row in read_table(table) if row["element"] not in only] if table.exists() else []
+    for element in only:
+        left_out = [id for id in ids if element in elements[id]]
+        checkpoint = train(store, runs / f"without-{element}", f"without-{element}", [id for id in ids if element not in elements[id]], steps)
+        rows += [{"element": element, "steps": steps, **row} for row in measured(store, checkpoint, left_out, scale)]
+        write_table(table, rows)
 
 
 @sentences
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["calibrate", "train", "package", "evaluate", "curve"])
-    parser.add_argument("path", help="a raw store; a run to package")
-    parser.add_argument("run", nargs="?", help="folder of the run")
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--calibration-scale", type=float, help="factor of the expected errors")
+    parser.add_argument("what", choices=["split", "calibrate", "train", "package", "evaluate", "seeds", "curve", "folds"])
+    parser.add_argument("path", help="a raw store; for package the folder of the runs")
+    parser.add_argument("runs", nargs="?", help="folder of the runs")
+    parser.add_argument("--steps", type=int, help=f"number of steps  [default: {STEPS:,}, 3,000 for folds]")
+    parser.add_argument("--size", default="S", choices=list(PROBE_SIZES))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--part", type=float, default=1.0, help="share of the training split, in a drawn order")
+    parser.add_argument("--only", nargs="*", default=FOLDS, choices=FOLDS)
     args = parser.parse_args()
-    if args.what in ("curve", "calibrate", "train") and not args.run:
-        parser.error("name a folder for the run")
-    if args.what == "train" and args.calibration_scale is None:
-        parser.error("pass --calibration-scale X, the number that calibrate found")
+    if args.what not in ("split", "package", "evaluate") and not args.runs:
+        parser.error("name a folder for the runs")
     if args.what == "package":
-        return package(Path(args.path))
-    store = RawStore(args.path)
-    if args.what == "curve":
-        curve(store, Path(args.run), args.steps)
+        return package(Path(args.path, run_name("S", 0, 1)))
+    store, runs, steps = RawStore(args.path), Path(args.runs or ""), args.steps or STEPS
+    if args.what == "train":
+        ids = store.split("train")
+        drawn = np.random.default_rng(1).permutation(len(ids))[:round(args.part * len(ids))]
+        train(store, runs / run_name(args.size, args.seed, args.part), f"part-{args.part:g}", [ids[i] for i in sorted(drawn)], steps,
+              args.size, args.seed)
+    elif args.what == "folds":
+        folds(store, runs, args.steps or 3000, args.only)
     elif args.what == "calibrate":
-        calibrate(store, Path(args.run), args.steps)
-    elif args.what == "train":
-        config = ProbeTrainConfig(steps=args.steps, calibration_scale=args.calibration_scale)
-        train_probe(store, store.split("train"), args.run, config)
+        calibrate(store, runs, steps)
+    elif args.what in ("seeds", "curve"):
+        {"seeds": seeds, "curve": curve}[args.what](store, runs)
     else:
-        evaluate(store)
+        {"split": split, "evaluate": evaluate}[args.what](store)
 
 
 if __name__ == "__main__":
