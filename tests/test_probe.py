@@ -115,6 +115,50 @@ def test_another_origin(model, crystal, steps):
     assert np.abs(field(model, moved) - np.roll(here, steps, (1, 2, 3))).max() < 1e-4 * np.abs(here).max()
 
 
+def with_trust(model: ProbeNet, learned: list[Structure]) -> ProbeNet:
+    "The same network, which remembers the atoms of some crystals."
+    made = ProbeNet(model.config)
+    made.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        states = [made.eval().states(atom_graph(structure, 6.0)) for structure in learned]
+    made.remember(torch.cat(states), {site.specie.symbol for structure in learned for site in structure})
+    return made
+
+
+def test_atoms_of_the_training_data_have_no_distance_and_others_have(model, crystal):
+    trusting = with_trust(model, [crystal])
+    moved = crystal.copy()
+    moved.translate_sites(range(3), [0.3, 0.4, 0.7])
+    stretched = crystal.copy()
+    stretched.apply_strain(0.1)
+    assert max(trusting.distance(same) for same in (crystal, moved, crystal * (2, 1, 1))) < 0.05
+    assert trusting.distance(stretched) > 0.3 and model.distance(crystal) is None
+
+
+def test_a_distant_crystal_has_the_same_prediction_and_a_larger_expected_error(model, crystal):
+    stretched = crystal.copy()
+    stretched.apply_strain(0.1)
+    trusting = with_trust(model, [crystal])
+    (plain, width), (trusted, wider) = field(model, stretched), field(trusting, stretched)
+    np.testing.assert_allclose(trusted, plain, rtol=1e-4, atol=1e-5)
+    assert (wider > 1.5 * width).all() and (field(trusting, crystal)[1] < field(model, crystal)[1]).all()
+
+
+@pytest.mark.parametrize("learned, kept", [("Kr", 1.0), ("Ar", 0.5), ("Fe", 0.0)])
+def test_an_unknown_element_keeps_half_of_the_difference_or_none(model, learned, kept):
+    alone, other = (Structure(Lattice.cubic(4.0), [symbol], [[0, 0, 0]]) for symbol in ("Kr", learned))
+    plain, trusted = field(model, alone), field(with_trust(model, [other]), alone)
+    np.testing.assert_allclose(trusted[0], kept * plain[0], atol=4e-3 * np.abs(plain[0]).max())
+    assert (trusted[1] >= (1 - kept) * np.abs(plain[0])).all() and np.abs(plain[0]).max() > 0.01
+
+
+def test_trust_is_saved_with_the_network(model, crystal, tmp_path):
+    trusting = with_trust(model, [crystal])
+    save_probe(trusting, tmp_path / "model", {"elements": ["Ba", "O", "Ti"]})
+    again, other = load_probe(tmp_path / "model"), crystal * (1, 1, 2)
+    assert (field(again, other) == field(trusting, other)).all() and again.distance(other) == trusting.distance(other)
+
+
 @pytest.mark.parametrize("axis", [0, 1, 2])
 def test_a_supercell(model, crystal, axis):
     scale, here = np.where(np.arange(3) == axis, 2, 1), field(model, crystal)

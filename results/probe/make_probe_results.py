@@ -2,20 +2,20 @@
 
     python results/probe/make_probe_results.py split STORE
     python results/probe/make_probe_results.py calibrate STORE RUNS
-    python results/probe/make_probe_results.py train STORE RUNS [--size S] [--seed 0] [--part 1]
+    python results/probe/make_probe_results.py train STORE RUNS [--size S] [--seed 0]
     python results/probe/make_probe_results.py package RUNS
     python results/probe/make_probe_results.py evaluate STORE
     python results/probe/make_probe_results.py seeds STORE RUNS
-    python results/probe/make_probe_results.py curve STORE RUNS
-    python results/probe/make_probe_results.py folds STORE RUNS [--steps 3000] [--only H F]
+    python results/probe/make_probe_results.py curve STORE RUNS --steps 3000
+    python results/probe/make_probe_results.py folds STORE RUNS --steps 2000 [--only H F]
 
 split: held_out.csv, a tenth of the chemical systems of the training split. calibrate: a run without these materials, measured on
 their whole grids. It finds the factor of the expected errors and the best way to make electrons exact: held_out.json and
-electrons.csv. train: a run on all of the training split, or on a part of it. A stopped run is resumed. package: the run of seed 0
-with the factor that calibrate found, copied to tomat/data/probe. evaluate: the packaged checkpoint on the whole grids of the
-validation split, as a user predicts them: validation.csv, validation.json, calibration.csv and the card. seeds: the runs of all
-sizes and seeds there are: seeds.csv. curve: the runs of all parts: curve.csv. folds: for each element in FOLDS a run without
-the materials that have it, measured on these: folds.csv.
+electrons.csv. train: a run on all of the training split; a stopped run is resumed. package: the run of seed 0 with the factor that
+calibrate found, copied to tomat/data/probe. evaluate: the packaged checkpoint on the whole grids of the validation split, as a user
+predicts them: validation.csv, validation.json, calibration.csv and the card. seeds: the runs of all sizes and seeds there are:
+seeds.csv. curve: short runs on growing parts of the training split: curve.csv. folds: for each element in FOLDS a run without the
+materials that have it, measured on these: folds.csv.
 """
 
 import os
@@ -59,6 +59,7 @@ RESULTS = Path(__file__).resolve().parent
 PACKAGED = RESULTS.parents[1] / "tomat" / "data" / "probe"
 STEPS = 16_000
 AVERAGE = 0.999  # of the weights: a longer memory than that of `tomat train`, for more steps
+PARTS = (0.25, 0.5, 1.0)
 FOLDS = ("Ne", "H", "F", "La", "Bi")
 NOMINAL = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 RARE = 5  # an element in fewer materials is named in the card
@@ -84,10 +85,6 @@ def fold(store: RawStore) -> tuple[list[str], list[str]]:
         raise TomatError(f"{store} lacks {', '.join(missing)} in its part train, which results/probe/held_out.csv names: give the "
                          "store of these results.")
     return [id for id in training if id not in held_out], [id for id in training if id in held_out]
-
-
-def run_name(size: str, seed: int, part: float) -> str:
-    return f"{size}-{seed}" + (f"-{part:g}" if part < 1 else "")
 
 
 def train(store: RawStore, run: Path, voxels: str, ids: Sequence[str], steps: int, size: str = "S", seed: int = 0) -> Path:
@@ -279,13 +276,16 @@ def of_runs(store: RawStore, found: Sequence[Path]) -> list[dict[str, Any]]:
 
 
 def seeds(store: RawStore, runs: Path) -> None:
-    names = [run_name(size, seed, 1) for size in PROBE_SIZES for seed in range(10)]
-    write_table(RESULTS / "seeds.csv", of_runs(store, [runs / name for name in names if (runs / name / "model").exists()]))
+    found = [runs / f"{size}-{seed}" for size in PROBE_SIZES for seed in range(10)]
+    write_table(RESULTS / "seeds.csv", of_runs(store, [run for run in found if (run / "model").exists()]))
 
 
-def curve(store: RawStore, runs: Path) -> None:
-    found = sorted((runs.glob("S-0*")), key=lambda run: len(load_probe(run / "model").training_metadata["materials"]))
-    write_table(RESULTS / "curve.csv", of_runs(store, found))
+def curve(store: RawStore, runs: Path, steps: int) -> None:
+    ids = store.split("train")
+    drawn = [ids[i] for i in np.random.default_rng(1).permutation(len(ids))]
+    for part in PARTS:
+        train(store, runs / f"part-{part:g}", f"part-{part:g}", sorted(drawn[:round(part * len(ids))], key=ids.index), steps)
+    write_table(RESULTS / "curve.csv", of_runs(store, [runs / f"part-{part:g}" for part in PARTS]))
 
 
 def folds(store: RawStore, runs: Path, steps: int, only: Sequence[str]) -> None:
@@ -294,7 +294,8 @@ def folds(store: RawStore, runs: Path, steps: int, only: Sequence[str]) -> None:
     rows = [row for row in read_table(table) if row["element"] not in only] if table.exists() else []
     for element in only:
         left_out = [id for id in ids if element in elements[id]]
-        checkpoint = train(store, runs / f"without-{element}", f"without-{element}", [id for id in ids if element not in elements[id]], steps)
+        others, name = [id for id in ids if element not in elements[id]], f"without-{element}"
+        checkpoint = train(store, runs / name, name, others, steps)
         rows += [{"element": element, "steps": steps, **row} for row in measured(store, checkpoint, left_out, scale)]
         write_table(table, rows)
 
@@ -305,28 +306,24 @@ def main() -> None:
     parser.add_argument("what", choices=["split", "calibrate", "train", "package", "evaluate", "seeds", "curve", "folds"])
     parser.add_argument("path", help="a raw store; for package the folder of the runs")
     parser.add_argument("runs", nargs="?", help="folder of the runs")
-    parser.add_argument("--steps", type=int, help=f"number of steps  [default: {STEPS:,}, 3,000 for folds]")
+    parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--size", default="S", choices=list(PROBE_SIZES))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--part", type=float, default=1.0, help="share of the training split, in a drawn order")
     parser.add_argument("--only", nargs="*", default=FOLDS, choices=FOLDS)
     args = parser.parse_args()
     if args.what not in ("split", "package", "evaluate") and not args.runs:
         parser.error("name a folder for the runs")
     if args.what == "package":
-        return package(Path(args.path, run_name("S", 0, 1)))
-    store, runs, steps = RawStore(args.path), Path(args.runs or ""), args.steps or STEPS
+        return package(Path(args.path, "S-0"))
+    store, runs, steps = RawStore(args.path), Path(args.runs or ""), args.steps
     if args.what == "train":
-        ids = store.split("train")
-        drawn = np.random.default_rng(1).permutation(len(ids))[:round(args.part * len(ids))]
-        train(store, runs / run_name(args.size, args.seed, args.part), f"part-{args.part:g}", [ids[i] for i in sorted(drawn)], steps,
-              args.size, args.seed)
+        train(store, runs / f"{args.size}-{args.seed}", "part-1", store.split("train"), steps, args.size, args.seed)
     elif args.what == "folds":
-        folds(store, runs, args.steps or 3000, args.only)
-    elif args.what == "calibrate":
-        calibrate(store, runs, steps)
-    elif args.what in ("seeds", "curve"):
-        {"seeds": seeds, "curve": curve}[args.what](store, runs)
+        folds(store, runs, steps, args.only)
+    elif args.what in ("calibrate", "curve"):
+        {"calibrate": calibrate, "curve": curve}[args.what](store, runs, steps)
+    elif args.what == "seeds":
+        seeds(store, runs)
     else:
         {"split": split, "evaluate": evaluate}[args.what](store)
 
