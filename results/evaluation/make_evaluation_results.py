@@ -6,8 +6,9 @@
 
 train: rows of the part train as in the demo (difference to the sum of atomic densities, fitted levels), then the nano model on
 one thread. evaluate: both decoders on whole grids of the part validation; each has a folder of its own in RUN/scores, so a new
-packaged checkpoint costs only its own predictions. options: overlapping patches, and predictions averaged over the six orders of
-the lattice vectors, on the materials with the smallest grids. A run that was stopped goes on.
+packaged checkpoint costs only its own predictions; where RUN has no language model, its scores stay as they are. options:
+overlapping patches, and predictions averaged over the six orders of the lattice vectors, on the materials with the smallest grids.
+A run that was stopped goes on.
 """
 
 import os
@@ -15,6 +16,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy is imported: its pools read it once
 
 import argparse
+import csv
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from itertools import permutations
@@ -29,7 +31,7 @@ from pymatgen.core import Lattice, Structure
 from tomat.tokens.levels import fit_levels
 from tomat.demo import DemoConfig
 from tomat.prediction.evaluate import evaluate
-from tomat.io.files import write_json, write_text
+from tomat.io.files import read_json, write_json
 from tomat.density.metrics import nmae
 from tomat.train.config import TrainConfig
 from tomat.models.causal import load_checkpoint
@@ -46,7 +48,7 @@ from tomat.dataset.parquet import TokenizeConfig
 from tomat.dataset.shards import tokenize
 from tomat.density.store import RawStore
 from tomat.run.launch import sentences
-from tomat.study.site import write_table
+from tomat.study.site import read_table, write_table
 from tomat.tokens.tokenizer import Tokenizer
 from tomat.train.causal import train
 
@@ -96,10 +98,20 @@ def causal_of(run: Path) -> CausalPredictor:
     return CausalPredictor(*load_checkpoint(run / "causal" / "model"), DEMO.strategy)
 
 
+def kept_scores(name: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    "The lines and the entries of a decoder in the tables there are."
+    lines = [line for line in read_table(RESULTS / "scores.csv") if str(line["entry"]).startswith(name)]
+    entries = read_json(RESULTS / "summary.json")["entries"]
+    return lines, {entry: means for entry, means in entries.items() if entry.startswith(name)}
+
+
 def make_scores(store: RawStore, run: Path) -> None:
     packaged = load_predictor()
     assert isinstance(packaged, ProbePredictor)
-    predictors: dict[str, Predictor] = {"probe": packaged, "causal": causal_of(run)}
+    predictors: dict[str, Predictor] = {"probe": packaged}
+    lines, entries = kept_scores("causal")
+    if (run / "causal").exists():
+        predictors["causal"], lines, entries = causal_of(run), [], {}
     ids, skipped = store.split("validation"), dict[str, str]()
     found: dict[str, dict[str, Score]] = {id: {} for id in ids}
     for name, predictor in predictors.items():
@@ -108,14 +120,16 @@ def make_scores(store: RawStore, run: Path) -> None:
         for line in result.scores:
             found[line.id].setdefault(line.entry, Score(**rounded(asdict(line))))
     scores = [line for lines in found.values() for line in lines.values()]
-    metadata = packaged.model.training_metadata
-    write_text(RESULTS / "scores.csv", scores_csv(scores))
+    metadata, entries = packaged.model.training_metadata, evaluation_summary(scores) | entries
+    order = {id: number for number, id in enumerate(ids)}
+    table = sorted([*csv.DictReader(scores_csv(scores).splitlines()), *lines], key=lambda line: order[line["id"]])
+    write_table(RESULTS / "scores.csv", [{name: line.get(name, "") for name in table[0]} for line in table])
     write_json(RESULTS / "summary.json", rounded({
         "command": f"{COMMAND} evaluate STORE RUN", "skipped": skipped,
         "probe": {"materials": len(metadata["materials"]), "weights": packaged.identity()["weights"],
                      **{key: metadata[key] for key in ("steps", "seconds", "parameters")}},
-        "threads": torch.get_num_threads(), "entries": evaluation_summary(scores)}))
-    for entry, means in evaluation_summary(scores).items():
+        "threads": torch.get_num_threads(), "entries": entries}))
+    for entry, means in entries.items():
         print(f"{entry:30} {100 * means['nmae']['mean']:.3f} %")
 
 

@@ -3,11 +3,11 @@
     python results/probe/make_probe_results.py split STORE
     python results/probe/make_probe_results.py calibrate STORE RUNS
     python results/probe/make_probe_results.py train STORE RUNS [--size S] [--seed 0]
+    python results/probe/make_probe_results.py folds STORE RUNS --steps 1500 [--only H F]
     python results/probe/make_probe_results.py package RUNS
     python results/probe/make_probe_results.py evaluate STORE
     python results/probe/make_probe_results.py seeds STORE RUNS
-    python results/probe/make_probe_results.py curve STORE RUNS --steps 3000
-    python results/probe/make_probe_results.py folds STORE RUNS --steps 2000 [--only H F]
+    python results/probe/make_probe_results.py curve STORE RUNS --steps 2000
 
 split: held_out.csv, a tenth of the chemical systems of the training split. calibrate: a run without these materials, measured on
 their whole grids. It finds the factor of the expected errors and the best way to make electrons exact: held_out.json and
@@ -244,9 +244,13 @@ def card(summary: dict[str, Any], rows: list[dict[str, Any]], elements: list[str
                       for kind, x in summary["classes"].items())
     worst = ", ".join(f"{row['formula']} ({row['nmae']:.2%})" for row in sorted(rows, key=lambda row: -row["nmae"])[:5])
     low, high = (how(row["inside_90"] for row in rows) for how in (min, max))
+    left_out = read_table(RESULTS / "folds.csv")
     text = read_text(RESULTS / "card.md").format(
         summary=summary, minutes=summary["training"]["cpu_seconds"] / 60, ours=ours, sad=sad, kinds=kinds, worst=worst, low=low,
-        high=high, few=RARE, rare=", ".join(s for s in elements if s in summary["rare_elements"]), elements=" ".join(elements))
+        folds=len(left_out), fold_worst=max(row["nmae"] / row["sad"] for row in left_out),
+        fold_inside=float(np.mean([row["inside_90"] for row in left_out])),
+        fold_potential=max(row["potential"] / row["potential_sad"] for row in left_out), high=high, few=RARE,
+        rare=", ".join(s for s in elements if s in summary["rare_elements"]), elements=" ".join(elements))
     return text.replace("%", " %")
 
 
