@@ -256,5 +256,11 @@ def test_another_folder_is_not_emptied(tmp_path):
 @pytest.mark.parametrize("name", ["t.csv", "t.csv.gz"])
 def test_another_table_is_refused(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(TomatError, match=name):
+    with pytest.raises(TomatError, match=rf"{name} .*[^.]\.$"):
         read_sweep(tmp_path / name)
+
+
+def test_a_table_that_is_not_there_is_one_sentence(tmp_path):
+    with pytest.raises(TomatError, match=r"t\.csv is not a file: check the name\.$") as caught:
+        read_sweep(tmp_path / "t.csv")
+    assert str(caught.value).startswith(str(tmp_path))

@@ -35,6 +35,7 @@ def test_a_strangers_settings_are_left_alone(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("text, words", [("nonsense", "cannot be read"), ("[data]\n[data.x]\nsplit = train\n", "materials"),
+                                         ("[data.x]\nsplit = train\n", "'data' is missing"),
                                          ("[data]\n[data.x]\nmaterials = many\n", "many")])
 def test_bad_settings_are_one_sentence(tmp_path, monkeypatch, text, words):
     (tmp_path / "mine.ini").write_text(text)

@@ -139,7 +139,8 @@ def test_a_charge_is_refused_in_memory_as_well():
 
 @pytest.mark.parametrize("name, content", [
     ("vasprun.xml", "<modeling>"), ("a.cssr", "4 4 4\n90 90 90\n2 0\n0\n1 Mg 0 0 0\n2 O+ 0.5 0.5 0.5\n"), ("a.cssr", "4 4\n"),
-    ("a.yaml", "a: *b"), ("a.yaml", "- 1"), ("a.json", '{"structure": {"lattice": 1, "sites": 2}}'), ("a.json", '{"structure": 1}'),
+    ("a.yaml", "a: *b"), ("a.yaml", "- 1"), ("a.yaml", "a: 1\na: " + 200 * "."),
+    ("a.json", '{"structure": {"lattice": 1, "sites": 2}}'), ("a.json", '{"structure": 1}'),
     ("a.res", "TITL\nCELL 1 4 4 4 90 90 90\nLATT 1\nSFAC Mg\nMg 1 0 0 0 1\nEND\n"), ("a.xsf", "CRYSTAL\n"),
     ("a.xsf", "CRYSTAL\nPRIMVEC\n1 0 0\n0 1 0\n0 0 1\nPRIMCOORD\n1000000000 1\nH 0 0 0\n")])
 def test_what_other_parsers_raise_is_one_sentence(tmp_path, name, content):

@@ -36,7 +36,7 @@ def _mean_on_grid(structure: Structure,
                   atoms: FreeAtoms,
                   ) -> float:  # electrons
     "Mean of the SAD on a grid before it is scaled: the waves that are constant on the grid."
-    constant = [order[order % n == 0] for order, n in zip(wave_orders(structure.lattice.matrix), shape, strict=True)]
+    constant = [order[order % n == 0] for order, n in zip(wave_orders(structure), shape, strict=True)]
     waves_Hx3 = np.stack(np.meshgrid(*constant, indexing="ij"), axis=-1).reshape(-1, 3)
     g_H = np.linalg.norm(waves_Hx3 @ structure.lattice.reciprocal_lattice.matrix, axis=1)
     waves_Hx3, g_H = waves_Hx3[g_H <= G_MAX], g_H[g_H <= G_MAX]
@@ -58,7 +58,7 @@ def hirshfeld_electrons(total_xyz: np.ndarray,  # (nx, ny, nz) density × cell v
     atomic_xyz = sad_xyz > VACUUM * structure.volume
     ratio_xyz = np.divide(total_xyz, sad_xyz, out=np.zeros(sad_xyz.shape), where=atomic_xyz)
     waves_xyz = scipy.fft.fftn(ratio_xyz, norm="forward")
-    orders = wave_orders(structure.lattice.matrix)
+    orders = wave_orders(structure)
     symbols = np.array([site.specie.symbol for site in structure])
     indices = {symbol: np.flatnonzero(symbols == symbol) for symbol in sorted(set(symbols))}
     phases = [wave_phases(x_N, order) for x_N, order in zip(structure.frac_coords.T, orders, strict=True)]

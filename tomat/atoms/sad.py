@@ -153,11 +153,12 @@ def own_digest(atoms: FreeAtoms | None,  # None: the packaged ones
     return None if atoms is None or atoms.digest == packaged_atoms().digest else atoms.digest
 
 # %% ../../nbs/02_atoms/01_sad.ipynb #5715f131
-def wave_orders(lattice: np.ndarray,  # (3, 3) rows a, b, c, Å
+def wave_orders(structure: Structure,  # a crystal
                 ) -> list[np.ndarray]:  # along each axis: whole numbers from -n to n
-    "The indices that wavevectors up to `G_MAX` can have."
-    most = np.floor(G_MAX * np.linalg.norm(lattice, axis=1) / (2 * np.pi)).astype(int)
-    return [np.arange(-n, n + 1) for n in most]
+    "The indices that wavevectors up to `G_MAX` can have; raises `TomatError` for a cell so large that they are too many."
+    most = np.floor(G_MAX * np.linalg.norm(structure.lattice.matrix, axis=1) / (2 * np.pi))
+    check_limit("largest_waves", math.prod(2 * most + 1), f"The cell of {formula_of(structure)}")
+    return [np.arange(-n, n + 1) for n in most.astype(int)]
 
 def wave_phases(positions: np.ndarray,  # (N,) fractional coordinates along one axis
                 orders: np.ndarray,     # (H,) indices of waves along this axis
@@ -240,8 +241,7 @@ def sad_waves(structure: Structure,            # a crystal; ordered sites only
     "The waves of the sum of atomic densities (SAD)."
     atoms = atoms or packaged_atoms()
     electrons = valence_electrons(structure, atoms)
-    orders = wave_orders(structure.lattice.matrix)
-    check_limit("largest_waves", math.prod(map(len, orders)), f"The cell of {formula_of(structure)}")
+    orders = wave_orders(structure)
     orders[2] = orders[2][orders[2] >= 0]
     symbols = np.array([site.specie.symbol for site in structure])
     kinds = [(atoms[s], [wave_phases(x, order) for x, order in zip(structure.frac_coords[symbols == s].T, orders, strict=True)])

@@ -93,5 +93,5 @@ def parse_yaml(text: str,  # a YAML document
     except TomatError:
         raise
     except (YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as err:
-        why = " ".join(str(err).split())[:160]
+        why = " ".join(str(err).split())[:160].rstrip(".")
         raise TomatError(f"this YAML file cannot be read, write the structure as CIF or JSON: {why}.") from err

@@ -96,6 +96,8 @@ class RawStore:
             if min((i for indices in listed.values() for i in indices), default=0) < 0:
                 raise IndexError("an index below 0")
             parts = {part: [self.ids[i] for i in indices] for part, indices in listed.items()}
+        except TomatError:
+            raise
         except (ValueError, IndexError, TypeError, AttributeError) as err:
             raise TomatError(f"the split of {self.root} does not fit its {_ID_LIST}, copy both again: {err}.") from err
         for part, ids in parts.items():

@@ -93,8 +93,8 @@ def data_set(label: str,  # such as "val-smoke"
         known = ", ".join(labels()) or "none"
         raise TomatError(f"No data set is called {label!r}: {settings_file() or 'settings.ini'} names {known}.")
     settings = _settings()
-    lines = {**settings["data"], **settings[f"data.{label}"]}
     try:
+        lines = {**settings["data"], **settings[f"data.{label}"]}
         numbers = {key: int(lines[key]) for key in ("materials", "patches", "patch_size", "pad_to", "seed")}
         return DataSet(label, lines["split"], density_codec=lines["density_codec"], layout=lines["layout"],
                        log_min=float(lines["density_log_min"]), log_max=float(lines["density_log_max"]), **numbers)

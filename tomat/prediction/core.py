@@ -13,8 +13,9 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from pymatgen.core import Structure
+from scipy.spatial import cKDTree
 
-from ..atoms.neighbours import check_images
+from ..atoms.neighbours import periodic_images
 from ..atoms.sad import FreeAtoms, own_digest, valence_electrons
 from ..density.core import Density, check_structure, formula_of
 from ..io.remote import TomatError
@@ -67,7 +68,7 @@ CLOSEST = 0.4  # Å, smallest distance of two atoms; the shortest bond, that of 
 
 def _closest(structure: Structure) -> tuple[int, int, float] | None:
     "Two atoms nearer than `CLOSEST` and their distance, Å; None where there are none."
-    check_images(np.array(structure.lattice.matrix), len(structure), CLOSEST)
+    images = periodic_images(structure, CLOSEST)
     xyz_Ax3 = structure.frac_coords % 1 @ structure.lattice.matrix
     cube_Ax3 = np.floor(xyz_Ax3 / (CLOSEST / 3**0.5))  # two atoms in one cube are near; a list of all such pairs may be endless
     _, first, cube_A = np.unique(cube_Ax3, axis=0, return_index=True, return_inverse=True)
@@ -75,8 +76,12 @@ def _closest(structure: Structure) -> tuple[int, int, float] | None:
         b = int(np.flatnonzero(first[cube_A] != np.arange(len(structure)))[0])
         a = int(first[cube_A[b]])
         return a, b, float(np.linalg.norm(xyz_Ax3[a] - xyz_Ax3[b]))
-    first, second, _, distance = structure.get_neighbor_list(CLOSEST)
-    return (int(first[0]), int(second[0]), float(distance[0])) if len(distance) else None
+    distance_Ax2, image_Ax2 = cKDTree(images.position_Jx3).query(xyz_Ax3, k=2)  # an atom is the nearest to itself
+    if (near := np.flatnonzero(distance_Ax2[:, 1] < CLOSEST)).size == 0:
+        return None
+    a = int(near[0])
+    b = next((int(atom) for atom in images.atom_J[image_Ax2[a]] if atom != a), a)
+    return a, b, float(distance_Ax2[a, 1])
 
 def check_crystal(structure: Structure,            # a crystal to predict
                   atoms: FreeAtoms | None = None,  # atoms of the predictor; None: the packaged ones

@@ -156,6 +156,8 @@ def read_sweep(path: str | Path,  # .csv or .csv.gz, written by `sweep`
         if not lines or tuple(lines[0]) != COLUMNS or any(None in line.values() for line in lines):
             raise ValueError("its columns are others")
         return [{name: value if name in _TEXTS else float(value or "nan") for name, value in line.items()} for line in lines]
+    except TomatError:
+        raise
     except (OSError, EOFError, ValueError, csv.Error, zlib.error) as err:
         raise TomatError(f"{path} is no table of a sweep, make it again: {err}.") from err
 

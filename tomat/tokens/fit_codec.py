@@ -131,8 +131,9 @@ class Histogram:
         try:
             return cls(a["bins"].astype(np.int32), a["counts"].astype(np.int64), float(a["low"]), float(a["high"]),
                        str(a["target"]), str(a["unit"]))
-        except (TomatError, ValueError, TypeError) as err:
-            raise TomatError(f"{path} is no histogram, count the values again: {err}") from err
+        except (ValueError, TypeError) as err:
+            why = " ".join(str(err).split()).rstrip(".")
+            raise TomatError(f"{path} is no histogram, count the values again: {why}.") from err
 
 # %% ../../nbs/03_tokens/03_fit_codec.ipynb #4f0861fd
 def _merged(parts: Sequence[Histogram],  # one or more
