@@ -2,6 +2,8 @@
 
 import io
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from crystals import noise, quick
@@ -81,6 +83,14 @@ def test_what_was_changed_in_place_is_seen_before_writing():
         with pytest.raises(TomatError, match="1 NaN or infinite"):
             check_density(first)
         block[0, 0, 0] = kept
+
+
+def test_occupancies_and_moments_are_finite():
+    sound = noise(np.random.default_rng(0), spin=("diff",), augmented=True)
+    with pytest.raises(TomatError, match="occupancies in the block total of noise-1 are not all finite"):
+        replace(sound, augmentation={"total": {1: np.array([1, np.inf])}})
+    with pytest.raises(TomatError, match="moments in the block diff of noise-1 are not all finite"):
+        replace(sound, moments={"diff": np.array([np.nan, 1])})
 
 
 @pytest.mark.parametrize("species, coords, words", [

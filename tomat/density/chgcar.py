@@ -51,6 +51,8 @@ def _read_occupancies(lines: Lines,                  # the next line is a label
     if imaginary != (atom in found) or (imaginary and np.iscomplexobj(found[atom])):
         raise lines.fault(f"occupancies of atom {atom} stand here {'before their real part' if imaginary else 'a second time'}")
     numbers, lines.end = read_block(lines.text, lines.end, int(matched[3]), f"atom {atom:,} has {int(matched[3])} occupancies")
+    if not np.isfinite(numbers).all():
+        raise lines.fault(f"atom {atom} has an occupancy that is NaN or infinite")
     if imaginary and numbers.size != found[atom].size:
         raise lines.fault(f"atom {atom} has {found[atom].size} real and {numbers.size} imaginary occupancies")
     found[atom] = found[atom] + 1j * numbers if imaginary else numbers

@@ -8,7 +8,7 @@ __all__ = ['Entry', 'store_all']
 # %% ../../nbs/01_density/08_convert.ipynb #c003d557
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from .formats import UnreadableFile, known_format, read_density, write_density
 from .source import Source, threaded_map
 from .store import STORE_NAMES, RawStore, add_id, index_files, split_by_system, write_store
 from .zarr_group import group_version_tag
-from ..io.remote import TomatError, exists, kind_of, list_folder
+from ..io.remote import TomatError, exists, is_remote, kind_of, list_folder
 from ..io.files import check_folder, read_json, write_json, write_text
 from ..io.progress import in_order, track
 
@@ -110,6 +110,21 @@ def _readable(source: Source,
         yield density
     _pass_over(errors, ids, splits, faults)
 
+@contextmanager
+def _undone(root: str,  # folder of a store, local or remote
+            ) -> Iterator[None]:
+    "Take the folder of a new local store away again, if the block fails before it holds a density."
+    missing = [] if is_remote(root) else [folder for folder in (Path(root), *Path(root).parents) if not folder.exists()]
+    try:
+        yield
+    except BaseException:
+        if missing and not any(Path(root, "label").glob("[!.]*")):
+            with suppress(OSError):
+                Path(root, _ORIGINS).unlink()
+                for folder in missing:
+                    folder.rmdir()
+        raise
+
 def store_all(source: Source,    # the materials
               root: str | Path,  # the store: a folder, local or remote; or a .zip file
               workers: int = 1,  # processes
@@ -136,13 +151,14 @@ def store_all(source: Source,    # the materials
     version_tag = getattr(source, "version_tag", lambda id: None)  # densities in memory have none
     tags = dict(zip(ids, threaded_map(version_tag, ids), strict=True))
     before = _entries_before(root, tags, origins)
-    write_json(f"{root}/{_ORIGINS}", origins | before)
-    done = list(track(in_order(partial(_store_one, source, root), before.items(), workers), "convert", len(ids), "materials"))
-    results = dict(zip(ids, (result for _, result in done), strict=True))
-    after = {id: {"source": tags[id], "written": result} if tags[id] and isinstance(result, str) else None
-             for id, result in results.items()}  # None: not read, or of no known version
-    write_json(f"{root}/{_ORIGINS}", origins | after)
-    kept = _pass_over({id: result for id, result in results.items() if isinstance(result, TomatError)}, ids, splits, faults)
+    with _undone(root):
+        write_json(f"{root}/{_ORIGINS}", origins | before)
+        done = list(track(in_order(partial(_store_one, source, root), before.items(), workers), "convert", len(ids), "materials"))
+        results = dict(zip(ids, (result for _, result in done), strict=True))
+        after = {id: {"source": tags[id], "written": result} if tags[id] and isinstance(result, str) else None
+                 for id, result in results.items()}  # None: not read, or of no known version
+        write_json(f"{root}/{_ORIGINS}", origins | after)
+        kept = _pass_over({id: result for id, result in results.items() if isinstance(result, TomatError)}, ids, splits, faults)
     if validation:
         systems = {id: read_density(f"{root}/label/{id}.zarr").structure.composition.chemical_system for id in kept}
         splits = split_by_system(systems, validation)

@@ -154,6 +154,11 @@ def check_density(density: "Density",  # a density, just made or about to be wri
             finite = bool(np.isfinite(grid_xyz.sum()))  # one pass; a NaN or an infinity carries over into the sum
         if not finite and (n_bad := int(grid_xyz.size - np.isfinite(grid_xyz).sum())):
             raise TomatError(f"{block} of {name} holds {n_bad} NaN or infinite values: repeat the calculation or the copy.")
+    occupancies = {f"The occupancies in the block {block}": np.concatenate([np.ravel(values) for values in atoms.values()])
+                   for block, atoms in density.augmentation.items() if atoms}
+    moments = {f"The moments in the block {block}": values for block, values in density.moments.items()}
+    if bad := [what for what, values in {**occupancies, **moments}.items() if not np.isfinite(values).all()]:
+        raise TomatError(f"{bad[0]} of {name} are not all finite: repeat the calculation or the copy.")
 
 # %% ../../nbs/01_density/01_core.ipynb #01902a8d
 # symbol → Pauling electronegativity; infinity for an element without

@@ -23,7 +23,8 @@ def _array(fields: dict[str, Any]) -> np.ndarray:
     kind, data = fields["dtype"], fields["data"]
     if kind not in _NUMBERS:
         raise TomatError(f"the JSON holds an array of the type {str(kind)[:30]!r}: arrays of numbers are read.")
-    return np.array(data[0], kind) + 1j * np.array(data[1], kind) if kind.startswith("complex") else np.array(data, kind)
+    with np.errstate(invalid="ignore"):  # infinity times 1j; a density refuses it afterwards
+        return np.array(data[0], kind) + 1j * np.array(data[1], kind) if kind.startswith("complex") else np.array(data, kind)
 
 def _moment(fields: dict[str, Any]) -> Any:
     from pymatgen.electronic_structure.core import Magmom

@@ -15,6 +15,7 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -249,11 +250,21 @@ def _files_in(folder: str,       # a local folder
             elif entry.is_file():
                 yield prefix + entry.name, entry
 
+def _folder_entries(folder: Path) -> dict[str, bytes]:  # path inside the group → content
+    "The files of a group, all from one writing of it; raises `TomatError` while others write it again and again."
+    for _ in range(9):
+        with suppress(FileNotFoundError):
+            before = folder.stat().st_ino
+            entries = {name: Path(entry.path).read_bytes() for name, entry in _files_in(str(folder))}
+            if folder.stat().st_ino == before:
+                return entries
+    raise TomatError("it is being written by another process: read it again later.")
+
 def read_zarr(path: Path,  # a folder, or a .zip; local
               ) -> Density:
     "The density in one Zarr group."
     if path.is_dir():
-        return read_group({name: Path(entry.path).read_bytes() for name, entry in _files_in(str(path))})
+        return read_group(_folder_entries(path))
     with zipfile.ZipFile(path) as packed:
         roots = sorted((n for n in packed.namelist() if n.split("/")[-1] == "zarr.json"), key=lambda n: n.count("/"))
         if len([r for r in roots if r.count("/") == roots[0].count("/")]) != 1:

@@ -7,6 +7,7 @@ __all__ = ['version_tag', 'check_folder', 'local_copy', 'open_binary', 'head_of'
            'read_text', 'write_text', 'read_json', 'write_json']
 
 # %% ../../nbs/10_io/02_files.ipynb #0f5dd255
+import ctypes
 import errno
 import fcntl
 import hashlib
@@ -115,17 +116,13 @@ def head_of(path: str | Path,  # a file, local or remote
 def md5_of(path: str | Path,  # a file, local or remote
            ) -> str:  # 32 hexadecimal digits
     "The MD5 of a file's bytes."
-    digest = hashlib.md5(usedforsecurity=False)
     with open_binary(path, 1 << 24) as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
 # %% ../../nbs/10_io/02_files.ipynb #1d3e3ab1
 _NEW, _OLD = ".partial-new-", ".partial-old-"
 
-def _remove(path: Path,  # a file, a folder, or nothing
-            ) -> None:
+def _remove(path: Path) -> None:
     "Remove a file or folder, if it exists."
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
@@ -160,15 +157,22 @@ def _refuse_others(path: str | Path,      # the final name
         example = [*others, *sorted(old)][0]
         raise TomatError(f"{path} is a folder that holds other files, such as {example}: give another name, or remove it.")
 
+def _exchange(aside: Path, target: Path) -> bool:
+    "Give two paths each other's name in one step, so that no reader misses one; False where the system cannot."
+    rename = getattr(ctypes.CDLL(None), "renameat2", lambda *_: -1)  # a call of Linux
+    return rename(-100, os.fsencode(aside), -100, os.fsencode(target), 2) == 0  # AT_FDCWD, RENAME_EXCHANGE
+
 def _rename_onto(aside: Path,   # the finished file or folder
                  target: Path,  # the final name
                  known: str | None,  # regular expression of files of an old folder that may be removed
                  ) -> None:
-    "Rename `aside` to `target`; an old folder is renamed first, and renamed back if that fails."
+    "Rename `aside` to `target`; an old folder changes places with it, or is renamed first, and renamed back if that fails."
     old = target.with_name(f"{_OLD}{uuid4().hex[:8]}-{target.name}")
     swap = target.exists() and (target.is_dir() or aside.is_dir())
     if target.is_dir():
         _refuse_others(target, os.listdir(target), aside, known)
+    if swap and _exchange(aside, target):
+        return _remove(aside)
     if swap:
         os.rename(target, old)
     try:
@@ -182,17 +186,15 @@ def _rename_onto(aside: Path,   # the finished file or folder
 # %% ../../nbs/10_io/02_files.ipynb #bb1ee179
 _swept: set[Path] = set()
 
-def _sweep(folder: Path,  # folder in which no other process writes
-           ) -> None:
-    "Remove the partial files of killed runs."
+def _sweep(folder: Path) -> None:
+    "Remove the partial files of killed runs from a folder in which no other process writes."
     for left in [*folder.glob(f"{_NEW}*"), *folder.glob(f"{_OLD}*")]:
         if left.name.startswith(_NEW) or (folder / left.name[len(_OLD) + 9:]).exists():
             _remove(left)
 
 @contextmanager
-def _writing_in(folder: Path,  # a local folder
-                ) -> Iterator[None]:
-    "Hold the shared lock of a folder, so that no process sweeps it; sweep it first if no process writes there."
+def _writing_in(folder: Path) -> Iterator[None]:
+    "Hold the shared lock of a local folder, so that no process sweeps it; sweep it first if no process writes there."
     handle = os.open(folder, os.O_RDONLY)
     try:
         with suppress(OSError):  # another process writes, or the file system has no locks: leave it as it is
