@@ -875,7 +875,37 @@ def test_train_takes_its_options_from_variables(tomat, tmp_path, made, monkeypat
     assert tomat("train", "--steps", 4, "--out", "other").code == 0  # what is given wins
     assert len((tmp_path / "other/log.jsonl").read_text().splitlines()) == 4
     monkeypatch.setenv("TOMAT_STEPS", "many")
-    assert tomat("train").code == 2
+    is_one_sentence(tomat("train"), "variable TOMAT_STEPS is 'many', ")
+    monkeypatch.setenv("TOMAT_EVAL_MATERIALS", "few")
+    is_one_sentence(tomat("train", "--steps", 4), "variable TOMAT_EVAL_MATERIALS is 'few', ")
+    assert "--steps" in tomat("train", "--steps", "some").err  # given as an option
+
+
+def test_a_damaged_run_is_passed_over_and_named(tomat, tmp_path, made):
+    is_one_sentence(tomat("runs", made / "store"), made / "store", "holds no run")
+    shutil.copytree(made / "run", tmp_path / "runs/good")
+    shutil.copytree(made / "run", tmp_path / "runs/bad")
+    (tmp_path / "runs/bad/log.jsonl").write_text('{"step": 7}\n')
+    for form in ((), ("--json",)):
+        done = tomat("runs", tmp_path / "runs", *form)
+        assert done.code == 1 and "good" in done.out and "3/3" in done.out and "bad" not in done.out
+        assert done.err.startswith(f"tomat: passed over {tmp_path}/runs/bad: ") and "damaged in line 1" in done.err
+
+
+def test_info_counts_a_store_and_a_data_set(tomat, tmp_path, made):
+    write_store([read_density(made / "CHGCAR.salt")], {}, tmp_path / "x.zip")
+    found = {name: json.loads(tomat("info", path, "--json").out) for name, path in
+             {"store": made / "store", "rows": made / "rows", "zip": tmp_path / "x.zip"}.items()}
+    assert found["store"] == {"content": "densities", "materials": 3, "train": 2, "validation": 1, "test": 0}
+    assert found["rows"]["content"] == "rows of tokens" and (found["rows"]["materials"], found["rows"]["rows"]) == (2, 8)
+    assert found["zip"]["materials"] == 1
+    is_one_sentence(tomat("info", made), made)
+
+
+def test_a_worker_without_materials_says_so(tomat, tmp_path, made):
+    said = [tomat("tokenize", made / "CHGCAR.salt", "--out", tmp_path / "rows", "--worker", f"{i}/2", *ROWS) for i in (0, 1)]
+    assert [done.code for done in said] == [0, 0]
+    assert sorted("has no material" in done.err for done in said) == [False, True]
 
 
 PROBE = ("--steps", 3, "--materials", 2, "--voxels", 10, "--warmup", 1, "--levels", 16, "--kept", 100)

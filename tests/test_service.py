@@ -23,6 +23,7 @@ import pytest
 from pymatgen.core import Structure
 
 from tomat.density.formats import read_density
+from tomat.io.limits import LIMITS
 from tomat.io.remote import TomatError
 from tomat.prediction.predictors import load_predictor
 from tomat.prediction.worker import Options, ServiceError, ServiceLimits, WorkerQueue, service_limits
@@ -151,6 +152,10 @@ async def running(**limits):
 
 def halt(queue):
     os.kill(queue.workers[0].process.pid, signal.SIGSTOP)
+
+
+def test_the_limits_of_a_crystal_are_those_of_the_command_line():
+    assert (ServiceLimits().atoms, ServiceLimits().voxels) == (LIMITS["largest_atoms"].default, LIMITS["largest_voxels"].default)
 
 
 async def until(condition):

@@ -148,6 +148,11 @@ def test_what_other_parsers_raise_is_one_sentence(tmp_path, name, content):
     refused(tmp_path / name, read=read_structure)
 
 
+def test_a_json_that_is_none_is_called_a_file(tmp_path):
+    (tmp_path / "a.json").write_text("{nothing")
+    refused(tmp_path / "a.json", "this file is not valid JSON", read=read_structure)
+
+
 # Fields on a grid
 
 @pytest.mark.parametrize("name, electrons", [

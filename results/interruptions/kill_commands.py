@@ -56,20 +56,34 @@ def contents(folder: Path, patterns: tuple[str, ...]) -> dict[str, str]:
 
 
 def start(command: Command, out: Path) -> subprocess.Popen[bytes]:
-    "The command, in a process group of its own."
-    words = [word.replace("OUT", str(out)) for word in command.words]
-    return subprocess.Popen([TOMAT, *words], env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                            start_new_session=True)
+    "The command, in a process group of its own; what it says goes to a file beside its output."
+    words = [str(out) if word == "OUT" else word for word in command.words]
+    with log_of(out).open("ab") as log:
+        return subprocess.Popen([TOMAT, *words], env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=log, start_new_session=True)
 
 
-def killed(command: Command, out: Path, seconds: float) -> bool:
+def log_of(out: Path) -> Path:
+    return out.with_name(f"{out.name}.log")
+
+
+def check(name: str, code: int, out: Path) -> None:
+    "End with the last line that a command wrote, if it failed by itself."
+    if code:
+        lines = log_of(out).read_text(errors="replace").splitlines() or ["nothing"]
+        raise SystemExit(f"tomat {name} ended with exit code {code}, though nobody killed it, and said: {lines[-1]}")
+
+
+def killed(name: str, command: Command, out: Path, seconds: float) -> bool:
     "Whether the command was killed before its end."
     run = start(command, out)
     with suppress(subprocess.TimeoutExpired):
         run.wait(seconds)
     with suppress(ProcessLookupError):
         os.killpg(run.pid, signal.SIGKILL)
-    return run.wait() == -signal.SIGKILL
+    if run.wait() == -signal.SIGKILL:
+        return True
+    check(name, run.returncode, out)
+    return False
 
 
 def row_of(name: str, command: Command, work: Path, kills: int, rng: np.random.Generator) -> dict[str, object]:
@@ -77,13 +91,15 @@ def row_of(name: str, command: Command, work: Path, kills: int, rng: np.random.G
     whole, out = work / f"{name}-whole", work / f"{name}-killed"
     for folder in (whole, out):
         shutil.rmtree(folder, ignore_errors=True)
+        log_of(folder).unlink(missing_ok=True)
     begun = time.monotonic()
-    if start(command, whole).wait():
-        raise SystemExit(f"tomat {name} failed undisturbed")
+    check(name, start(command, whole).wait(), whole)
     seconds, right = time.monotonic() - begun, contents(whole, command.compared)
+    if not (whole / command.complete).exists():
+        raise SystemExit(f"tomat {name} writes no {command.complete}, so nobody can tell when it is complete")
     met = early = 0
     for share in rng.uniform(0.05, 1.0, kills):
-        if killed(command, out, share * seconds):
+        if killed(name, command, out, share * seconds):
             met += 1
             early += (out / command.complete).exists() and contents(out, command.compared) != right
         else:  # it was done: begin again
@@ -108,7 +124,7 @@ def commands(work: Path) -> dict[str, Command]:
         subprocess.run([TOMAT, "tokenize", sample, "--out", rows], stdout=subprocess.DEVNULL, check=True)
     shards = "*.parquet", "*.arrow", "meta.json"
     return {
-        "convert": Command(["convert", str(folder), "OUT", "--workers", "2"], "split.json", ("**/*",)),
+        "convert": Command(["convert", str(folder), "OUT", "--workers", "2"], "mp_filelist.txt", ("**/*",)),
         "tokenize": Command(["tokenize", sample, "--out", "OUT", "--workers", "2"], "meta.json", shards),
         "prepare": Command(["prepare", sample, "--out", "OUT", "--workers", "2"], "meta.json", shards),
         "train": Command(["train", sample, "--out", "OUT", "--steps", "60", "--save-every", "10", "--device", "cpu"],

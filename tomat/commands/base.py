@@ -8,6 +8,7 @@ __all__ = ['Json', 'Target', 'From', 'Workers', 'Copies', 'Atoms', 'OLD_OPTIONS'
 
 # %% ../../nbs/11_commands/02_base.ipynb #252fc9bb
 import json
+import os
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -36,11 +37,28 @@ Atoms = Annotated[str | None, typer.Option(help="Atoms of the sum of atomic dens
 OLD_OPTIONS = {"--spread": "--expected-error", "--choose": "--strategy",
                "--judge": "--eval-store", "--judge-materials": "--eval-materials"}  # reads old files: scripts with old names
 
+def _variable_of(err: typer.BadParameter,  # raised for a wrong value
+                 ctx: Any,                 # typer's context of the command
+                 args: list[str],
+                 ) -> str | None:
+    "The variable that gave a wrong value; None where it was given as an option."
+    if err.param is None or any(arg.partition("=")[0] in err.param.opts for arg in args):
+        return None
+    own: Any = getattr(err.param, "envvar", None) or f"{ctx.auto_envvar_prefix}_{err.param.name}".upper()
+    return next((name for name in ([own] if isinstance(own, str) else own) if os.environ.get(name)), None)
+
 class Command(TyperCommand):
-    "A command that also takes options by their old names."
+    "A command that also takes options by their old names, and names the variable that gave a wrong value."
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         parts = (arg.partition("=") for arg in args)
-        return super().parse_args(ctx, ["".join((OLD_OPTIONS.get(name, name), *rest)) for name, *rest in parts])
+        args = ["".join((OLD_OPTIONS.get(name, name), *rest)) for name, *rest in parts]
+        try:
+            return super().parse_args(ctx, list(args))
+        except typer.BadParameter as err:
+            if (variable := _variable_of(err, ctx, args)) is None:
+                raise
+            why = err.message[:1].lower() + err.message[1:].rstrip(".")
+            raise TomatError(f"The variable {variable} is {os.environ[variable]!r}, {why}: correct it, or unset it.") from err
 
 # %% ../../nbs/11_commands/02_base.ipynb #e025d092
 def print_result(result: dict[str, Any],  # name → value, or list of values

@@ -26,17 +26,21 @@ if TYPE_CHECKING:
     from tomat.tokens.tokenizer import Tokenizer
 
 # %% ../../nbs/11_commands/03_data.ipynb #4e52aa19
-def info(file: Annotated[str, typer.Argument(help="CHGCAR, cube, XSF, Materials Project JSON or Zarr file, also packed.")],
+def info(file: Annotated[str, typer.Argument(help="CHGCAR, cube, XSF, Materials Project JSON or Zarr file, also "
+                                                   "packed; a raw store, or a folder of rows or voxels.")],
          from_: From = None,
          as_json: Json = False,
          ) -> None:
-    """Describe a density file: formula, chemical class, grid, spacing, electrons, extremes.
+    """Describe a density file: formula, chemical class, grid, spacing, electrons, extremes; or count the content of a data set.
 
     Example: `tomat info CHGCAR.gz`
     """
+    from tomat.dataset.verify import counts_of
     from tomat.density.classify import classify
     from tomat.density.formats import density_info, find_format, read_density
     from tomat.io.files import local_copy
+    if from_ is None and (counts := counts_of(file)):
+        return print_result(counts, as_json)
     density = read_density(file, from_)
     with local_copy(file) as here:
         format = from_ or find_format(here)
@@ -201,6 +205,8 @@ def print_rows(meta: dict[str, Any],  # meta.json of a data set
                as_json: bool,
                ) -> None:
     "Print the counts of a data set, and the reasons of skipped materials on standard error."
+    if "worker" in meta and not meta["materials"] and not meta["skipped"]:
+        print(f"tomat: worker {meta['worker'][0]} of {meta['worker'][1]} has no material, the others have all.", file=sys.stderr)
     print_skipped(meta, as_json)
     print_result(rows_summary(meta) | {"folder": out}, as_json)
     passed_over(unreadable(meta))

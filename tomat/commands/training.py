@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .base import Atoms, Json, opened, print_result
+from .base import Atoms, Json, opened, passed_over, print_result
 from ..io.remote import TomatError, is_remote
 from ..train.config import DECODERS, GivenOptions, ProbeTrainConfig, RunConfig, TrainConfig, with_options
 
@@ -116,18 +116,25 @@ def runs(folder: Annotated[str, typer.Argument(help="Folder with runs, at any de
          ) -> None:
     """List runs with their network, data, steps, losses and speed; draws the loss of each into its loss.png.
 
+    A damaged run is passed over, and the exit code is 1.
+
     Example: `tomat runs runs/`
     """
     from dataclasses import asdict
     from tomat.train import log
-    found = log.list_runs(folder)
+    faults: dict[str, str] = {}
+    found = log.list_runs(folder, faults)
+    if not found and not faults:
+        raise TomatError(f"{folder} holds no run: give the folder that holds those of `tomat train`.")
     for run in found:
         log.save_picture(f"{folder}/{run.run}")
     if as_json:
-        return print_result({"folder": folder, "runs": [asdict(run) for run in found]}, True)
+        print_result({"folder": folder, "runs": [asdict(run) for run in found]}, True)
+        return passed_over(faults)
     table = Table("run", "decoder", "size", "data", "steps", "read", "loss", "held-out", "per s", "MFU", box=None)
     for run in found:
         shown = zip((run.loss, run.best, run.per_s, run.mfu), ("{:.4f}", "{:.4f}", "{:,.0f}", "{:.1%}"), strict=True)
         numbers = ["" if value is None else form.format(value) for value, form in shown]
         table.add_row(run.run, run.decoder, run.size, run.data, run.steps, f"{run.count:,} {run.unit}", *numbers)
     Console(soft_wrap=True).print(table)
+    passed_over(faults)

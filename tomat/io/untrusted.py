@@ -55,7 +55,7 @@ def _is_deeper(value: Any,   # a list or an object of JSON
     return levels == 1 or any(_is_deeper(part, levels - 1) for part in inner if isinstance(part, dict | list))
 
 def load_json(content: bytes | str,        # JSON, in UTF-8 if bytes
-              name: str = "the JSON",      # name of the file, for errors
+              name: str = "this file",     # name of the file, for errors
               largest: int = LARGEST_JSON,  # bytes
               ) -> Any:  # dicts, lists, strings, numbers, None
     "The value in a JSON; raises `TomatError` for one that is too large or too deep, and `ValueError` for a damaged one."
@@ -72,7 +72,7 @@ def load_json(content: bytes | str,        # JSON, in UTF-8 if bytes
     return value
 
 def parse_json(content: bytes | str,        # JSON, in UTF-8 if bytes
-               name: str = "the JSON",      # name of the file, for errors
+               name: str = "this file",     # name of the file, for errors
                largest: int = LARGEST_JSON,  # bytes
                ) -> Any:  # dicts, lists, strings, numbers, None
     "The value in a JSON; raises `TomatError` for a damaged one, and for one that is too large or too deep."

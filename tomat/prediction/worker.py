@@ -22,6 +22,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ..io.limits import LIMITS
 from ..io.remote import TomatError
 from ..io.settings import setting
 from ..train.config import check_options, from_variables, option
@@ -40,8 +41,8 @@ class ServiceLimits:
     send_seconds: int = option(300, "Longest time in which a client takes its answer, s.", least=1)
     connections: int = option(512, "Number of open connections; the next one waits.", least=1)
     body_bytes: int = option(1 << 20, "Size of a structure file, bytes.", least=1)
-    atoms: int = option(2000, "Number of atoms in a cell.", least=1)
-    voxels: int = option(1 << 24, "Number of voxels of a density.", least=1)
+    atoms: int = option(LIMITS["largest_atoms"].default, "Number of atoms in a cell.", least=1)
+    voxels: int = option(LIMITS["largest_voxels"].default, "Number of voxels of a density.", least=1)
 
     def __post_init__(self) -> None:
         check_options(self)

@@ -197,6 +197,14 @@ class RunSummary:
 def _summary(folder: Path,  # folder of a run
              under: Path,   # folder that is listed
              ) -> RunSummary:
+    "One line of the list; raises `TomatError` for a damaged run."
+    try:
+        return _line_of(folder, under)
+    except (LookupError, TypeError, AttributeError, ArithmeticError) as err:
+        raise TomatError(f"{folder} is a damaged run, its config.json or log.jsonl lacks {str(err)[:80]}: put back copies, or "
+                         "remove the folder.") from err
+
+def _line_of(folder: Path, under: Path) -> RunSummary:
     metadata, log = read_json(folder / "config.json"), read_log(folder)
     config, decoder = metadata["config"], _decoder(metadata)
     def median(values: Iterable[float | None]) -> float | None:
@@ -218,15 +226,18 @@ def _is_run(folder: Path) -> bool:
     return isinstance(metadata, dict) and {"config", "data"} <= metadata.keys()
 
 def list_runs(folder: str | Path,  # folder with runs at any depth, or of one run
+              faults: dict[str, str] | None = None,  # gets what is wrong with each damaged run; None: the first is raised
               ) -> list[RunSummary]:  # sorted by folder
     "Summaries of the runs below a folder."
     if not Path(folder).is_dir():
         raise TomatError(f"{folder} is not a folder: give the folder that holds the runs.")
     found = sorted(path.parent for path in Path(folder).rglob("log.jsonl") if _is_run(path.parent))
-    def summary(run: Path) -> RunSummary:
+    runs: list[RunSummary] = []
+    for run in found:
         try:
-            return _summary(run, Path(folder))
-        except (LookupError, TypeError, AttributeError, ArithmeticError) as err:
-            raise TomatError(f"{run} is a damaged run, its config.json or log.jsonl lacks {str(err)[:80]}: put back copies, or "
-                             "remove the folder.") from err
-    return [summary(run) for run in found]
+            runs.append(_summary(run, Path(folder)))
+        except TomatError as err:
+            if faults is None:
+                raise
+            faults[str(run)] = str(err)
+    return runs
