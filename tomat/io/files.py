@@ -117,7 +117,7 @@ def md5_of(path: str | Path,  # a file, local or remote
            ) -> str:  # 32 hexadecimal digits
     "The MD5 of a file's bytes."
     with open_binary(path, 1 << 24) as file:
-        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()  # type: ignore[arg-type]
 
 # %% ../../nbs/10_io/02_files.ipynb #1d3e3ab1
 _NEW, _OLD = ".partial-new-", ".partial-old-"
