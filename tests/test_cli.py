@@ -162,7 +162,7 @@ def test_the_installed_command(tmp_path, made):
     good, bad, predicted = map(finished, [process(*line) for line in lines])
     assert good.code == 0 and good.err == "" and f"{json.loads(good.out)['electrons']:.3f}" == "8.000"
     is_one_sentence(bad, "CHGCAR.nowhere", "does not exist")
-    assert predicted == Done(0, "", "") and [p.name for p in tmp_path.iterdir()] == ["x.cube"]
+    assert predicted == Done(0, f"{tmp_path}/x.cube: 14 electrons on 4 × 4 × 4 voxels\n", "") and [p.name for p in tmp_path.iterdir()] == ["x.cube"]
 
 
 def test_info(tomat):
@@ -265,8 +265,9 @@ def test_train_predict_evaluate(tomat, tmp_path, made):
     weights = [folder / "model" / "model.safetensors" for folder in (tmp_path / "run", made / "run")]
     assert weights[0].read_bytes() == weights[1].read_bytes()
     model = ("--checkpoint", made / "run" / "model")
-    assert tomat("predict", made / "POSCAR", "--grid", 6, 7, 8, *model, "--out", tmp_path / "a.zarr") == Done(0, "", "")
-    assert tomat("predict", made / "CHGCAR.salt", *model, "--out", tmp_path / "CHGCAR.b") == Done(0, "", "")
+    assert tomat("predict", made / "POSCAR", "--grid", 6, 7, 8, *model, "--out", tmp_path / "a.zarr") == Done(
+        0, f"{tmp_path}/a.zarr: 14 electrons on 6 × 7 × 8 voxels\n", "")
+    assert tomat("predict", made / "CHGCAR.salt", *model, "--out", tmp_path / "CHGCAR.b").err == ""
     assert tomat("predict", made / "store/label/salt.zarr", *model, "--out", tmp_path / "c.cube").code == 0
     ours, (a, b, c) = Chgcar.from_file(tmp_path / "CHGCAR.b"), map(read_density, (
         tmp_path / "a.zarr", tmp_path / "CHGCAR.b", tmp_path / "c.cube"))

@@ -159,12 +159,12 @@ def package(run: Path) -> None:
     scale = found["calibration_scale"]
     with torch.no_grad():
         model.head.bias[1] += np.log(scale / model.training_metadata["calibration_scale"])
-    held_out = {"materials": found["held_out_materials"], "inside_90": found["inside_after"]["0.9"]}
+    held_out = {"materials": found["like_validation"], "inside_90": found["inside_after"]["0.9"]}
     save_probe(model, PACKAGED, model.training_metadata | {"calibration_scale": scale, "held_out": held_out})
     log, metadata = read_log(run), read_json(run / "config.json")
     write_table(RESULTS / "log.csv", [{"step": line["step"], "nmae": line["loss"], "lr": line["lr"],
                            "cpu_seconds": line["time"]["cpu_seconds"]} for line in log[9::20]])
-    del metadata["data"]["ids"]
+    metadata["data"].pop("ids", None)
     write_json(RESULTS / "fit.json", metadata)
 
 

@@ -40,7 +40,8 @@ def print_prediction(result: dict[str, Any],  # metadata of a prediction, from `
         print(f"{result['out']}: {', '.join(parts)}")
     if result["unlike"]:
         new, far = ", ".join(result["elements_never_seen"]), result["distance"]
-        why = [f"there was no {new} in it"] * bool(new) + [f"the distance of its atoms is {far:.2f}"] * (far is not None)
+        why = [f"there was no {new} in it"] if new else []
+        why += [] if far is None else [f"the distance of its atoms is {far:.2f}"]
         print(f"tomat: {result['name']} is unlike the training data of this checkpoint ({' and '.join(why)}): do not rely on its "
               "density.", file=sys.stderr)
 
