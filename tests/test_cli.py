@@ -32,6 +32,7 @@ from tomat.tokens.levels import fit_levels, save_levels
 from tomat.density.core import Density
 from tomat.io.files import read_json
 from tomat.io.remote import TomatError
+from tomat.density.grids import espresso_grid, gpaw_grid, vasp_grid
 from tomat.density.formats import read_density, write_density
 from tomat.models.causal import load_checkpoint, make_model, save_checkpoint
 from tomat.models.sizes import MODELS
@@ -162,7 +163,8 @@ def test_the_installed_command(tmp_path, made):
     good, bad, predicted = map(finished, [process(*line) for line in lines])
     assert good.code == 0 and good.err == "" and f"{json.loads(good.out)['electrons']:.3f}" == "8.000"
     is_one_sentence(bad, "CHGCAR.nowhere", "does not exist")
-    assert predicted == Done(0, f"{tmp_path}/x.cube: 14 electrons on 4 × 4 × 4 voxels\n", "") and [p.name for p in tmp_path.iterdir()] == ["x.cube"]
+    assert predicted == Done(0, f"{tmp_path}/x.cube: 14 electrons on 4 × 4 × 4 voxels\n", "")
+    assert [p.name for p in tmp_path.iterdir()] == ["x.cube"]
 
 
 def test_info(tomat):
@@ -289,6 +291,24 @@ def test_train_predict_evaluate(tomat, tmp_path, made):
     again = tomat("evaluate", made / "store", *model, "--out", tmp_path / "scores", "--json")
     assert again.out == done.out  # the same seconds too: nothing was done twice
     assert sorted(p.name for p in tmp_path.iterdir()) == ["CHGCAR.b", "a.zarr", "c.cube", "run", "scores"]
+
+
+def test_predict_on_the_grid_of_a_code(tomat, tmp_path, made):
+    """A cutoff gives the grid of a code; a grid may be written with commas; settings of two codes are refused."""
+    (tmp_path / "INCAR").write_text("ENCUT = 40\nPREC = Accurate\n")
+    (tmp_path / "INCAR.grid").write_text("NGXF = 6\nNGYF = 8\nNGZF = 10\n")
+    (tmp_path / "INCAR.none").write_text("PREC = Accurate\n")
+    salt = read_density(made / "CHGCAR.salt").structure
+    grids = {("--grid", "4,5,6"): (4, 5, 6), ("--grid=4,5,6",): (4, 5, 6), ("--encut", "40"): vasp_grid(salt, 40),
+             ("--incar", tmp_path / "INCAR"): vasp_grid(salt, 40, "Accurate"), ("--incar", tmp_path / "INCAR.grid"): (6, 8, 10),
+             ("--ecut", "40"): gpaw_grid(salt, 40), ("--ecutrho", "12"): espresso_grid(salt, 12)}
+    line = ("predict", made / "CHGCAR.salt", "--checkpoint", made / "run/model", "--out", tmp_path / "x.cube")
+    for words, grid in grids.items():
+        assert tomat(*line, *words).code == 0 and read_density(tmp_path / "x.cube").shape == grid, words
+    for words in (("--encut", "40", "--ecut", "40"), ("--grid", "4,4,4", "--encut", "40"), ("--prec", "Normal")):
+        is_one_sentence(tomat(*line, *words), "a grid follows from one of", "--" + words[-2].strip("-"))
+    is_one_sentence(tomat(*line, "--incar", tmp_path / "INCAR.none"), "INCAR.none has no ENCUT")
+    is_one_sentence(tomat(*line, "--encut", "40", "--prec", "High"), "PREC = High")
 
 
 def test_predict_many(tomat, tmp_path, made):

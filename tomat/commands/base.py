@@ -9,6 +9,7 @@ __all__ = ['Json', 'Target', 'From', 'Workers', 'Copies', 'Atoms', 'OLD_OPTIONS'
 # %% ../../nbs/11_commands/02_base.ipynb #252fc9bb
 import json
 import os
+import re
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -52,8 +53,11 @@ class Command(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         parts = (arg.partition("=") for arg in args)
         args = ["".join((OLD_OPTIONS.get(name, name), *rest)) for name, *rest in parts]
+        words: list[str] = []
+        for arg in args:  # --grid 8,8,8 and --grid 8 8 8 mean the same
+            words += re.split("[=,]", arg) if arg.startswith("--grid=") or words[-1:] == ["--grid"] else [arg]
         try:
-            return super().parse_args(ctx, list(args))
+            return super().parse_args(ctx, words)
         except typer.BadParameter as err:
             if (variable := _variable_of(err, ctx, args)) is None:
                 raise
