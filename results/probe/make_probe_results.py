@@ -4,6 +4,7 @@
     python results/probe/make_probe_results.py calibrate STORE RUNS
     python results/probe/make_probe_results.py train STORE RUNS [--size S] [--seed 0]
     python results/probe/make_probe_results.py folds STORE RUNS --steps 1500 [--only H F]
+    python results/probe/make_probe_results.py trust STORE RUNS
     python results/probe/make_probe_results.py package RUNS
     python results/probe/make_probe_results.py evaluate STORE
     python results/probe/make_probe_results.py seeds STORE RUNS
@@ -15,7 +16,8 @@ electrons.csv. train: a run on all of the training split; a stopped run is resum
 calibrate found, copied to tomat/data/probe. evaluate: the packaged checkpoint on the whole grids of the validation split, as a user
 predicts them: validation.csv, validation.json, calibration.csv and the card. seeds: the runs of all sizes and seeds there are:
 seeds.csv. curve: short runs on growing parts of the training split: curve.csv. folds: for each element in FOLDS a run without the
-materials that have it, measured on these: folds.csv.
+materials that have it, measured on these: folds.csv. trust: the runs of folds with other shares of the difference kept, near the
+unknown atoms or in the whole crystal, on every second point along each axis: trust.csv.
 """
 
 import os
@@ -25,14 +27,17 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy is imported: its p
 import argparse
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext
+from itertools import product
 from pathlib import Path
 from time import process_time
 from typing import Any
+from unittest.mock import patch
 from zlib import crc32
 
 import numpy as np
 import torch
-from pymatgen.core import Structure
+from pymatgen.core import Element, Structure
 from scipy.stats import spearmanr
 
 from tomat.atoms.hirshfeld import charge_error
@@ -45,6 +50,7 @@ from tomat.train.config import ProbeTrainConfig, RunConfig
 from tomat.train.probe import train_voxels
 from tomat.density.metrics import nmae, potential_error
 from tomat.models.messages import PROBE_SIZES
+from tomat.models.trust import Trust
 from tomat.models.probe import ProbeNet, load_probe, predict_field, save_probe
 from tomat.prediction.core import shift_to_mean
 from tomat.prediction.predictors import ProbePredictor, load_predictor
@@ -309,10 +315,39 @@ def folds(store: RawStore, runs: Path, steps: int, only: Sequence[str]) -> None:
         write_table(table, rows)
 
 
+def near_atoms(self: Trust, state_AxW: torch.Tensor, number_A: torch.Tensor) -> torch.Tensor:
+    "What `Trust` would give if each atom were doubted by itself."
+    doubt_A = 1 - self.element_Z[number_A]
+    return torch.stack([doubt_A, torch.zeros_like(doubt_A)], 1)
+
+
+def trust(store: RawStore, runs: Path) -> None:
+    rows, crystals = [], {id: system(store.read(id).structure).split("-") for id in store.split("train")}
+    for element, kept, where in track(list(product(("H", "F", "Bi"), (1.0, 0.75, 0.5, 0.25, 0.0), ("atoms", "crystal"))), "trust"):
+        model, scores = load_probe(runs / f"without-{element}" / "model"), []
+        assert model.trust is not None
+        model.trust.element_Z[Element(element).Z] = kept
+        with patch.object(Trust, "forward", near_atoms) if where == "atoms" else nullcontext():
+            for id in (id for id, elements in crystals.items() if element in elements):
+                density = with_sad(store.read(id)).as_units("e/Å³")
+                assert density.sad is not None
+                half = tuple(slice(None, None, 1 + (n % 2 == 0)) for n in density.shape)
+                sad, true = (np.ascontiguousarray(x[half], np.float64) for x in (density.sad, density.values))
+                made = shift_to_mean(sad + predict_field(model, density.structure, sad.shape, sad)[0], sad.mean())
+                lattice, volume = density.structure.lattice.matrix, density.volume
+                worth = [potential_error(x * volume, true * volume, lattice) for x in (made, sad)]
+                scores.append((nmae(made, true) / nmae(sad, true), worth[0] / worth[1]))
+        of_sad, potential = np.array(scores).T
+        rows.append({"element": element, "kept": kept, "where": where, "nmae_mean": float(of_sad.mean()),
+                     "nmae_max": float(of_sad.max()), "potential_mean": float(potential.mean()),
+                     "potential_max": float(potential.max())})
+    write_table(RESULTS / "trust.csv", rows)
+
+
 @sentences
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["split", "calibrate", "train", "package", "evaluate", "seeds", "curve", "folds"])
+    parser.add_argument("what", choices=["split", "calibrate", "train", "package", "evaluate", "seeds", "curve", "folds", "trust"])
     parser.add_argument("path", help="a raw store; for package the folder of the runs")
     parser.add_argument("runs", nargs="?", help="folder of the runs")
     parser.add_argument("--steps", type=int, default=STEPS)
@@ -331,8 +366,8 @@ def main() -> None:
         folds(store, runs, steps, args.only)
     elif args.what in ("calibrate", "curve"):
         {"calibrate": calibrate, "curve": curve}[args.what](store, runs, steps)
-    elif args.what == "seeds":
-        seeds(store, runs)
+    elif args.what in ("seeds", "trust"):
+        {"seeds": seeds, "trust": trust}[args.what](store, runs)
     else:
         {"split": split, "evaluate": evaluate}[args.what](store)
 
