@@ -37,8 +37,8 @@ ExpectedError = Annotated[str | None, typer.Option(
 FromStructure = Annotated[str | None, typer.Option(
     "--from", help="Format to read, if the content does not tell: poscar, chgcar, cube, xsf, mp-json or zarr.")]
 Zval = Annotated[str | None, typer.Option(
-    help="Valence electrons of your potentials, such as Na=1,Cl=7; if the checkpoint has others, nothing is written. A POTCAR beside "
-         "a structure is compared without this option.")]
+    help="Valence electrons of your potentials, such as Na=1,Cl=7; if the checkpoint has others, nothing is written. A POTCAR "
+         "beside a structure is compared without this option.")]
 Device = Annotated[str, typer.Option(envvar="TOMAT_DEVICE", show_envvar=False,
                                      help="Device: cpu, cuda or cuda:1; a GPU is used where there is one if not given.")]
 
@@ -111,8 +111,8 @@ def predict(structures: Annotated[list[str], typer.Argument(help="POSCAR, CIF or
     given = parse_zval(zval) if zval is not None else []
     predictor = load_predictor(checkpoint, strategy=strategy, overlap=overlap, device=device, full_grid=full_grid)
     found, skipped = find_crystals(structures, predictor.atoms, from_)
-    found = on_grid_of_code(found, grid, encut, prec, incar, ecut, ecutrho)
-    tasks = tasks_of(found, structures, out, grid, expected_error, picture, format)
+    crystals = on_grid_of_code(found, grid, encut, prec, incar, ecut, ecutrho)
+    tasks = tasks_of(crystals, structures, out, grid, expected_error, picture, format)
     others = {name: why for name, why in skipped.items() if "of no known format" in why or "beside" in why}
     for name, why in others.items():
         print(f"tomat: skipped {name}: {why}", file=sys.stderr)

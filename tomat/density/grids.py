@@ -71,7 +71,7 @@ def incar_grid(structure: Structure,  # any crystal
 def _mixed_axes(structure: Structure) -> list[set[int]]:
     "Groups of axes that are mixed by a symmetry of the crystal."
     from spglib import get_symmetry  # imported late, because it takes time
-    cell = structure.lattice.matrix, structure.frac_coords, [site.specie.Z for site in structure]
+    cell = structure.lattice.matrix.tolist(), structure.frac_coords.tolist(), [site.specie.Z for site in structure]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of spglib, about the way in which it reports errors
         found = get_symmetry(cell, symprec=1e-5)
