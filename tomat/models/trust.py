@@ -14,7 +14,7 @@ from pymatgen.core import Element
 from torch import Tensor, nn
 
 # %% ../../nbs/05_models/07_trust.ipynb #70d9b820
-HALF = 0.5  # share of the difference that is kept near an unknown element with a known relative
+HALF = 0.5  # share of the difference that is kept in a crystal with an unknown element that has a known relative
 
 def _column(element: Element) -> tuple[int, str]:
     "The column and the block of the periodic table; lanthanides count to the column of scandium."
