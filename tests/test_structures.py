@@ -254,3 +254,11 @@ def test_a_grid_that_does_not_close_is_refused():
 
 def test_each_format_of_a_density_can_be_predicted_into():
     assert SUFFIXES.keys() == FORMATS.keys()
+
+
+def test_a_coordinate_beyond_all_numbers_is_none(tmp_path):
+    path = tmp_path / "far.cif"
+    Structure(Lattice.cubic(4), ["Na"], [[0.25, 0, 0]]).to(filename=str(path))
+    path.write_text(path.read_text().replace("0.25000000", "1e999"))
+    with pytest.raises(TomatError, match="'1e999', which is no number"):
+        read_structure(path)

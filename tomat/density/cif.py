@@ -6,6 +6,7 @@
 __all__ = ['Items', 'Operations', 'read_cif']
 
 # %% ../../nbs/01_density/04_cif.ipynb #8de87da1
+import math
 import re
 import warnings
 from collections.abc import Sequence
@@ -29,9 +30,9 @@ def _number(text: str,  # such as 0.3216(4)
             ) -> float:
     "A number of a CIF without its uncertainty."
     matched = re.fullmatch(r"([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)(?:\(\d*\)?)?", text)
-    if not matched:
+    if not matched or not math.isfinite(number := float(matched[1])):
         raise TomatError(f"{holds} is {text[:40]!r}, which is no number: add it to the CIF.")
-    return float(matched[1])
+    return number
 
 def _text(items: Items, name: str) -> str:
     "The one value of an item; a question mark where it is missing, or has several values."
