@@ -479,3 +479,15 @@ def test_two_runs_in_one_folder(tmp_path):
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
         assert done.returncode == 2 and "is written by another process that trains there" in done.stderr, done.stderr
         assert "Traceback" not in done.stderr and [path.name for path in (tmp_path / "run").iterdir()] == [".partial-lock"]
+
+
+@pytest.mark.parametrize("copies", [1, 2])  # the name at the end of an archive; also that beside the content
+def test_a_damaged_name_in_an_archive_is_one_sentence(tmp_path, copies):
+    path = tmp_path / "x.zip"
+    with zipfile.ZipFile(path, "w") as packed:
+        packed.writestr("ä/zarr.json", "{}")
+    content = path.read_bytes()
+    first = content.rindex("ä".encode()) if copies == 1 else 0
+    path.write_bytes(content[:first] + content[first:].replace("ä".encode(), b"\xff\xff"))
+    for read in (read_density, lambda path: RawStore(path).ids):
+        one_sentence(read, path, words="cannot be unpacked, its packed bytes are damaged")

@@ -37,7 +37,7 @@ from zlib import crc32
 
 import numpy as np
 import torch
-from pymatgen.core import Element, Structure
+from pymatgen.core import Element
 from scipy.stats import spearmanr
 
 from tomat.atoms.hirshfeld import charge_error
@@ -73,16 +73,15 @@ RARE = 5  # an element in fewer materials is named in the card
 COMMAND = "python results/probe/make_probe_results.py evaluate STORE"
 
 
-def system(structure: Structure) -> str:
-    "The elements of a crystal in one word."
-    return "-".join(sorted(element.symbol for element in structure.composition.elements))
+def systems(store: RawStore) -> dict[str, str]:
+    "The elements of each training material, as in Li-O."
+    return {id: store.read(id).structure.composition.chemical_system for id in track(store.split("train"), "look")}
 
 
 def split(store: RawStore) -> None:
     "A tenth of the chemical systems, by a checksum of their names, which holds when the store grows."
-    found = [(id, store.read(id).structure) for id in track(store.split("train"), "look")]
-    write_table(RESULTS / "held_out.csv", [{"id": id, "formula": structure.composition.reduced_formula} for id, structure in found
-                                           if crc32(system(structure).encode()) % 10 == 0])
+    write_table(RESULTS / "held_out.csv", [{"id": id, "formula": store.read(id).formula} for id, system in systems(store).items()
+                                           if crc32(system.encode()) % 10 == 0])
 
 
 def fold(store: RawStore) -> tuple[list[str], list[str]]:
@@ -305,7 +304,7 @@ def curve(store: RawStore, runs: Path, steps: int) -> None:
 
 def folds(store: RawStore, runs: Path, steps: int, only: Sequence[str]) -> None:
     ids, scale, table = store.split("train"), read_json(RESULTS / "held_out.json")["calibration_scale"], RESULTS / "folds.csv"
-    elements = {id: system(store.read(id).structure).split("-") for id in track(ids, "look")}
+    elements = {id: system.split("-") for id, system in systems(store).items()}
     rows = [row for row in read_table(table) if row["element"] not in only] if table.exists() else []
     for element in only:
         left_out = [id for id in ids if element in elements[id]]
@@ -322,8 +321,9 @@ def near_atoms(self: Trust, state_AxW: torch.Tensor, number_A: torch.Tensor) -> 
 
 
 def trust(store: RawStore, runs: Path) -> None:
-    rows, crystals = [], {id: system(store.read(id).structure).split("-") for id in store.split("train")}
-    for element, kept, where in track(list(product(("H", "F", "Bi"), (1.0, 0.75, 0.5, 0.25, 0.0), ("atoms", "crystal"))), "trust"):
+    rows, crystals = [], {id: system.split("-") for id, system in systems(store).items()}
+    ways = list(product(("Ne", "H", "F", "Bi"), (1.0, 0.75, 0.5, 0.25, 0.0), ("atoms", "crystal")))
+    for element, kept, where in track(ways, "trust"):
         model, scores = load_probe(runs / f"without-{element}" / "model"), []
         assert model.trust is not None
         model.trust.element_Z[Element(element).Z] = kept

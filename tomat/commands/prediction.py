@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['Strategy', 'FullGrid', 'Checkpoint', 'Grid', 'ExpectedError', 'FromStructure', 'Zval', 'Device', 'print_prediction',
-           'on_grid_of_code', 'predict', 'serve', 'predictors_from', 'print_scores', 'evaluate', 'demo']
+           'grid_rule', 'predict', 'serve', 'predictors_from', 'print_scores', 'evaluate', 'demo']
 
 # %% ../../nbs/11_commands/06_prediction.ipynb #f6785120
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,7 +21,7 @@ from .base import From, Json, opened, part_of, passed_over, print_result
 from ..io.remote import TomatError, is_remote
 
 if TYPE_CHECKING:
-    from tomat.prediction.batch import Crystal
+    from pymatgen.core import Structure
     from tomat.prediction.core import Predictor
 
 # %% ../../nbs/11_commands/06_prediction.ipynb #bda7b560
@@ -44,7 +44,7 @@ Device = Annotated[str, typer.Option(envvar="TOMAT_DEVICE", show_envvar=False,
 
 def print_prediction(result: dict[str, Any],  # metadata of a prediction, from `tomat.prediction.batch.run_tasks`
                      quiet: bool = False,     # print the warning alone
-                     ) -> None:
+                     ) -> dict[str, Any]:  # the same
     "Print electrons and expected error, and on standard error a warning where the crystal is unlike the training data."
     shape, held, expected = " × ".join(map(str, result["grid"])), result["inside_90"], result["expected_nmae"]
     parts = [f"{result['electrons']:.6g} electrons on {shape} voxels"]
@@ -58,28 +58,28 @@ def print_prediction(result: dict[str, Any],  # metadata of a prediction, from `
         why += [] if far is None else [f"the distance of its atoms is {far:.2f}"]
         print(f"tomat: {result['name']} is unlike the training data of this checkpoint ({' and '.join(why)}): do not rely on its "
               "density.", file=sys.stderr)
+    return result
 
-def on_grid_of_code(found: "Sequence[Crystal]",         # crystals to predict
-                    grid: tuple[int, int, int] | None,  # the same grid for all, which excludes the others
-                    encut: float | None,                # eV
-                    prec: str | None,
-                    incar: str | None,                  # path
-                    ecut: float | None,                 # eV
-                    ecutrho: float | None,              # Ry
-                    ) -> "Sequence[Crystal]":
-    "The crystals, each with the grid of a DFT code; raises `TomatError` for settings of several codes."
+def grid_rule(grid: tuple[int, int, int] | None,  # the same for all crystals
+              encut: float | None,                # eV
+              prec: str | None,
+              incar: str | None,                  # path
+              ecut: float | None,                 # eV
+              ecutrho: float | None,              # Ry
+              ) -> "Callable[[Structure], tuple[int, int, int]] | None":  # None: nothing is given
+    "What gives the grid of a crystal; raises `TomatError` for settings of several codes."
     from tomat.density.grids import espresso_grid, gpaw_grid, incar_grid, vasp_grid
     rules: dict[str, tuple[Any, Callable[..., tuple[int, int, int]]]] = {
-        "grid": (grid, lambda structure, grid: grid), "encut": (encut, partial(vasp_grid, prec=prec or "Normal")),
+        "grid": (grid, lambda _, grid: grid), "encut": (encut, partial(vasp_grid, prec=prec or "Normal")),
         "incar": (incar, incar_grid), "ecut": (ecut, gpaw_grid), "ecutrho": (ecutrho, espresso_grid)}
     given = [name for name, (value, _) in rules.items() if value is not None]
     if len(given) > 1 or (prec and given != ["encut"]):
         several = " and ".join(f"--{name}" for name in [*given, *(["prec"] if prec else [])])
         raise TomatError(f"{several}: a grid follows from one of --grid, --encut (with --prec), --incar, --ecut and --ecutrho.")
     if not given:
-        return found
+        return None
     value, rule = rules[given[0]]
-    return [crystal._replace(grid=rule(crystal.structure, value)) for crystal in found]
+    return lambda structure: rule(structure, value)
 
 def predict(structures: Annotated[list[str], typer.Argument(help="POSCAR, CIF or density files, or folders of them.")],
             out: Annotated[str, typer.Option(help="File to write: CHGCAR, cube, XSF, JSON or Zarr; for many structures a folder.")],
@@ -108,20 +108,17 @@ def predict(structures: Annotated[list[str], typer.Argument(help="POSCAR, CIF or
     from tomat.atoms.zval import check_zval, parse_zval
     from tomat.prediction.batch import find_crystals, run_tasks, tasks_of
     from tomat.prediction.predictors import load_predictor
-    given = parse_zval(zval) if zval is not None else []
+    given, rule = parse_zval(zval) if zval is not None else [], grid_rule(grid, encut, prec, incar, ecut, ecutrho)
     predictor = load_predictor(checkpoint, strategy=strategy, overlap=overlap, device=device, full_grid=full_grid)
     found, skipped = find_crystals(structures, predictor.atoms, from_)
-    crystals = on_grid_of_code(found, grid, encut, prec, incar, ecut, ecutrho)
-    tasks = tasks_of(crystals, structures, out, grid, expected_error, picture, format)
+    found = [crystal._replace(grid=rule(crystal.structure)) if rule else crystal for crystal in found]
+    tasks = tasks_of(found, structures, out, None, expected_error, picture, format)
     others = {name: why for name, why in skipped.items() if "of no known format" in why or "beside" in why}
     for name, why in others.items():
         print(f"tomat: skipped {name}: {why}", file=sys.stderr)
     for task in tasks:
         check_zval(task.structure, given, predictor.atoms, "--zval")
-    results = []
-    for result in run_tasks(tasks, predictor):
-        print_prediction(result, as_json)
-        results.append(result)
+    results = [print_prediction(result, as_json) for result in run_tasks(tasks, predictor)]
     if as_json:
         print_result({"predicted": results, "passed over": skipped}, True)
     passed_over({name: why for name, why in skipped.items() if name not in others})

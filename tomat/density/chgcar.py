@@ -157,8 +157,8 @@ def parse_chgcar(text: bytes,  # content of a CHGCAR, a CHG or another file of V
 
 # %% ../../nbs/01_density/02_chgcar.ipynb #89eae029
 _UNPARSABLE = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, UserWarning)
-# zipfile raises RuntimeError for an archive with a password or of an unknown kind
-_NOT_UNPACKED = (OSError, EOFError, zlib.error, lzma.LZMAError, BadZipFile, RuntimeError)
+# zipfile raises RuntimeError for an archive with a password or of an unknown kind, UnicodeDecodeError for a damaged name
+_NOT_UNPACKED = (OSError, EOFError, zlib.error, lzma.LZMAError, BadZipFile, RuntimeError, UnicodeDecodeError)
 
 @contextmanager
 def parsing(kind: str,  # kind of the file that is parsed, such as "CIF"

@@ -211,18 +211,13 @@ def pack_folder(folder: Path,   # its files become entries
             entry.create_system, entry.external_attr = 3, 0o644 << 16
             packed.writestr(entry, path.read_bytes())
 
-_NO_NAME = "a name in this archive is damaged: copy it again, or pack it anew."
-
 def read_member(packed: zipfile.ZipFile,  # an open archive
                 name: str,                # of a member
                 ) -> bytes:
     "Content of a member; raises `TomatError` for one that unpacks to too much."
     member = packed.getinfo(name)
     check_unpacked(member.file_size, member.compress_size, f"{name[:60]} in the archive")
-    try:
-        return packed.read(member)
-    except UnicodeDecodeError as err:  # of the name beside the content
-        raise TomatError(_NO_NAME) from err
+    return packed.read(member)
 
 def zip_entries(packed: zipfile.ZipFile,  # an open archive
                 prefix: str,              # path of a folder in it, with a slash at its end; "": all
@@ -270,11 +265,7 @@ def read_zarr(path: Path,  # a folder, or a .zip; local
     "The density in one Zarr group."
     if path.is_dir():
         return read_group(_folder_entries(path))
-    try:
-        archive = zipfile.ZipFile(path)
-    except UnicodeDecodeError as err:
-        raise TomatError(_NO_NAME) from err
-    with archive as packed:
+    with zipfile.ZipFile(path) as packed:
         roots = sorted((n for n in packed.namelist() if n.split("/")[-1] == "zarr.json"), key=lambda n: n.count("/"))
         if len([r for r in roots if r.count("/") == roots[0].count("/")]) != 1:
             raise TomatError("this archive does not hold one Zarr group: open an archive of many with RawStore.")

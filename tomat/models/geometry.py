@@ -18,7 +18,7 @@ from pymatgen.core import Element
 from torch import Tensor
 from torch.nn import functional
 
-from ..atoms.kohn_sham import kohn_sham_shells
+from ..atoms.kohn_sham import outer_shells
 from ..atoms.neighbours import Neighbours
 from ..atoms.sad import FreeAtom
 
@@ -128,16 +128,12 @@ N_DESCRIPTOR = 41
 
 def _valence_shells(atom: FreeAtom) -> list[float]:  # 11 numbers
     "Energies, radii and fillings of the valence shells of the computed atom."
-    left, valence, numbers = atom.n_valence, [], []
-    for shell in kohn_sham_shells(atom.symbol):
-        if left > 1e-6:
-            valence.append(shell)
-            left -= shell.electrons
+    valence, numbers = [shell for shell, electrons in outer_shells(atom.symbol, atom.n_valence) if electrons > 1e-6], list[float]()
     for momentum in range(3):
         first = next((shell for shell in valence if shell.momentum == momentum), None)
         filling = first.electrons / (4 * momentum + 2) if first else 0.0
         numbers += [first.energy / 10 + 0.8, math.log(first.radius), filling] if first else [0.0, 0.0, 0.0]
-    return [*numbers, max(shell.energy for shell in valence if shell.electrons) / 4 + 1, math.log(valence[0].radius)]
+    return [*numbers, max(shell.energy for shell in valence) / 4 + 1, math.log(valence[0].radius)]
 
 @lru_cache(512)
 def descriptor(atom: FreeAtom,

@@ -149,8 +149,9 @@ class ProbeNet(nn.Module):
     def distance(self, structure: Structure,  # ordered sites only
                  ) -> float | None:
         "The mean distance of the atoms of a crystal from those of the training data; None: these are not known."
-        state_AxW = self.states(atom_graph(structure, self.config.atom_cutoff, self.device))
-        return None if self.trust is None else float(self.trust.distance(state_AxW).mean())
+        if self.trust is None:
+            return None
+        return float(self.trust.distance(self.states(atom_graph(structure, self.config.atom_cutoff, self.device))).mean())
 
     def forward(self, tables: Sequence[Tensor],  # as `tables` returns them
                 near: Neighbours,                # neighbours of N voxels

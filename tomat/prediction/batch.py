@@ -27,6 +27,7 @@ from ..atoms.sad import FreeAtoms
 from ..atoms.zval import check_zval, potcar_beside, read_zval
 from ..density.chgcar import plain_name
 from ..density.core import Density, formula_of, plot_slice
+from ..density.grids import fast_number
 from ..density.formats import format_of, id_of, known_format, read_structure, write_density
 from ..density.structures import check_whole
 from ..density.zarr_group import pack_folder, write_group
@@ -95,12 +96,7 @@ def default_grid(structure: Structure,  # any crystal
     if max(structure.lattice.abc) > LONGEST_CELL:
         raise TomatError(f"The cell of {formula_of(structure)} is {max(structure.lattice.abc):,.0f} Å long: correct the lattice, "
                          "or give a grid.")
-    def side(length: float) -> int:
-        n = 2 * max(1, int(np.ceil(length / SPACING / 2)))
-        while 210**12 % n:  # 210 = 2 · 3 · 5 · 7
-            n += 2
-        return n
-    a, b, c = map(side, structure.lattice.abc)
+    a, b, c = (fast_number(length / SPACING, multiple=2) for length in structure.lattice.abc)
     return a, b, c
 
 def _shape(crystal: Crystal,

@@ -94,7 +94,7 @@ def validation_scores(model: ProbeNet,
             "inside_90": float((ratio_N < scale * math.log(10)).mean())}
 
 # %% ../../nbs/06_train/10_probe.ipynb #22b18632
-MOST_FITTED = 4096  # materials that the levels of a codec are fitted to
+MOST_FITTED = 4096  # materials that the levels of a codec are fitted to, and whose atoms a checkpoint keeps
 
 def network_of(config: ProbeTrainConfig) -> ProbeConfig:
     "The shape of the network that a configuration asks for."
@@ -114,7 +114,8 @@ class ProbeTask:
     out: Path                   # folder of the run, whose log holds the times
     run_config: RunConfig
     context: DistributedContext
-    validation: dict[str, float] | None = None  # scores of the weights as they are; None: not computed yet
+    averaged: ProbeNet | None = None            # the averaged weights with the states of the atoms; None: not made yet
+    validation: dict[str, float] | None = None  # its scores; None: not computed yet
     counts: tuple[str, ...] = ("tokens",)       # number of voxels
     position_: int = field(default=-1, init=False)  # number of the step that comes next from `drawn`
 
@@ -161,27 +162,33 @@ class ProbeTask:
         memory = min(self.config.average, step / (step + 9))
         with torch.no_grad():
             torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - memory)
-        self.validation = None
+        self.averaged = self.validation = None
 
     def inputs(self) -> list[dict[str, Any]]:
         "The materials of the last batch."
         return [{"material": self.data.ids[i]} for i in self.drawn.materials]
 
+    @cached_property
+    def fitted(self) -> list[int]:
+        "The materials that stand for the training data."
+        return sorted(batch_materials(0, self.data.strata, MOST_FITTED, 0))
+
     @torch.no_grad()
-    def averaged(self) -> ProbeNet:
-        "A copy of the averaged weights that knows the states of the training data's atoms."
-        model, crystals = copied(self.average), self.draws.crystals
-        chosen = sorted(batch_materials(0, self.data.strata, MOST_FITTED, 0))
-        one = [np.zeros(1, np.int64)]  # a voxel; only atoms are needed
-        parts = (draw(crystals, chosen[i:i + 32], one * len(chosen[i:i + 32])) for i in range(0, len(chosen), 32))
-        states = [model.states(batch_of(part, self.context.device).atoms) for part in parts]
-        model.remember(torch.cat(states), self.data.symbols)
-        return model
+    def with_states(self) -> ProbeNet:
+        "A copy of the averaged weights that knows the states of the training data's atoms; made once a step."
+        if self.averaged is None:
+            self.averaged, states = copied(self.average), []
+            for i in range(0, len(self.fitted), 32):
+                some = self.fitted[i:i + 32]
+                drawn = draw(self.draws.crystals, some, [np.zeros(1, np.int64)] * len(some))  # a voxel each; only atoms are needed
+                states.append(self.averaged.states(batch_of(drawn, self.context.device).atoms))
+            self.averaged.remember(torch.cat(states), self.data.symbols)
+        return self.averaged
 
     def scores(self) -> dict[str, float]:
         "Scores of the averaged weights on the held-out materials; computed once a step, also for its checkpoints."
         if self.validation is None:
-            self.validation = validation_scores(self.averaged(), self.held_out, self.context) if self.held_out else {}
+            self.validation = validation_scores(self.with_states(), self.held_out, self.context) if self.held_out else {}
         return self.validation
 
     def state(self) -> dict[str, Any]:
@@ -198,13 +205,12 @@ class ProbeTask:
         self.model.load_state_dict(state["model"])
         self.average.load_state_dict(state["average"])
         self.optimizers[0].load_state_dict(state["optimizer"])
-        self.validation = None
+        self.averaged = self.validation = None
 
     @cached_property
     def codec(self) -> LevelCodec:
         "A codec whose levels are fitted to the differences between density and SAD."
-        chosen = sorted(batch_materials(0, self.data.strata, MOST_FITTED, 0))
-        values = [(rho_V - sad_V)[:2000] for _, sad_V, rho_V in map(self.data.columns, chosen)]
+        values = [(rho_V - sad_V)[:2000] for _, sad_V, rho_V in map(self.data.columns, self.fitted)]
         return fit_levels(np.concatenate(values), self.config.levels, name="difference")
 
     def save_checkpoint(self, path: Path, counters: dict[str, int]) -> None:
@@ -212,7 +218,7 @@ class ProbeTask:
         scores = self.scores()
         if self.context.rank:
             return
-        model, scale = self.averaged().cpu(), scores.get("calibration_scale", self.config.calibration_scale)
+        model, scale = copied(self.with_states()).cpu(), scores.get("calibration_scale", self.config.calibration_scale)
         with torch.no_grad():
             model.head.bias[1] += math.log(scale)
         model.codec = self.codec
