@@ -108,6 +108,8 @@ def _from_table(symbol: str,         # "Fe"
     "The atom of an entry; raises `TomatError` for an entry that is incomplete or contradicts itself."
     try:
         n_valence, dr, rho = float(table["n_valence"]), float(table["dr"]), np.array(table["rho"], float)
+        if not (np.isfinite([n_valence, dr]).all() and np.isfinite(rho).all()):
+            raise ValueError("a number that is not finite")
         valid = Element.is_valid_symbol(symbol) and n_valence > 0 and dr > 0 and rho.ndim == 1 and len(rho) > 3
         atom = FreeAtom.of(symbol, n_valence, dr, rho)
     except (KeyError, TypeError, ValueError) as err:

@@ -31,7 +31,7 @@ from ..io.fetch import has_md5
 from ..io.files import atomic_write, md5_of, open_binary
 from ..io.remote import TomatError, client_errors, details, is_remote, remote_fs
 from ..tokens.patches import random_offsets
-from ..io.untrusted import parse_json
+from ..io.untrusted import has_form, parse_json
 from ..tokens.tokenizer import Tokenizer
 
 # %% ../../nbs/04_dataset/01_parquet.ipynb #006307cb
@@ -152,6 +152,7 @@ def shard_rows(read: Callable[[str], Density],  # function from a material's id 
 
 # %% ../../nbs/04_dataset/01_parquet.ipynb #a5287bf5
 _FOOTER = "tomat"  # key in the metadata of a Parquet file
+_FOOTER_FORM = {"ids": list, "recipe": str, "skipped": [str], "materials": [{"rows": int, "clipped": int, "source": str}]}
 
 def write_shard(tables: Sequence[pa.Table],  # one per material, at least one; in SCHEMA, all with the same number of rows
                 footer: dict[str, Any],      # as `shard_rows` returns it
@@ -176,7 +177,7 @@ def read_footer(path: str | Path,  # a shard, local or remote; little more than 
     try:
         with open_binary(path) as file:
             footer = parse_json((pq.read_metadata(file).metadata or {})[_FOOTER.encode()])
-        return footer if isinstance(footer, dict) else None
+        return footer if has_form(footer, _FOOTER_FORM) else None
     except (pa.ArrowException, OSError, KeyError, ValueError):
         return None
 
@@ -186,6 +187,7 @@ def read_shard(path: Path,  # a local Parquet file
     "All rows of a shard, in SCHEMA; raises `TomatError` for a damaged file or another schema."
     try:
         table = pq.read_table(path, partitioning=None)
+        table.validate(full=True)  # ids of materials that are no text, too
         names = table.schema.names
     except (OSError, pa.ArrowException, ValueError) as err:  # the names of the columns of a damaged file may not be text
         why = " ".join(str(err).split()).rstrip(".")

@@ -73,7 +73,7 @@ class RawStore:
             if name is None:
                 return None
             path = self._path(name)
-            return path, read_text(path) if packed is None else read_member(packed, base + name).decode()
+            return path, read_text(path) if packed is None else read_member(packed, base + name, str(self.root)).decode()
 
     @cached_property
     def ids(self) -> list[str]:
@@ -120,7 +120,7 @@ class RawStore:
         if not self._zipped:
             return read_density(self._path(f"label/{id}.zarr"), id=id)
         with self._archive() as (packed, base):
-            entries = zip_entries(packed, f"{base}label/{id}.zarr/")
+            entries = zip_entries(packed, f"{base}label/{id}.zarr/", str(self.root))
         if not entries:
             raise TomatError(f"{self.root} holds no material {id!r}: its {_ID_LIST} lists the ids.")
         try:

@@ -213,20 +213,22 @@ def pack_folder(folder: Path,   # its files become entries
 
 def read_member(packed: zipfile.ZipFile,  # an open archive
                 name: str,                # of a member
+                place: str,               # name of the archive, for errors
                 ) -> bytes:
     "Content of a member; raises `TomatError` for one that unpacks to too much."
     member = packed.getinfo(name)
-    check_unpacked(member.file_size, member.compress_size, f"{name[:60]} in the archive")
+    check_unpacked(member.file_size, member.compress_size, f"{name[:60]} in {place}")
     return packed.read(member)
 
 def zip_entries(packed: zipfile.ZipFile,  # an open archive
                 prefix: str,              # path of a folder in it, with a slash at its end; "": all
+                place: str = "the archive",  # its name, for errors
                 ) -> dict[str, bytes]:
     "Content of the entries below `prefix`, by their path from there."
     names = [n for n in packed.namelist() if n.startswith(prefix) and not n.endswith("/")]
-    members = [packed.getinfo(check_name(n, "the archive", path=True)) for n in names]
-    check_unpacked(sum(m.file_size for m in members), sum(m.compress_size for m in members), "the archive")
-    return {n.removeprefix(prefix): read_member(packed, n) for n in names}
+    members = [packed.getinfo(check_name(n, place, path=True)) for n in names]
+    check_unpacked(sum(m.file_size for m in members), sum(m.compress_size for m in members), place)
+    return {n.removeprefix(prefix): read_member(packed, n, place) for n in names}
 
 # %% ../../nbs/01_density/04_zarr_group.ipynb #c923325e
 def write_zarr(density: Density,  # the density to store

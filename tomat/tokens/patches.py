@@ -6,7 +6,8 @@
 __all__ = ['Size', 'as_size', 'as_offsets', 'flat_indices', 'windows', 'cut', 'random_offsets', 'cover', 'stitch']
 
 # %% ../../nbs/03_tokens/04_patches.ipynb #b976116c
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from numbers import Integral
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
@@ -19,8 +20,8 @@ Size = int | tuple[int, int, int]
 def as_size(size: Size | Sequence[int],  # one side of a cube, or three sides; voxels
             ) -> tuple[int, int, int]:
     "The three sides of a patch in voxels; raises `TomatError` unless all are whole numbers ≥ 1."
-    sides = (size,) * 3 if isinstance(size, (int, np.integer)) else tuple(size)
-    if len(sides) != 3 or any(int(s) != s or s < 1 for s in sides):
+    sides = tuple(size) if isinstance(size, Iterable) else (size,) * 3
+    if len(sides) != 3 or any(not isinstance(s, Integral) or s < 1 for s in sides):
         raise TomatError(f"A patch of size {size} cannot be cut: give one whole number ≥ 1, or three of them.")
     return int(sides[0]), int(sides[1]), int(sides[2])
 
