@@ -215,8 +215,10 @@ def read_member(packed: zipfile.ZipFile,  # an open archive
                 name: str,                # of a member
                 place: str,               # name of the archive, for errors
                 ) -> bytes:
-    "Content of a member; raises `TomatError` for one that unpacks to too much."
+    "Content of a member; raises `TomatError` for one that unpacks to too much, and `BadZipFile` for one of impossible size."
     member = packed.getinfo(name)
+    if member.header_offset + member.compress_size > packed.start_dir:  # the list of members follows them all
+        raise zipfile.BadZipFile
     check_unpacked(member.file_size, member.compress_size, f"{name[:60]} in {place}")
     return packed.read(member)
 
