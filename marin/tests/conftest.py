@@ -36,10 +36,10 @@ def tomat(*arguments, python=None) -> str:
     return done.stdout
 
 
-def tokenized(out: Path, codec: str, materials: int, side: int) -> Path:
+def tokenized(out: Path, codec: str | Path, materials: int, side: int, *more: str) -> Path:
     "Rows of the packaged sample."
     tomat("tokenize", ROOT / "tomat" / "data" / "sample.zip", "--split", "all", "--materials", materials, "--out", out, "--label",
-          out.name, "--patches-per-material", 4, "--patch-size", side, "--pad-to", 0, "--density-codec", codec)
+          out.name, "--patches-per-material", 4, "--patch-size", side, "--pad-to", 0, "--density-codec", codec, *more)
     return out
 
 
@@ -110,6 +110,6 @@ def torch_says(runs, rows, whole, tmp_path_factory):
     "The library on the export of that run: logits of four rows, its loss and held-out materials, and its order of rows."
     import numpy as np
     out = tmp_path_factory.mktemp("torch") / "said.npz"
-    tomat(runs.place / "runs/whole/model", rows, 10, 0, out, python=[str(MARIN / "tests" / "torch_side.py")])
+    tomat(runs.place / "runs/whole/model", rows, 10, 0, 0, 0, out, python=[str(MARIN / "tests" / "torch_side.py")])
     said = np.load(out)
     return said["ids"], said["logits"], json.loads(str(said["found"])), said["train_ids"]

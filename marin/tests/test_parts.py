@@ -251,3 +251,7 @@ def test_losses_worked_by_hand():
     for emd, expected in [(0.0, np.log(4)), (1.0, 0.5 * 4 + 0.25 * 3), (0.5, 0.5 * np.log(4) + 0.5 * 2.75)]:
         got = token_losses(logits, target, Objective(range(3), emd, values if emd else None))
         np.testing.assert_allclose(np.asarray(got), [[expected]], rtol=1e-6)
+    wanted = np.exp(-0.5 * (np.array([4.0, 3.0, 0.0]) / 2) ** 2)
+    wanted /= wanted.sum()
+    got = token_losses(logits, target, Objective(range(3), 0.0, values, 2.0))
+    np.testing.assert_allclose(np.asarray(got), [[(wanted * np.log(wanted / [0.5, 0.25, 0.25])).sum()]], rtol=1e-5)

@@ -1,13 +1,19 @@
 """The launcher really trains: from shards of `tomat tokenize` to a checkpoint that `tomat predict` reads."""
 
+import asyncio
 import json
 import subprocess
 import sys
 
+import haliax as hax
 import numpy as np
 import pytest
+from tomat_marin.rows import OrderedRows
 
 from conftest import LAUNCHER, MARIN, ROOT, losses, tokenized, tomat
+from tomat.dataset.meta import read_meta, tokenizer_of
+from tomat.dataset.noise import HistoryNoise
+from tomat.dataset.order import RowOrder, row_index
 
 LAST = "states/step-19"  # Levanter counts steps from 0
 
@@ -108,7 +114,7 @@ def test_earth_movers_distance_in_bf16(runs, tmp_path):
     "The library computes the same mixture, in four-byte numbers."
     rows = tokenized(tmp_path / "levels", "fp16_1token", 8, 2)
     printed = runs.run("emd", LABEL=rows, STEPS=2, VAL_SEQS=4, EMD=0.5, BF16="true", LR=1e-4, WANDB_MODE="offline")
-    tomat(runs.place / "runs/emd/model", rows, 4, 0.5, tmp_path / "said.npz", python=[str(MARIN / "tests" / "torch_side.py")])
+    tomat(runs.place / "runs/emd/model", rows, 4, 0.5, 0, 0, tmp_path / "said.npz", python=[str(MARIN / "tests" / "torch_side.py")])
     found = json.loads(str(np.load(tmp_path / "said.npz")["found"]))
     assert float(losses(printed)[2, "validation loss"]) == pytest.approx(found["loss"], rel=5e-3)
     assert {path.name for path in runs.place.iterdir()} == {"runs"}
@@ -121,6 +127,25 @@ def test_earth_movers_distance_in_bf16(runs, tmp_path):
     assert [line["tokens"] for line in lines] == [round(n * meta["tokens"] / meta["rows"]) for n in (8, 16)]
     assert lines[1]["padded"] == plan["tokens, padded"] == 16 * plan["tokens a row"] and lines[1]["flops"] == plan["FLOPs"]
     assert lines[1]["flops"] == lines[1]["padded"] * plan["FLOPs per token"] and lines[1]["time.tokens_per_s"] > 0
+
+
+def test_guided_rows_with_noise_and_soft_targets(runs, tmp_path):
+    "Twenty steps on guided rows: torch reads the same noise, and finds the same losses on the export."
+    tomat("fit-codec", ROOT / "tomat" / "data" / "sample.zip", "--split", "train", "--target", "difference", "--levels", 64,
+          "--out", tmp_path / "codec.npz")
+    rows = tokenized(tmp_path / "guided", tmp_path / "codec.npz", 16, 3, "--layout", "guided")
+    printed = runs.run("guided", LABEL=rows, SOFT=0.05, NOISE=0.7)
+    options = 10, 0, 0.05, 0.7
+    tomat(runs.place / "runs/guided/model", rows, *options, tmp_path / "said.npz", python=[str(MARIN / "tests" / "torch_side.py")])
+    said = np.load(tmp_path / "said.npz")
+    assert float(losses(printed)[20, "validation loss"]) == pytest.approx(json.loads(str(said["found"]))["loss"], abs=1e-4)
+    index, tokenizer = row_index(rows, read_meta(rows)), tokenizer_of(rows, read_meta(rows))
+    units = range(index.last_materials(10))
+    stream = OrderedRows(index, units, RowOrder(index.counts, 0, 1024).subset(units), hax.Axis("position", 256), None,
+                         HistoryNoise(tokenizer, 0.7, 0))
+    pairs = np.stack([pair.array for pair in asyncio.run(stream.get_batch(range(160)))])
+    assert (pairs[:, 0] == said["train_ids"]).all() and (pairs[:, 1] == said["read_ids"]).all()
+    assert (pairs[:, 0] != pairs[:, 1]).any(1).mean() > 0.8
 
 
 def test_a_finished_run_is_left_as_it_is(runs, whole, monkeypatch):

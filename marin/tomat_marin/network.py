@@ -47,7 +47,7 @@ def fresh(config: Qwen3Config,
     model = Qwen3LMHeadModel.init(hax.Axis("vocab", vocab.size), config, key=model_key)
     scale = config.initializer_range
     start = hax.random.normal(embedding_key, (model.Vocab, model.Embed)).array * scale
-    for ids in [vocab.blocks["integer"], *vocab.slots("position"), *vocab.slots("density")]:
+    for ids in vocab.numbers:
         start = start.at[ids.start:ids.stop].add(scale * _rank_code(len(ids), model.Embed, ids.start))
     weight = hax.named(start, (model.Vocab, model.Embed))
     return eqx.tree_at(lambda m: m.embeddings.token_embeddings.weight, model, weight)
@@ -57,24 +57,27 @@ def token_losses(logits_BxCxV: jax.Array,  # (B, C, V) float32 logits of the obj
                  target_BxC: jax.Array,    # (B, C) index of the true id among them
                  objective: Objective,
                  ) -> jax.Array:  # (B, C)
-    "For each token cross-entropy in nats, earth mover's distance Σ p·|ρ_level - ρ| in the codec's unit, or a mixture."
-    losses = jnp.zeros(target_BxC.shape)
-    if objective.emd < 1:
-        right = jnp.take_along_axis(logits_BxCxV, target_BxC[..., None], axis=-1)[..., 0]
-        losses += (1 - objective.emd) * (jax.nn.logsumexp(logits_BxCxV, axis=-1) - right)
-    if objective.values_V is not None:
-        values_V = jnp.asarray(objective.values_V)
-        distance_BxCxV = jnp.abs(values_V - values_V[target_BxC][..., None])
-        losses += objective.emd * (jax.nn.softmax(logits_BxCxV, axis=-1) * distance_BxCxV).sum(-1)
+    "For each token cross-entropy or divergence in nats, earth mover's distance in the codec's unit, or a mixture."
+    losses, log_p = jnp.zeros(target_BxC.shape), jax.nn.log_softmax(logits_BxCxV, axis=-1)
+    values_V = None if objective.values_V is None else jnp.asarray(objective.values_V)
+    distance_BxCxV = None if values_V is None else jnp.abs(values_V - values_V[target_BxC][..., None])
+    if objective.emd < 1 and objective.soft:
+        log_q = jax.nn.log_softmax(-0.5 * (distance_BxCxV / objective.soft) ** 2, axis=-1)
+        losses += (1 - objective.emd) * (jnp.exp(log_q) * (log_q - log_p)).sum(-1)
+    elif objective.emd < 1:
+        losses -= (1 - objective.emd) * jnp.take_along_axis(log_p, target_BxC[..., None], axis=-1)[..., 0]
+    if objective.emd:
+        losses += objective.emd * (jnp.exp(log_p) * distance_BxCxV).sum(-1)
     return losses
 
 
 def loss_and_count(model: Qwen3LMHeadModel,
                    ids: hax.NamedArray,  # (batch, position) ids of rows, PAD at their end
                    objective: Objective,
+                   read: hax.NamedArray | None = None,  # (batch, position) ids that the model reads instead; None: the same
                    ) -> tuple[jax.Array, jax.Array]:  # () sum of the losses; () number of tokens in it
-    "The sum of the losses of density tokens, each given the true tokens before it, and their number."
-    hidden, _ = split_activations(model.activations(ids, AttentionMask.causal(), key=None))
+    "The sum of the losses of density tokens, each given the tokens before it, and their number."
+    hidden, _ = split_activations(model.activations(ids if read is None else read, AttentionMask.causal(), key=None))
     hidden_BxLxW = hidden.rearrange(("batch", "position", model.Embed)).array
     counted = objective.ids
     head_VxW = hax.auto_sharded(model.get_lm_head()["vocab", counted.start:counted.stop]).array

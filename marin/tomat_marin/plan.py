@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tomat.dataset.meta import read_meta, tokenizer_of
+from tomat.dataset.noise import HistoryNoise
 from tomat.dataset.order import RowIndex, RowOrder, row_index
 from tomat.io.files import read_json, write_json
 from tomat.io.untrusted import is_name
@@ -99,6 +100,11 @@ class Plan:
     def size(self) -> ModelSize:
         return model_size(self.config.size)
 
+    @cached_property
+    def noise(self) -> HistoryNoise | None:
+        "The noise of what the model reads in training, as in `tomat train`."
+        return HistoryNoise(self.tokenizer, self.config.noise, self.config.seed) if self.config.noise else None
+
     @property
     def bf16(self) -> bool:
         "Whether matrix products are in bfloat16; weights are always float32."
@@ -170,7 +176,7 @@ def plan() -> Plan:
     data = data_folder(tpu)
     meta = read_meta(data)
     tokenizer, index = tokenizer_of(data, meta), row_index(data, meta)
-    objective = objective_of(tokenizer, config.loss_on, config.emd)
+    objective = objective_of(tokenizer, config.loss_on, config.emd, config.soft)
     first_val = index.last_materials(config.val_seqs) if config.val_seqs else len(index.groups)
     return Plan(config, run_config, tpu, data, run_folder(tpu), meta, tokenizer, objective, index, first_val)
 

@@ -8,12 +8,17 @@ import haliax as hax
 import numpy as np
 from levanter.data.dataset import AsyncDataset
 
+from tomat.dataset.noise import HistoryNoise
 from tomat.dataset.order import RowIndex, RowOrder, padded_ids
 from tomat.io.remote import TomatError
 
+VERSION = hax.Axis("version", 2)  # of a row with noise: as it is, and as the model reads it
+
 
 class OrderedRows(AsyncDataset[hax.NamedArray]):
-    "Rows by their number in an order, each (position,) int32 ids with PAD at the end; reads whole row groups."
+    """Rows by their number in an order, each (position,) int32 ids with PAD at the end; reads whole row groups.
+
+    With noise each is (version, position): the row, and what the model reads instead."""
 
     def __init__(self,
                  index: RowIndex,         # row groups of the data set
@@ -21,8 +26,9 @@ class OrderedRows(AsyncDataset[hax.NamedArray]):
                  order: RowOrder,         # order of the rows of these units
                  Pos: hax.Axis,           # axis of a row's tokens
                  n: int | None = None,    # number of rows; None: without end
+                 noise: HistoryNoise | None = None,
                  ) -> None:
-        self.index, self.units, self.order, self.Pos, self.n = index, units, order, Pos, n
+        self.index, self.units, self.order, self.Pos, self.n, self.noise = index, units, order, Pos, n, noise
         self.table = lru_cache(maxsize=min(1024, max(64, 2 * order.units_per_window)))(self._table)
 
     def is_finite(self) -> bool:
@@ -46,4 +52,8 @@ class OrderedRows(AsyncDataset[hax.NamedArray]):
         unit_m, row_m = (numbers.tolist() for numbers in self.order.at(indices))
         needed = sorted(set(unit_m))
         tables = dict(zip(needed, await asyncio.gather(*(asyncio.to_thread(self.table, unit) for unit in needed)), strict=True))
-        return [hax.NamedArray(tables[unit][row], (self.Pos,)) for unit, row in zip(unit_m, row_m, strict=True)]
+        found = np.stack([tables[unit][row] for unit, row in zip(unit_m, row_m, strict=True)])
+        if self.noise is None:
+            return [hax.NamedArray(ids, (self.Pos,)) for ids in found]
+        both = np.stack([found, self.noise(found, np.asarray(indices))], axis=1)
+        return [hax.NamedArray(pair, (VERSION, self.Pos)) for pair in both]

@@ -28,6 +28,7 @@ from transformers import Qwen3Config as HFQwen3Config
 
 from tomat.atoms.sad import save_atoms
 from tomat.dataset.meta import data_atoms
+from tomat.dataset.noise import HistoryNoise
 from tomat.io.remote import exists, is_remote
 from tomat.io.files import md5_of, write_json
 from tomat.io.settings import setting
@@ -182,11 +183,12 @@ def train(plan: Plan) -> str:  # folder of the checkpoint
     Pos, objective = hax.Axis("position", plan.length), plan.objective
     model_config = config_of(plan.size, Pos.size)
 
-    def rows(units: range, n: int | None = None) -> OrderedRows:
-        return OrderedRows(plan.index, units, plan.order(units), Pos, n)
+    def rows(units: range, n: int | None = None, noise: HistoryNoise | None = None) -> OrderedRows:
+        return OrderedRows(plan.index, units, plan.order(units), Pos, n, noise)
 
     def loss(model: Qwen3LMHeadModel, ids: hax.NamedArray, *, key: jax.Array | None = None) -> jax.Array:
-        total, count = loss_and_count(model, ids, objective)
+        true, read = (ids["version", 0], ids["version", 1]) if plan.noise else (ids, None)
+        total, count = loss_and_count(model, true, objective, read)
         return total / count
 
     with Trainer(settings, Adam.of(config).build(config.steps), loss) as trainer:  # its end waits until the last state is on disk
@@ -197,7 +199,7 @@ def train(plan: Plan) -> str:  # folder of the checkpoint
         hook = LogHook(plan, validation(trainer, rows(plan.val_units, config.val_seqs), objective) if plan.val_units else None)
         trainer.add_hook(log_performance_stats(Pos.size, settings.batch_schedule, plan.row_flops))
         trainer.add_hook(hook)
-        loader = trainer.data_loader(rows(plan.train_units))
+        loader = trainer.data_loader(rows(plan.train_units, noise=plan.noise))
         last = trainer.train(state, loader.iter_from_step(state.step))
         folder = export(last.state.eval_model, plan, hook.scores)
     levanter.tracker.current_tracker().finish()

@@ -68,6 +68,10 @@ _Val = Annotated[str | None, typer.Option(
 _EvalStore = Annotated[str | None, typer.Option(
     envvar=["TOMAT_EVAL_STORE", "TOMAT_JUDGE"], show_envvar=False, rich_help_panel=f"Options of the {TrainConfig.network_name}",
     help="Raw store; predictions for its validation materials are scored (NMAE) at each evaluation.")]
+_Fresh = Annotated[str | None, typer.Option(
+    rich_help_panel=f"Options of the {TrainConfig.network_name}",
+    help="Densities that the rows were made of: new patches are cut from them at every visit, turned and mirrored, and no row comes "
+         "twice.")]
 _EvalMaterials = Annotated[int, typer.Option(
     envvar=["TOMAT_EVAL_MATERIALS", "TOMAT_JUDGE_MATERIALS"], show_envvar=False,
     rich_help_panel=f"Options of the {TrainConfig.network_name}", help="Number of materials that --eval-store scores.")]
@@ -84,6 +88,7 @@ def train(config: GivenOptions,
           split: Annotated[str, typer.Option(help="Densities: part of DATA; train if not given, or all if it has no parts.")] = "",
           first: Annotated[int, typer.Option(help="Densities: number of materials, from the beginning of the part; 0: all.")] = 0,
           atoms: Atoms = None,
+          fresh: _Fresh = None,
           eval_store: _EvalStore = None,
           eval_materials: _EvalMaterials = 2,
           dry: Annotated[bool, typer.Option("--dry-run", help="Print parameters, FLOPs, memory and time; do not train.")] = False,
@@ -102,7 +107,8 @@ def train(config: GivenOptions,
         raise TomatError(f"--kept is an option of `tomat prepare`, and {data} holds voxels that are drawn already: leave it out, "
                          "or unset TOMAT_KEPT.")
     source = opened(data) if holds == "densities" else data
-    kind, selection = config.make(DECODERS[found]), start.Selection(split, first, atoms or "")
+    patches = opened(fresh) if fresh else None
+    kind, selection = config.make(DECODERS[found]), start.Selection(split, first, atoms or "", patches)
     if dry:
         return print_result(start.dry_run(source, out, kind, run_config, selection), False)
     callback = nmae_callback(eval_store, eval_materials) if eval_store else None

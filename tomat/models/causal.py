@@ -58,8 +58,7 @@ def make_model(size: ModelSize,       # shape of the network
         torch.manual_seed(seed)
         model = Qwen3ForCausalLM(config)
     embedding = model.model.embed_tokens.weight.data
-    numeric = [vocab.blocks["integer"], *vocab.slots("position"), *vocab.slots("density")]  # a higher id is a higher number
-    for ids in numeric if smooth else []:
+    for ids in vocab.numbers if smooth else ():
         embedding[ids.start:ids.stop] += config.initializer_range * rank_code(len(ids), size.width, seed=ids.start)
     return model
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, kl_div
 from transformers import Qwen3ForCausalLM
 
 from .causal import hidden_states
@@ -20,15 +20,20 @@ from .objective import Objective
 def loss_sum(logits_TxV: torch.Tensor,       # (T, V) logits of the objective's V ids
              target_T: torch.Tensor,         # (T,) int64 index of the true id among them
              emd: float,                     # share of the earth mover's distance, 0 to 1
-             values_V: torch.Tensor | None,  # (V,) densities of the ids in the codec's unit; None if emd is 0
+             values_V: torch.Tensor | None,  # (V,) densities of the ids in the codec's unit; None: hard targets and no emd
+             soft: float = 0.0,              # σ of soft targets in the codec's unit; 0: hard targets
              ) -> torch.Tensor:  # () float32
-    "The sum over tokens of cross-entropy in nats, earth mover's distance in the codec's unit, or a mixture."
+    "The sum over tokens of cross-entropy or divergence in nats, earth mover's distance in the codec's unit, or a mixture."
     logits_TxV = logits_TxV.float()
     total = logits_TxV.new_zeros(())
-    if emd < 1:
+    distance_TxV = total if values_V is None else (values_V - values_V[target_T, None]).abs()
+    if emd < 1 and soft:
+        wanted_TxV = (-0.5 * (distance_TxV / soft) ** 2).log_softmax(dim=1)
+        divergence = kl_div(logits_TxV.log_softmax(dim=1), wanted_TxV, reduction="sum", log_target=True)
+        total = total + (1 - emd) * divergence
+    elif emd < 1:
         total = total + (1 - emd) * cross_entropy(logits_TxV, target_T, reduction="sum")
-    if values_V is not None:
-        distance_TxV = (values_V - values_V[target_T, None]).abs()
+    if emd:
         total = total + emd * (logits_TxV.softmax(dim=1) * distance_TxV).sum()
     return total
 
@@ -72,11 +77,12 @@ def chunked_loss(hidden_TxW: torch.Tensor,  # (T, W) vectors at the positions be
                  weight_VxW: torch.Tensor,  # (V, W) embeddings of the objective's ids
                  target_T: torch.Tensor,    # (T,) int64 index of the true id among them
                  emd: float = 0.0,          # share of the earth mover's distance, 0 to 1
-                 values_V: torch.Tensor | None = None,  # (V,) densities of the ids in the codec's unit; None if emd is 0
+                 values_V: torch.Tensor | None = None,  # (V,) densities of the ids in the codec's unit; None: the loss needs none
+                 soft: float = 0.0,         # σ of soft targets in the codec's unit; 0: hard targets
                  ) -> torch.Tensor:  # () float32
     "The `loss_sum` of all tokens, computed with the logits of at most `MAX_LOGITS` at a time."
     def of_chunk(logits_TxV: torch.Tensor, target_T: torch.Tensor) -> torch.Tensor:
-        return loss_sum(logits_TxV, target_T, emd, values_V)
+        return loss_sum(logits_TxV, target_T, emd, values_V, soft)
     return _InChunks.apply(of_chunk, torch.is_grad_enabled(), hidden_TxW, weight_VxW, target_T)
 
 # %% ../../nbs/05_models/05_loss.ipynb #7c6c9243
@@ -94,13 +100,15 @@ class LossModule(torch.nn.Module):
 
     def forward(self, ids_BxL: torch.Tensor,   # (B, L) int64 ids of rows, PAD at their end
                 positions_T: torch.Tensor,     # (T,) as `positions` returns them
+                read_BxL: torch.Tensor | None = None,  # (B, L) ids that the model reads instead; None: the same
                 ) -> torch.Tensor:  # () float32
-        "The sum of the losses of the tokens, each given the true tokens before it."
-        hidden_TxW = hidden_states(self.model, ids_BxL[:, :-1]).flatten(0, 1)[positions_T]
+        "The sum of the losses of the tokens, each given the tokens before it."
+        read_BxL = ids_BxL if read_BxL is None else read_BxL
+        hidden_TxW = hidden_states(self.model, read_BxL[:, :-1]).flatten(0, 1).index_select(0, positions_T)
         ids = self.objective.ids
         target_T = ids_BxL[:, 1:].flatten()[positions_T] - ids.start
         weight_VxW = self.model.get_output_embeddings().weight[ids.start:ids.stop]
-        return chunked_loss(hidden_TxW, weight_VxW, target_T, self.objective.emd, self.values_V)
+        return chunked_loss(hidden_TxW, weight_VxW, target_T, self.objective.emd, self.values_V, self.objective.soft)
 
     def positions(self, ids_BxL: torch.Tensor,  # (B, L) ids in CPU memory: on a GPU the host would wait for the result
                   ) -> torch.Tensor:  # (T,) int64

@@ -82,14 +82,15 @@ class CausalPredictor:
         check_crystal(structure, self.atoms)
         offsets_Nx3 = cover(shape, tokenizer.size, self.overlap)
         prompts_NxL = tokenizer.prompt(structure, shape, offsets_Nx3)
-        steps: Iterable[_Step] = _free_steps(self, prompts_NxL)
+        sad_xyz = sad_density(structure, shape, self.atoms) if tokenizer.target == "difference" else np.zeros(shape)  # electrons
+        guided = tokenizer.layout == "guided"
+        guides_NxVx3 = tokenizer.guides(structure, sad_xyz / structure.volume, offsets_Nx3) if guided else None
+        steps: Iterable[_Step] = _free_steps(self, prompts_NxL, guides_NxVx3)
         if show:
             n_steps = tokenizer.n_density_tokens * -(-len(prompts_NxL) // self.batch_size)
             steps = track(steps, "predict", total=n_steps, unit="tokens/row")
         total_xyz, error_xyz = _field(tokenizer, structure, offsets_Nx3, shape, steps)
-        if tokenizer.target == "difference":
-            total_xyz = total_xyz + sad_density(structure, shape, self.atoms)
-        found = finish(structure, total_xyz, error_xyz, "tomat, causal, free-running", self.elements,
+        found = finish(structure, total_xyz + sad_xyz, error_xyz, "tomat, causal, free-running", self.elements,
                        "scale" if self.rescale else None, self.atoms)
         return replace(found, borders=_borders(shape, tokenizer.size, self.overlap))
 
@@ -107,10 +108,12 @@ _Step = tuple[slice, int, Written]  # rows, position in the density block, token
 
 def _free_steps(causal: CausalPredictor,
                 prompts_NxL: np.ndarray,  # (N, L) ids of the prompts of all rows
+                guides_NxVx3: np.ndarray | None,  # (N, V, 3) ids of known tokens of all rows; None: no guided layout
                 ) -> Iterator[_Step]:
     for start in range(0, len(prompts_NxL), causal.batch_size):
         rows = slice(start, start + causal.batch_size)
-        for position, written in enumerate(free_run(causal.model, causal.tokenizer, prompts_NxL[rows], causal.strategy)):
+        guides = None if guides_NxVx3 is None else guides_NxVx3[rows]
+        for position, written in enumerate(free_run(causal.model, causal.tokenizer, prompts_NxL[rows], causal.strategy, guides)):
             yield rows, position, written
 
 def _field(tokenizer: Tokenizer,
@@ -154,7 +157,8 @@ def _true_steps(causal: CausalPredictor,
     choose = DecodingStrategy(tokenizer, causal.strategy, model.device)
     for start in range(0, len(rows_NxL), causal.batch_size):
         rows = slice(start, start + causal.batch_size)
-        hidden_NxMxW = hidden_states(model, rows_NxL[rows].to(model.device))[:, -n - 3:-3]  # DENS_END and EOS come after
+        before_M = tokenizer.places - tokenizer.n_block_tokens - 3  # the positions that predict values; DENS_END and EOS follow
+        hidden_NxMxW = hidden_states(model, rows_NxL[rows].to(model.device))[:, before_M]
         for position in range(n):
             low, high = tokenizer.legal_ids(position)
             yield rows, position, choose(hidden_NxMxW[:, position] @ weight[low:high].T, low)

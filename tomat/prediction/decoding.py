@@ -110,13 +110,17 @@ def free_run(model: "Qwen3ForCausalLM",  # a language model of the tokenizer's r
              tokenizer: Tokenizer,
              prompts_NxL: np.ndarray,   # (N, L) ids up to and including DENS_START
              strategy: str = "argmax",  # one of STRATEGIES
-             ) -> Iterator[Written]:  # tokens of each position of the density block
-    "Write the density blocks of many rows, each token read back in before the next."
-    choose = DecodingStrategy(tokenizer, strategy, model.device)
+             guides_NxVx3: np.ndarray | None = None,  # (N, V, 3) ids as `Tokenizer.guides` returns them; None: no guided layout
+             ) -> Iterator[Written]:  # the tokens of each value
+    "Write the density blocks of many rows, each token read back in before the next, with the guide of the next voxel."
+    choose, k = DecodingStrategy(tokenizer, strategy, model.device), tokenizer.density_codec.tokens_per_value
     n, weight = tokenizer.n_density_tokens, model.get_output_embeddings().weight
-    cache = reserved_cache(model.config.num_hidden_layers, prompts_NxL.shape[1] + n)
-    ids_NxL = torch.from_numpy(np.asarray(prompts_NxL, np.int64)).to(model.device)
+    cache = reserved_cache(model.config.num_hidden_layers, prompts_NxL.shape[1] + tokenizer.n_block_tokens)
+    guides = np.empty((len(prompts_NxL), n // k, 0), np.int64) if guides_NxVx3 is None else guides_NxVx3
+    known_NxVx3, ids_NxL = (torch.from_numpy(np.asarray(x, np.int64)).to(model.device) for x in (guides, prompts_NxL))
     for position in range(n):
+        if position % k == 0:
+            ids_NxL = torch.cat([ids_NxL, known_NxVx3[:, position // k]], 1)
         # the cache is passed by position, because the name of its argument differs between versions of transformers
         hidden_NxW = model.model(ids_NxL, None, None, cache, use_cache=True).last_hidden_state[:, -1]
         low, high = tokenizer.legal_ids(position)

@@ -56,14 +56,15 @@ def lattice_integers(structure: Structure,  # any crystal
 @dataclass(frozen=True)
 class Row:
     "Contents of a decoded row."
-    layout: str                        # "anchored" or "framed"
+    layout: str                        # "anchored", "framed" or "guided"
     shape: tuple[int, ...]             # (3,) of the grid, points
     species: tuple[int, ...]           # (A,) atomic numbers
-    frac_coords: np.ndarray            # (A, 3) decoded; framed: relative to the patch's low corner
+    frac_coords: np.ndarray            # (A, 3) decoded; unless anchored relative to the patch's low corner
     lattice: tuple[float, ...] | None  # a, b, c (Å), α, β, γ (degrees); None if anchored
-    offset: tuple[int, ...] | None     # (3,) low corner, voxels; None if framed
+    offset: tuple[int, ...] | None     # (3,) low corner, voxels; None unless anchored
     size: tuple[int, ...]              # (3,) of the patch, voxels
     values: np.ndarray                 # (Px, Py, Pz) decoded: the tokenizer's `target`, in its `unit`
+    guides: np.ndarray | None          # (Px, Py, Pz, 3) level of the SAD, atomic number, step of the distance; None unless guided
 
 # %% ../../nbs/03_tokens/06_rows.ipynb #5faaac45
 class _Cursor:
@@ -154,15 +155,16 @@ def _read_positions(cursor: _Cursor,  # before POS_START
 def _read_densities(cursor: _Cursor,                   # before DENS_START
                     size: tuple[int, ...] | None,      # of the patch, voxels; None: a cube, counted
                     point: str | None,                 # reconstruction point of the density codec
-                    ) -> np.ndarray:  # (Px, Py, Pz) decoded
+                    ) -> tuple[np.ndarray, np.ndarray | None]:  # (Px, Py, Pz) decoded, (Px, Py, Pz, 3) guides
     "Values of the DENS block."
     cursor.special("DENS_START")
-    codec = cursor.vocab.density_codec
-    k = codec.tokens_per_value
-    sides = size or (max(1, round((cursor.until("DENS_END") / k) ** (1 / 3))),) * 3
-    tokens = cursor.take(k * int(np.prod(sides)), cursor.vocab.slots("density"), or_end="" if size else "DENS_END")
+    guides = cursor.vocab.guide_slots
+    slots = (*guides, *cursor.vocab.slots("density"))
+    sides = size or (max(1, round((cursor.until("DENS_END") / len(slots)) ** (1 / 3))),) * 3
+    tokens = cursor.take(len(slots) * int(np.prod(sides)), slots, or_end="" if size else "DENS_END").reshape(*sides, -1)
     cursor.special("DENS_END")
-    return codec.decode(tokens.reshape(*sides, k), point)
+    values = cursor.vocab.density_codec.decode(tokens[..., len(guides):], point)
+    return values, tokens[..., :3] + [0, 1, 0] if guides else None
 
 # %% ../../nbs/03_tokens/06_rows.ipynb #2ae9f7b3
 _LENGTHS = [range(1, MAX_INTEGER + 1)] * 3
@@ -173,7 +175,7 @@ def read_row(vocab: Vocabulary,                  # of the row
              point: str | None = None,           # reconstruction point of the density codec
              ) -> Row:
     "Contents of a row; raises `TomatError` with the index of the first wrong token."
-    cursor, framed = _Cursor(vocab, np.asarray(ids_L)), vocab.layout == "framed"
+    cursor, framed = _Cursor(vocab, np.asarray(ids_L)), vocab.layout != "anchored"
     lattice: tuple[float, ...] | None = None
     size: tuple[int, ...] | None = None
     offset: tuple[int, ...] | None = None
@@ -192,7 +194,7 @@ def read_row(vocab: Vocabulary,                  # of the row
         offset = _read_integers(cursor, "OFFSET", [range(n) for n in shape])
         corner = [(o + side - 1) % n for o, side, n in zip(offset, size, shape, strict=True)]
         _read_integers(cursor, "HI", [range(hi, hi + 1) for hi in corner])
-    values = _read_densities(cursor, size, point)
+    values, guides = _read_densities(cursor, size, point)
     cursor.special("EOS")
     cursor.take(len(cursor.ids) - cursor.at, [range(PAD, PAD + 1)])
-    return Row(vocab.layout, shape, species, frac_coords, lattice, offset, values.shape, values)
+    return Row(vocab.layout, shape, species, frac_coords, lattice, offset, values.shape, values, guides)

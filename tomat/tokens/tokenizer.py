@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 from pymatgen.core import Structure
 
-from ..density.core import TOTAL, Density, formula_of
+from ..density.core import RHO, TOTAL, Density, formula_of
 from ..io.remote import TomatError
 from .codecs import POSITIONS, Codec
 from .fit_codec import check_field, field_of
+from .guides import patch_guides
 from .levels import codec_from_dict
 from .patches import Size, as_offsets, as_size, cut, windows
 from .rows import Row, atomic_numbers, in_frame, lattice_integers, read_row
@@ -28,7 +29,7 @@ from .vocabulary import BOS, EOS, LAYOUTS, MAX_INTEGER, PAD, Vocabulary, row_tex
 @dataclass(frozen=True)
 class Tokenizer:
     "Writes and reads rows of one layout, with two codecs and one size of patch."
-    layout: str                        # "anchored" or "framed"
+    layout: str                        # "anchored", "framed" or "guided"
     density_codec: Codec               # of the voxels: the `target` in its `unit`
     position_codec: Codec = POSITIONS  # of fractional coordinates
     patch_size: Size = 14              # side of a cube or three sides, voxels
@@ -44,6 +45,9 @@ class Tokenizer:
         check_field(self.target, self.unit)
         if self.layout not in LAYOUTS:
             raise TomatError(f"There is no row layout {self.layout!r}: use one of {', '.join(LAYOUTS)}.")
+        if self.layout == "guided" and self.target != "difference":
+            raise TomatError("Guided rows give the sum of atomic densities and hold the difference to it: set the target to "
+                             "difference, or choose the framed layout.")
 
     @cached_property
     def vocab(self) -> Vocabulary:
@@ -58,7 +62,18 @@ class Tokenizer:
     @property
     def n_density_tokens(self) -> int:
         "Number of tokens of a patch's values."
-        return self.density_codec.tokens_per_value * int(np.prod(self.size))
+        return len(self.places)
+
+    @cached_property
+    def places(self) -> np.ndarray:  # (M,) index in the density block; 0 is the token behind DENS_START
+        "Where a patch's values stand; the other tokens of the block are guides."
+        n_guides, k = len(self.vocab.guide_slots), self.density_codec.tokens_per_value
+        return (np.arange(int(np.prod(self.size)))[:, None] * (n_guides + k) + np.arange(n_guides, n_guides + k)).ravel()
+
+    @property
+    def n_block_tokens(self) -> int:
+        "Number of tokens of the density block, between DENS_START and DENS_END."
+        return int(self.places[-1]) + 1
 
     def prompt_length(self,
                       n_atoms: int,  # in the cell
@@ -73,7 +88,7 @@ class Tokenizer:
                    n_atoms: int,  # in the cell
                    ) -> int:
         "Number of tokens of a row before padding."
-        return self.prompt_length(n_atoms) + self.n_density_tokens + 2
+        return self.prompt_length(n_atoms) + self.n_block_tokens + 2
 
     def prompt(self,
                structure: Structure,                               # the crystal
@@ -106,7 +121,7 @@ class Tokenizer:
             raise TomatError(f"A row of {formula_of(structure)} with a patch of {' × '.join(map(str, self.size))} needs "
                              f"{length:,} tokens, but pad_to is {self.pad_to:,}: raise it or cut smaller patches.")
         atomic_numbers(structure)
-        if self.layout == "framed":
+        if self.layout != "anchored":
             lattice_integers(structure)
 
     def encode(self,
@@ -115,13 +130,23 @@ class Tokenizer:
                ) -> tuple[np.ndarray, int]:  # (N, pad_to) int32 ids, and the number of clipped values
         "Whole rows of many patches of one material; raises `TomatError` if a row cannot hold it."
         prompt_NxL = self.prompt(density.structure, density.shape, offsets_Nx3)
-        start, stop = prompt_NxL.shape[1], prompt_NxL.shape[1] + self.n_density_tokens
+        start, stop = prompt_NxL.shape[1], prompt_NxL.shape[1] + self.n_block_tokens
         ids_NxL = np.empty((len(prompt_NxL), self.pad_to or stop + 2), np.int32)
         ids_NxL[:, :start] = prompt_NxL
         offsets = as_offsets(offsets_Nx3, density.shape)
         field_xyz = self.target_of(density)
         write = _encode_then_cut if len(offsets) * np.prod(self.size) > field_xyz.size else _cut_then_encode
-        n_clipped = write(self, field_xyz, offsets, ids_NxL[:, start:stop])
+        block_NxM = ids_NxL[:, start:stop]
+        if self.layout != "guided":
+            n_clipped = write(self, field_xyz, offsets, block_NxM)
+        else:
+            values_NxM = np.empty((len(offsets), self.n_density_tokens), np.int32)
+            n_clipped = write(self, field_xyz, offsets, values_NxM)
+            block_NxM[:, self.places] = values_NxM
+            sad_xyz = density.as_units(RHO).sad
+            assert sad_xyz is not None  # `target_of` refuses a density without
+            guides_NxVx3 = self.guides(density.structure, sad_xyz, offsets)
+            block_NxM.reshape(len(offsets), -1, 3 + self.density_codec.tokens_per_value)[..., :3] = guides_NxVx3
         ids_NxL[:, stop] = self.vocab.id("DENS_END")
         ids_NxL[:, stop + 1] = EOS
         ids_NxL[:, stop + 2:] = PAD
@@ -133,6 +158,15 @@ class Tokenizer:
         "The field that density tokens describe: the density, or its difference to the SAD."
         return field_of(density, self.target, self.unit)
 
+    def guides(self,
+               structure: Structure,     # the crystal
+               sad_xyz: np.ndarray,      # (nx, ny, nz) its sum of atomic densities, e/Å³
+               offsets_Nx3: np.ndarray,  # (N, 3) low corners, voxels
+               ) -> np.ndarray:  # (N, V, 3) int64 ids
+        "The known tokens in front of each voxel of guided rows."
+        starts = np.array([slot.start for slot in self.vocab.guide_slots]) - [0, 1, 0]  # atomic numbers begin at 1
+        return patch_guides(structure, sad_xyz, offsets_Nx3, self.size) + starts
+
     def decode(self,
                ids_L: np.ndarray | Sequence[int],  # one row, padded or not
                point: str | None = None,           # reconstruction point of the density codec, one of POINTS; None: its default
@@ -141,9 +175,9 @@ class Tokenizer:
         return read_row(self.vocab, ids_L, point)
 
     def legal_ids(self,
-                  index: int,  # of a token in the density block, 0 is the one behind DENS_START
+                  index: int,  # of a token among those of a patch's values
                   ) -> tuple[int, int]:  # first id and one past the last
-        "Half-open range of legal ids at an index of the density block."
+        "Half-open range of legal ids of a value's token, of which `places` gives the index in the density block."
         slots = self.vocab.slots("density")
         slot = slots[index % len(slots)]
         return slot.start, slot.stop
@@ -175,7 +209,7 @@ def _prompt_blocks(tok: Tokenizer,           # of the rows
     "Contents of the prompt's blocks, in their order."
     number, size = tok.vocab.blocks["integer"].start, np.array(tok.size)
     blocks = {"GRID": np.array(shape) + number}
-    if tok.layout == "framed":
+    if tok.layout != "anchored":
         blocks["LATTICE"] = lattice_integers(structure) + number
     blocks["ATOMS"] = np.array(atomic_numbers(structure)) - 1 + tok.vocab.blocks["element"].start
     blocks["POS"] = _position_ids(tok, structure, shape, offsets_Nx3)
@@ -190,9 +224,9 @@ def _position_ids(tok: Tokenizer,           # of the rows
                   structure: Structure,     # the crystal
                   shape: Sequence[int],     # (nx, ny, nz) of the grid
                   offsets_Nx3: np.ndarray,  # (N, 3) low corners in the cell, voxels
-                  ) -> np.ndarray:  # (N, A·3·k) ids if framed, (1, A·3·k) if anchored
+                  ) -> np.ndarray:  # (N, A·3·k) ids, (1, A·3·k) if anchored
     "Ids of the POS block."
-    if tok.layout == "framed":
+    if tok.layout != "anchored":
         frac = in_frame(structure.frac_coords, offsets_Nx3, shape)
     else:
         frac = structure.frac_coords[None] % 1.0

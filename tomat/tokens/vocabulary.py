@@ -20,37 +20,40 @@ from tokenizers import models, pre_tokenizers
 
 from ..io.remote import TomatError
 from ..io.files import atomic_write, write_json
+from .guides import GUIDE_LEVELS, N_DISTANCES
 from .codecs import Codec
 
 # %% ../../nbs/03_tokens/05_vocabulary.ipynb #fd7d5e54
 PAD, BOS, EOS = 0, 1, 2  # ids of padding, of the beginning and of the end of a row, the same in every layout
 _BLOCKS = ("ATOMS", "POS", "GRID", "SHAPE", "OFFSET", "HI", "DENS")
 _SPECIALS = ("PAD", "BOS", "EOS", *(f"{block}_{end}" for block in _BLOCKS for end in ("START", "END")), "NL")
-LAYOUTS = {"anchored": _SPECIALS, "framed": (*_SPECIALS, "LATTICE_START", "LATTICE_END")}
+_FRAMED = (*_SPECIALS, "LATTICE_START", "LATTICE_END")
+LAYOUTS = {"anchored": _SPECIALS, "framed": _FRAMED, "guided": _FRAMED}
 MAX_INTEGER = 1023  # the largest integer token, and so the longest side of a grid
 N_ELEMENTS = 118
 
 @dataclass(frozen=True)
 class Vocabulary:
-    "Names and ids of all tokens, in five ranges that follow one another."
-    layout: str            # "anchored" or "framed"
+    "Names and ids of all tokens, in ranges that follow one another."
+    layout: str            # "anchored", "framed" or "guided"
     position_codec: Codec  # of fractional coordinates
     density_codec: Codec   # of the voxels
 
     @cached_property
-    def blocks(self) -> dict[str, range]:  # "special", "element", "integer", "position", "density"
+    def blocks(self) -> dict[str, range]:  # "special", "element", "integer", "position", of guided rows "guide" and "distance", "density"
         "Ids of every kind of token."
+        guides = {"guide": GUIDE_LEVELS.vocab_size, "distance": N_DISTANCES} if self.layout == "guided" else {}
         sizes = {"special": len(LAYOUTS[self.layout]), "element": N_ELEMENTS, "integer": MAX_INTEGER + 1,
-                 "position": self.position_codec.vocab_size, "density": self.density_codec.vocab_size}
+                 "position": self.position_codec.vocab_size, **guides, "density": self.density_codec.vocab_size}
         stops = np.cumsum(list(sizes.values())).tolist()
         return {kind: range(stop - size, stop) for (kind, size), stop in zip(sizes.items(), stops, strict=True)}
 
     @cached_property
     def names(self) -> tuple[str, ...]:
-        "Names of all ids in order, such as BOS, Y, 64, p236, d172."
-        return (*LAYOUTS[self.layout], *chemical_symbols[1:], *map(str, range(MAX_INTEGER + 1)),
-                *(f"p{i}" for i in range(self.position_codec.vocab_size)),
-                *(f"d{i}" for i in range(self.density_codec.vocab_size)))
+        "Names of all ids in order, such as BOS, Y, 64, p236, g31, r12, d172."
+        numbered = {"integer": "", "position": "p", "guide": "g", "distance": "r", "density": "d"}
+        return (*LAYOUTS[self.layout], *chemical_symbols[1:],
+                *(f"{numbered[kind]}{i}" for kind, ids in self.blocks.items() if kind in numbered for i in range(len(ids))))
 
     @cached_property
     def _ids(self) -> dict[str, int]:
@@ -88,6 +91,18 @@ class Vocabulary:
         codec = self.position_codec if kind == "position" else self.density_codec
         starts = codec.offsets + self.blocks[kind].start
         return tuple(range(int(a), int(a) + n) for a, n in zip(starts, codec.vocab_sizes, strict=True))
+
+    @property
+    def numbers(self) -> tuple[range, ...]:
+        "Ranges of ids in which a higher id is a higher number, or one of a greater magnitude."
+        levels = self.blocks.get("guide", range(0))
+        guides = (levels[:len(levels) // 2], self.blocks["distance"]) if self.layout == "guided" else ()  # without the sign
+        return (self.blocks["integer"], *self.slots("position"), *guides, *self.slots("density"))
+
+    @property
+    def guide_slots(self) -> tuple[range, ...]:  # three ranges of ids; none unless the layout is guided
+        "Ids of each of the tokens that a voxel has before its density."
+        return tuple(self.blocks[kind] for kind in ("guide", "element", "distance")) if self.layout == "guided" else ()
 
 # %% ../../nbs/03_tokens/05_vocabulary.ipynb #2e52fe2c
 # A line begins with every special but an END, and ends behind every special but a START.

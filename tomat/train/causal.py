@@ -12,15 +12,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.optim import Optimizer
 from transformers import Qwen3ForCausalLM
 
-from ..dataset.held_out import validation_rows, micro_batches, train_and_val
+from ..atoms.sad import with_sad
+from ..dataset.fresh import FreshPatches, PatchConfig, Reader
+from ..dataset.held_out import materials_of, validation_rows, micro_batches, train_and_val
 from ..dataset.meta import read_meta
 from ..dataset.stream import Batches, Block
 from ..dataset.meta import data_atoms, tokenizer_of
+from ..dataset.noise import HistoryNoise
 from ..io.remote import TomatError
 from ..models.causal import make_model, save_checkpoint, with_atoms
 from ..models.weights import model_atoms
@@ -52,6 +56,7 @@ class CausalTask:
     peak: float                # peak of a device, FLOP/s
     metadata: dict[str, Any]   # configuration and data, for the checkpoint
     eval_callback: EvalCallback | None = None
+    noise: HistoryNoise | None = None
     counts = ("tokens", "padded", "flops")
 
     def __post_init__(self) -> None:
@@ -65,15 +70,17 @@ class CausalTask:
 
     def _losses(self, block: Block,  # rows of this process
                 learn: bool,         # whether to add up gradients
+                read: torch.Tensor | None = None,  # ids that the model reads instead; None: the same
                 ) -> tuple[float, float, int]:  # loss sum and counted tokens of all processes; tokens read by this one
         parts, loss = micro_batches(block, self.micro_batch, self.multiple), torch.zeros((), device=self.context.device)
+        reads = parts if read is None else micro_batches(block._replace(ids=read), self.micro_batch, self.multiple)
         positions = [self.wrapped.loss_module.positions(ids) for ids in parts]
         (counted,) = self.context.total(sum(map(len, positions)))
         net = self.wrapped.net if learn else self.wrapped.loss_module
-        for number, (ids_BxL, positions_T) in enumerate(zip(parts, positions, strict=True), 1):
+        for number, inputs in enumerate(zip(parts, positions, reads, strict=True), 1):
             with torch.set_grad_enabled(learn), self.wrapped.no_sync(last=number == len(parts)):
                 with self.wrapped.autocast():
-                    part = net(*(x.to(self.context.device, non_blocking=True) for x in (ids_BxL, positions_T)))
+                    part = net(*(x.to(self.context.device, non_blocking=True) for x in inputs))
                 if learn:
                     self.wrapped.backward(part, counted)
             loss += part.detach()
@@ -81,8 +88,13 @@ class CausalTask:
 
     def gradient(self, step: int) -> StepResult:
         "Leave the gradient of the next batch in the parameters; returns its loss and counts."
+        first = self.batches.position + self.context.rank * self.batches.size  # number of this process's first row
         self.block = next(self.rows)
-        loss, counted, read = self._losses(self.block, learn=True)
+        noisy = None
+        if self.noise:
+            ids = self.block.ids.numpy()
+            noisy = torch.from_numpy(self.noise(ids, first + np.arange(len(ids))))
+        loss, counted, read = self._losses(self.block, learn=True, read=noisy)
         size, n_ids, lengths = model_size(self.config.size), self.tokenizer.vocab.size, self.block.lengths.tolist()
         flops = row_flops(size, n_ids, lengths), row_flops(size, n_ids, [read // len(lengths)] * len(lengths))
         real, padded, flops_real, flops_padded = self.context.total(sum(lengths), read, *flops)
@@ -161,12 +173,16 @@ def _upgraded(metadata: dict[str, Any],  # reads old files: a run's config.json
     "The metadata of a run of an earlier version, with the names of today."
     return json.loads(json.dumps(metadata | {"config": config_from(TrainConfig, metadata["config"]).written()}))
 
+_FRESH = 32        # patches of a visit to a material
+_CACHE = 1 << 31   # bytes of densities that are kept in memory
+
 def train(data: str | Path,            # a folder that `tokenize` wrote
           out: str | Path,             # folder of the run, local; a stopped run is resumed
           config: TrainConfig = TrainConfig(),
           run_config: RunConfig = RunConfig(),
           val: str | Path | None = None,  # a folder of validation rows; None: `val_seqs` rows of the last materials of `data`
           eval_callback: EvalCallback | None = None,  # more scores of the model, at every evaluation
+          fresh: Reader | None = None,  # densities of the materials, to cut new patches from; None: the rows of `data` again and again
           ) -> Path:  # the checkpoint, out/model
     "Train a language model on a data set of rows, or resume; returns the folder of its checkpoint."
     with distributed_context(run_config.device) as context:
@@ -174,8 +190,12 @@ def train(data: str | Path,            # a folder that `tokenize` wrote
             raise TomatError(f"batch_size must be a multiple of {context.ranks}, the number of devices, got {config.batch_size}.")
         meta, size = read_meta(data), model_size(config.size)
         tokenizer, atoms = tokenizer_of(data, meta), data_atoms(data, meta)
-        objective = objective_of(tokenizer, config.loss_on, config.emd)
+        objective = objective_of(tokenizer, config.loss_on, config.emd, config.soft)
+        noise = HistoryNoise(tokenizer, config.noise, config.seed) if config.noise else None
         training, validation = train_and_val(data, config.seed, config.window, config.val_seqs, val)
+        if fresh is not None:
+            patches = PatchConfig(_FRESH, True, with_sad if tokenizer.target == "difference" else None, atoms, _CACHE)
+            training = FreshPatches(fresh, materials_of(training), tokenizer, patches, config.seed, config.window)
         about = {**config.written(), "parameters": n_parameters(size, tokenizer.vocab.size), "data": meta["label"],
                  "rows": meta["rows"], "materials": sorted(meta["materials"])}
 
@@ -187,7 +207,7 @@ def train(data: str | Path,            # a folder that `tokenize` wrote
             rows = validation_rows(validation, config.val_seqs, context.ranks)[0] if validation else None
             micro_batch = min(context.gathered(plan_memory(meta, config, run_config, context)[0]))
             return CausalTask(config, run_config, tokenizer, wrapped, optimizers, batches, rows, micro_batch,
-                              peak_of(context.device)[0], about, eval_callback)
+                              peak_of(context.device)[0], about, eval_callback, noise)
 
         metadata = _metadata(data, val, config, training.fingerprint)
         return run_task(make_task, Path(out), metadata, run_config, context, _upgraded)

@@ -69,6 +69,9 @@ class TrainConfig:
     seed: int = option(0, "Seed of the initial weights and of the order of the data.", least=0, below=2**63)
     loss_on: str = option("density", "Tokens that count in the loss: density or all.", choices=LOSSES)
     emd: float = option(0.0, "Share of the earth mover's distance in the loss, 0 to 1; the rest is cross-entropy.", least=0, most=1)
+    soft: float = option(0.0, "Width of soft targets in the unit of the rows' density: levels that are nearer count as nearly right.",
+                         least=0)
+    noise: float = option(0.0, "Largest share of density tokens of a row that the model reads wrong, 0 to 1.", least=0, most=1)
     window: int = option(1024, "Number of rows that are shuffled together, approximately.", least=1)
     val_seqs: int = option(0, "Number of validation rows, of the last materials or of --val; 0: none, or all of --val.", least=0)
     eval_every: int = option(100, "Number of steps between two evaluations.", least=1)

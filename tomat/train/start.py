@@ -68,6 +68,7 @@ class Selection:
     split: str = ""   # part of the source; "": train, or all where there is no such part
     first: int = 0    # number of materials, from the beginning of the part; 0: all
     atoms: str = ""   # a file of free atoms, packaged or fit; "": decided by the electrons of the densities
+    fresh: Source | None = None  # for rows: the densities that new patches are cut from; None: the rows are read again
 
     def part(self, source: Source) -> str:
         "The part of a source."
@@ -170,7 +171,9 @@ def start_run(data: str | Path | Source,  # as `data_kind` takes it, or a source
     if isinstance(config, TrainConfig):
         from tomat.train.causal import train
         check_selection(selection, str(data), "rows of tokens")
-        return train(str(data), out, config, run_config, val, eval_callback)
+        return train(str(data), out, config, run_config, val, eval_callback, selection.fresh)
+    if selection.fresh is not None:
+        raise TomatError(f"--fresh is for rows of tokens, and {data} holds {kind}: leave it out.")
     if val and data_kind(val) != kind:
         holds = "prepared voxels" if kind == "voxels" else "densities"
         raise TomatError(f"{data} holds {holds} and the validation data, {val}, hold {data_kind(val)}: prepare both with "
