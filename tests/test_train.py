@@ -347,7 +347,11 @@ def test_two_byte_numbers_change_little(rows, whole, tmp_path):
 
 def test_pieces_and_padding_change_no_more_than_rounding(rows, whole, tmp_path, monkeypatch):
     train(rows, tmp_path / "pieces", CONFIG, replace(RUN_CONFIG, micro_batch=1))
-    monkeypatch.setattr(CausalTask, "multiple", 64)
+    whole_batches = CausalTask._losses
+    def one_shape(self, *args, **options):
+        self.length = 129
+        return whole_batches(self, *args, **options)
+    monkeypatch.setattr(CausalTask, "_losses", one_shape)
     train(rows, tmp_path / "padded", CONFIG, RUN_CONFIG)
     for name in ("pieces", "padded"):
         log = read_log(tmp_path / name)
@@ -522,18 +526,44 @@ def test_two_token_codecs_have_no_distance(tmp_path):
 
 
 @settings(derandomize=True, deadline=None, max_examples=30)
-@given(st.lists(st.integers(1, 50), min_size=1, max_size=9), st.integers(1, 5), st.sampled_from([1, 8, 64]))
-def test_pieces_hold_every_row_once_and_nothing_else(lengths, size, multiple):
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=9), st.integers(1, 5), st.sampled_from([None, 50, 65]))
+def test_pieces_hold_every_row_once_and_nothing_else(lengths, size, length):
     from tomat.dataset.stream import Block
     ids = torch.zeros(len(lengths), max(lengths), dtype=torch.int64)
-    for row, length in enumerate(lengths):
-        ids[row, :length] = 100 * (row + 1) + torch.arange(length)
+    for row, n_tokens in enumerate(lengths):
+        ids[row, :n_tokens] = 100 * (row + 1) + torch.arange(n_tokens)
     n = torch.zeros(len(lengths), dtype=torch.int32)
-    pieces = micro_batches(Block(ids, torch.tensor(lengths, dtype=torch.int32), n, n, n, n), size, multiple)
-    assert len(pieces) == -(-len(lengths) // size) and all(len(piece) <= size for piece in pieces)
-    assert all((piece.shape[1] - 1) % multiple == 0 and piece.shape[1] - max(2, int((piece > 0).sum(1).max())) < multiple
-               for piece in pieces)
-    assert sorted(row[row > 0].tolist() for piece in pieces for row in piece) == sorted(row[row > 0].tolist() for row in ids)
+    pieces = micro_batches(Block(ids, torch.tensor(lengths, dtype=torch.int32), n, n, n, n), size, length)
+    assert len(pieces) == -(-len(lengths) // size)
+    if length:
+        assert {tuple(piece.shape) for piece in pieces} == {(size, length)}
+    else:
+        assert all(len(piece) <= size and piece.shape[1] == max(2, int((piece > 0).sum(1).max())) for piece in pieces)
+    found = [row[row > 0].tolist() for piece in pieces for row in piece]
+    assert sorted(filter(None, found)) == sorted(row[row > 0].tolist() for row in ids)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # PyTorch's compiler looks at it
+def test_the_compiler_sees_one_shape(rows, tmp_path, monkeypatch):
+    """Training, whose last micro batch is not full, and validation rows of another length compile once."""
+    from torch._dynamo.testing import CompileCounter
+    counter, compiled = CompileCounter(), torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled(self, backend=counter))
+    config = replace(CONFIG, steps=4, batch_size=5, eval_every=2)
+    train(rows, tmp_path / "run", config, RunConfig(micro_batch=2, compiled=True))
+    assert counter.frame_count == 1  # the layers share it
+    ours, theirs = tmp_path / "run", tmp_path / "plain"
+    train(rows, theirs, config, RunConfig(micro_batch=2))
+    assert [line["loss"] for line in read_log(ours)] == pytest.approx([line["loss"] for line in read_log(theirs)], abs=1e-4)
+
+
+def test_micro_batches_are_equal(rows):
+    from tomat.dataset.meta import read_meta
+    from tomat.train.cost import plan_memory
+    from tomat.train.distributed import DistributedContext
+    context = DistributedContext(torch.device("cpu"))
+    for batch, given, found in [(16, 10, 8), (16, 16, 16), (7, 3, 3), (8, 3, 3), (9, 5, 5), (32, 12, 11)]:
+        assert plan_memory(read_meta(rows), replace(CONFIG, batch_size=batch), RunConfig(micro_batch=given), context)[0] == found
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -568,6 +598,12 @@ def test_the_batch_that_ran_out_of_memory_fits():
     estimate = memory_estimate(MODELS["30M"], 6792, 32, 8192, Placement(True, device="cuda"))
     assert 60e9 < estimate["all"] < 72e9 and estimate["logits"] < 1.1e9
     assert largest_micro_batch(MODELS["30M"], 6792, 5568, 32, 64 << 30, Placement(True, device="cuda")) == 32
+
+
+@pytest.mark.parametrize("model, rows, measured_gb", [("208M", 10, 39.8), ("208M", 16, 56.64), ("30M", 32, 28.48)])
+def test_the_estimate_is_what_an_h100_took_compiled(model, rows, measured_gb):
+    placement = Placement(True, device="cuda", compiled=True)
+    assert memory_estimate(MODELS[model], 6794, rows, 5568, placement)["all"] / 1e9 == pytest.approx(measured_gb, rel=0.07)
 
 
 def test_a_line_says_all_that_is_promised(whole):

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 
 import tomat.train.cost
-import tomat.train.causal
+import tomat.train.loop
 from tomat.tokens.codecs import PUBLISHED_DENSITY
 from tomat.train.cost import Placement, memory_estimate, peak_of, row_flops
 from tomat.io.remote import TomatError
@@ -114,31 +114,35 @@ def measured(work: Callable[[], list[Step]], peak: float, skip: int) -> dict[str
             "seconds_a_step": [round(step["seconds"], 3) for step in steps], "first_loss": round(steps[0]["loss"], 5), **memory}
 
 
-def compare(name: str, rows: str, args: argparse.Namespace, peak: float) -> dict[str, Any]:
-    "All loops with one model."
+def compare(name: str, rows: str, args: argparse.Namespace, peak: float, keep: Callable[[dict[str, Any]], None]) -> None:
+    "All loops with one model; what is known is kept after every loop, also where the memory did not do."
     size, skip = model_size(name), 2 if CUDA else 1
     batch = args.batch or ({"30M": 32}.get(name, 16) if CUDA else 1)
     config = TrainConfig(name, args.steps + skip, batch, lr=1e-3, warmup=1, schedule="constant", loss_on="all")
     setup = RunConfig(save_every=10**6, compiled=None if CUDA or not args.compile else True)
     found: dict[str, Any] = {"parameters": n_parameters(size, TOKENIZER.vocab.size), "batch": batch}
-    found["tomat, all tokens"] = measured(lambda: our_steps(rows, config, setup), peak, skip)
-    found["tomat"] = measured(lambda: our_steps(rows, replace(config, loss_on="density"), setup), peak, skip)
+    loops: dict[str, Callable[[], list[Step]]] = {
+        "tomat, all tokens": lambda: our_steps(rows, config, setup),
+        "tomat": lambda: our_steps(rows, replace(config, loss_on="density"), setup)}
+    if CUDA:
+        estimate = memory_estimate(size, TOKENIZER.vocab.size, batch, 5568, Placement(bf16=True, device="cuda", compiled=True))
+        found["memory_estimate_gb"] = round(estimate["all"] / 1e9, 2)
+        loops["tomat, all rows at once"] = lambda: our_steps(rows, config, replace(setup, micro_batch=batch))
+    for loop, work in loops.items():
+        found[loop] = measured(work, peak, skip)
+        keep(found)
     for at_once in (batch >> i for i in range(batch.bit_length())):
         plain = measured(partial(plain_steps, rows, config, at_once), peak, skip)
         if "out_of_memory" not in plain:
             break
     found["plain transformers"] = plain | {"rows_at_once": at_once}
-    if CUDA:
-        estimate = memory_estimate(size, TOKENIZER.vocab.size, batch, 5568, Placement(bf16=True, device="cuda"))
-        found["memory_estimate_gb"] = round(estimate["all"] / 1e9, 2)
-        found["tomat, all rows at once"] = measured(lambda: our_steps(rows, config, replace(setup, micro_batch=batch)), peak, skip)
-    if "first_loss" in plain:
+    if all("first_loss" in found[loop] for loop in ("tomat, all tokens", "tomat", "plain transformers")):
         found["ratio_all_tokens"], found["ratio"] = (
             round(found[way]["tokens_per_s_real"] / plain["tokens_per_s_real"], 3) for way in ("tomat, all tokens", "tomat"))
         losses = plain["first_loss"], found["tomat, all tokens"]["first_loss"]
         if not math.isclose(*losses, rel_tol=1e-2 if CUDA else 1e-4):
             raise TomatError(f"The loops do not do the same: their first losses are {losses[0]} and {losses[1]} nats.")
-    return found
+    keep(found)
 
 
 def main() -> int:
@@ -153,23 +157,28 @@ def main() -> int:
     os.environ["TOMAT_PROGRESS"] = "0"
     if not CUDA:
         torch.set_num_threads(1)
-        for module in (tomat.train.cost, tomat.train.causal):
+        for module in (tomat.train.cost, tomat.train.loop):
             vars(module)["perf_counter"] = clock
     peak, source = peak_of(torch.device("cuda" if CUDA else "cpu"))
-    load = os.getloadavg()[0]
+    command = " ".join(["python results/train/bench_train.py STORE", *sys.argv[2:]])
+    models: dict[str, Any] = {}
+    report = {"command": command, "device": source, "peak_tflops": round(peak / 1e12, 4), "threads": torch.get_num_threads(),
+              "torch": torch.__version__, "load_before": round(os.getloadavg()[0], 2), "padded_length": TOKENIZER.pad_to,
+              "models": models}
+
+    def keep(name: str, found: dict[str, Any]) -> None:
+        models[name] = found
+        write_json(args.out, report)
     try:
         with tempfile.TemporaryDirectory() as folder:
             store = RawStore(args.store)
             meta = tokenize(store, TOKENIZER, f"{folder}/rows", TokenizeConfig(8, label="bench"), ids=store.split("train")[:64])
-            found = {name: compare(name, f"{folder}/rows", args, peak) for name in args.models}
+            report["length"] = meta["tokens"] / meta["rows"]
+            for name in args.models:
+                compare(name, f"{folder}/rows", args, peak, partial(keep, name))
     except TomatError as err:
         print(err, file=sys.stderr)
         return 2
-    command = " ".join(["python results/train/bench_train.py STORE", *sys.argv[2:]])
-    report = {"command": command, "device": source, "peak_tflops": round(peak / 1e12, 4), "threads": torch.get_num_threads(),
-              "torch": torch.__version__, "load_before": round(load, 2), "length": meta["tokens"] / meta["rows"],
-              "padded_length": TOKENIZER.pad_to, "models": found}
-    write_json(args.out, report)
     print(json.dumps(report, indent=1))
     return 0
 

@@ -77,14 +77,13 @@ def validation_rows(stream: Stream,  # a stream with an end
 # %% ../../nbs/04_dataset/08_held_out.ipynb #f6cda18c
 def micro_batches(block: Block,       # a batch
                   size: int,          # number of rows of a micro batch
-                  multiple: int = 1,  # the number of tokens that the network reads is rounded up to a multiple of this
+                  length: int | None = None,  # number of tokens of every row; None: that of the longest of each micro batch
                   ) -> list[torch.Tensor]:  # micro batches, each (b, l) int64 ids
-    "A batch as parts of rows of similar length, each as long as its longest row."
+    "A batch as parts of rows of similar length; with a length, all have the same shape, the last filled up with rows of PAD."
     order = torch.argsort(block.lengths, stable=True)
     parts = []
     for rows in order.split(size):
-        longest = max(2, int(block.lengths[rows].max()))
-        length = 1 + -(-(longest - 1) // multiple) * multiple  # the last token is predicted, not read
-        ids = block.ids[rows, :length].long()
-        parts.append(torch.nn.functional.pad(ids, (0, length - ids.shape[1])))
+        longest = length or max(2, int(block.lengths[rows].max()))
+        ids = block.ids[rows, :longest].long()
+        parts.append(torch.nn.functional.pad(ids, (0, longest - ids.shape[1], 0, size - len(ids) if length else 0)))
     return parts

@@ -22,6 +22,7 @@ from ..atoms.sad import with_sad
 from ..dataset.fresh import FreshPatches, PatchConfig, Reader
 from ..dataset.held_out import materials_of, validation_rows, micro_batches, train_and_val
 from ..dataset.meta import read_meta
+from ..dataset.order import row_index
 from ..dataset.stream import Batches, Block
 from ..dataset.meta import data_atoms, tokenizer_of
 from ..dataset.noise import HistoryNoise
@@ -34,7 +35,7 @@ from ..models.sizes import model_size, n_parameters
 from ..tokens.tokenizer import Tokenizer
 from .checkpoints import restore, state_of
 from .config import RunConfig, TrainConfig, config_from
-from .cost import peak_of, plan_memory, row_flops
+from .cost import is_compiled, peak_of, plan_memory, row_flops
 from .distributed import WrappedModel, distributed_context, wrap_model
 from .loop import StepResult, run_task
 from .optim import make_optimizers
@@ -57,23 +58,19 @@ class CausalTask:
     metadata: dict[str, Any]   # configuration and data, for the checkpoint
     eval_callback: EvalCallback | None = None
     noise: HistoryNoise | None = None
+    length: int | None = None  # number of tokens of every row in training; None: that of the longest of each micro batch
     counts = ("tokens", "padded", "flops")
 
     def __post_init__(self) -> None:
         self.rows, self.context, self.model = iter(self.batches), self.wrapped.context, self.wrapped.loss_module.model
 
-    @property
-    def multiple(self) -> int:
-        "A number; row lengths are rounded up to its multiples, because compiled layers take seconds for each new length."
-        compiled = self.run_config.compiled
-        return 64 if (self.context.device.type == "cuda" if compiled is None else compiled) else 1
-
     def _losses(self, block: Block,  # rows of this process
                 learn: bool,         # whether to add up gradients
                 read: torch.Tensor | None = None,  # ids that the model reads instead; None: the same
                 ) -> tuple[float, float, int]:  # loss sum and counted tokens of all processes; tokens read by this one
-        parts, loss = micro_batches(block, self.micro_batch, self.multiple), torch.zeros((), device=self.context.device)
-        reads = parts if read is None else micro_batches(block._replace(ids=read), self.micro_batch, self.multiple)
+        length = self.length if learn else None
+        parts, loss = micro_batches(block, self.micro_batch, length), torch.zeros((), device=self.context.device)
+        reads = parts if read is None else micro_batches(block._replace(ids=read), self.micro_batch, length)
         positions = [self.wrapped.loss_module.positions(ids) for ids in parts]
         (counted,) = self.context.total(sum(map(len, positions)))
         net = self.wrapped.net if learn else self.wrapped.loss_module
@@ -114,6 +111,10 @@ class CausalTask:
 
     def scores(self) -> dict[str, float]:
         "The loss on validation rows, and the scores of the callback."
+        with torch.compiler.set_stance("force_eager"):  # other shapes than in training
+            return self._scores()
+
+    def _scores(self) -> dict[str, float]:
         found: dict[str, float] = {}
         if self.validation:
             mine = Block(*(tensor[self.context.rank::self.context.ranks] for tensor in self.validation))
@@ -173,6 +174,11 @@ def _upgraded(metadata: dict[str, Any],  # reads old files: a run's config.json
     "The metadata of a run of an earlier version, with the names of today."
     return json.loads(json.dumps(metadata | {"config": config_from(TrainConfig, metadata["config"]).written()}))
 
+def _one_length(longest: int,  # number of tokens of the longest row
+                ) -> int:
+    "The number of tokens of every row for the compiler: one is predicted and not read, and the others are a multiple of 64."
+    return 1 + -(-(longest - 1) // 64) * 64
+
 _FRESH = 32        # patches of a visit to a material
 _CACHE = 1 << 31   # bytes of densities that are kept in memory
 
@@ -206,8 +212,9 @@ def train(data: str | Path,            # a folder that `tokenize` wrote
             batches = Batches(training, config.batch_size // context.ranks, run_config.workers, context.rank, context.ranks)
             rows = validation_rows(validation, config.val_seqs, context.ranks)[0] if validation else None
             micro_batch = min(context.gathered(plan_memory(meta, config, run_config, context)[0]))
+            length = _one_length(max(g.length for g in row_index(data, meta).groups)) if is_compiled(run_config, context) else None
             return CausalTask(config, run_config, tokenizer, wrapped, optimizers, batches, rows, micro_batch,
-                              peak_of(context.device)[0], about, eval_callback, noise)
+                              peak_of(context.device)[0], about, eval_callback, noise, length)
 
         metadata = _metadata(data, val, config, training.fingerprint)
         return run_task(make_task, Path(out), metadata, run_config, context, _upgraded)
