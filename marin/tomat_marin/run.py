@@ -39,7 +39,7 @@ from tomat.tokens.vocabulary import BOS, EOS, PAD
 from tomat_marin.network import config_of, fresh, loss_and_count
 from tomat_marin.optim import Adam
 from tomat_marin.plan import Plan, check_share, open_run_dir
-from tomat_marin.rows import OrderedRows
+from tomat_marin.rows import VERSION, OrderedRows
 
 
 def distributed_config() -> DistributedConfig:
@@ -98,6 +98,14 @@ def say(line: str) -> None:
         print(line, flush=True)
 
 
+def versions(ids: hax.NamedArray,  # rows of `OrderedRows`, with or without noise
+             objective: Objective,
+             ) -> tuple[hax.NamedArray, Objective, hax.NamedArray | None]:  # as `loss_and_count` takes them
+    "The rows as they are, and as the model reads them; None: the same."
+    noisy = any(axis.name == VERSION.name for axis in ids.axes)
+    return (ids[VERSION.name, 0], objective, ids[VERSION.name, 1]) if noisy else (ids, objective, None)
+
+
 def validation(trainer: Trainer,
                rows: OrderedRows,  # validation rows, with an end
                objective: Objective,
@@ -108,7 +116,7 @@ def validation(trainer: Trainer,
     @named_jit(axis_resources=trainer.parameter_axis_mapping)
     def score(model: Qwen3LMHeadModel, ids: hax.NamedArray) -> tuple[jax.Array, jax.Array]:
         with hax.axis_mapping(trainer.compute_axis_mapping):
-            return loss_and_count(trainer.mp.cast_to_compute(model), ids, objective)
+            return loss_and_count(trainer.mp.cast_to_compute(model), *versions(ids, objective))
 
     def mean_loss(model: Qwen3LMHeadModel) -> float:
         scores = [tuple(map(float, score(model, ids))) for ids in loader]  # rows of PAD in the last batch have no token in the loss
@@ -187,8 +195,7 @@ def train(plan: Plan) -> str:  # folder of the checkpoint
         return OrderedRows(plan.index, units, plan.order(units), Pos, n, noise)
 
     def loss(model: Qwen3LMHeadModel, ids: hax.NamedArray, *, key: jax.Array | None = None) -> jax.Array:
-        true, read = (ids["version", 0], ids["version", 1]) if plan.noise else (ids, None)
-        total, count = loss_and_count(model, true, objective, read)
+        total, count = loss_and_count(model, *versions(ids, objective))
         return total / count
 
     with Trainer(settings, Adam.of(config).build(config.steps), loss) as trainer:  # its end waits until the last state is on disk
@@ -196,7 +203,9 @@ def train(plan: Plan) -> str:  # folder of the checkpoint
         state = trainer.initial_state(training_key, model_init=lambda: fresh(model_config, vocab, model_key))
         say(f"{n_parameters(plan.size, vocab.size):,} parameters, rows of {Pos.size} tokens, {jax.device_count()} devices in "
             f"{jax.process_count()} processes, from step {int(state.step)}")
-        hook = LogHook(plan, validation(trainer, rows(plan.val_units, config.val_seqs), objective) if plan.val_units else None)
+        hidden = plan.noise if config.noise == 1 else None  # a model that never reads a density
+        scored = rows(plan.val_units, config.val_seqs, hidden)
+        hook = LogHook(plan, validation(trainer, scored, objective) if plan.val_units else None)
         trainer.add_hook(log_performance_stats(Pos.size, settings.batch_schedule, plan.row_flops))
         trainer.add_hook(hook)
         loader = trainer.data_loader(rows(plan.train_units, noise=plan.noise))

@@ -42,6 +42,7 @@ def run_folders(data: str | None,     # argument DATA
 # %% ../../nbs/11_commands/05_training.ipynb #5be34f5f
 def nmae_callback(store: str,      # raw store with a part validation
                   materials: int,  # number of materials to predict, from the beginning of that part
+                  history: bool = True,  # whether the model reads densities, as in `CausalPredictor`
                   ) -> "EvalCallback":
     "A function of a model and its tokenizer: the mean NMAE of predictions for some validation materials."
     from tomat.density.metrics import nmae
@@ -50,7 +51,7 @@ def nmae_callback(store: str,      # raw store with a part validation
     found = RawStore(store)
     truths = [found.read(id) for id in found.split("validation")[:materials]]
     def mean_nmae(model: Any, tokenizer: "Tokenizer") -> dict[str, float]:
-        causal = CausalPredictor(model, tokenizer)
+        causal = CausalPredictor(model, tokenizer, history=history)
         try:
             errors = [nmae(causal.predict(true.structure, true.shape).density.total, true.total) for true in truths]
         except TomatError:  # an untrained model may write a density without electrons: no score yet
@@ -111,7 +112,7 @@ def train(config: GivenOptions,
     kind, selection = config.make(DECODERS[found]), start.Selection(split, first, atoms or "", patches)
     if dry:
         return print_result(start.dry_run(source, out, kind, run_config, selection), False)
-    callback = nmae_callback(eval_store, eval_materials) if eval_store else None
+    callback = nmae_callback(eval_store, eval_materials, getattr(kind, "noise", 0) != 1) if eval_store else None
     start.start_run(source, out, kind, run_config, val, selection, callback)
     if os.environ.get("RANK", "0") == "0":
         print(f"{out}/model")

@@ -57,6 +57,7 @@ class CausalPredictor:
     batch_size: int = 256            # patches written together
     rescale: bool = True             # scale to the exact number of valence electrons
     elements: frozenset[str] | None = None  # elements of the training data; None: not recorded
+    history: bool = True             # whether the model reads the densities before a place; False: it was trained with noise 1
     kind: ClassVar[str] = "causal"
 
     def __post_init__(self) -> None:
@@ -100,8 +101,9 @@ class CausalPredictor:
                 "strategy": self.strategy, "overlap": self.overlap, "rescale": self.rescale, **named_atoms(self.atoms)}
 
     def references(self) -> dict[str, Callable[[Density], Prediction]]:
-        "Entries that read the true density, by name."
-        return {"teacher-forced": partial(teacher_forced, causal=self), "codec floor": partial(codec_floor, causal=self)}
+        "Entries that read the true density, by name; a model that reads no densities cannot be shown any."
+        forced = {"teacher-forced": partial(teacher_forced, causal=self)} if self.history else {}
+        return {**forced, "codec floor": partial(codec_floor, causal=self)}
 
 # %% ../../nbs/07_prediction/03_causal.ipynb #f2d85a4c
 _Step = tuple[slice, int, Written]  # rows, position in the density block, tokens there
@@ -113,7 +115,8 @@ def _free_steps(causal: CausalPredictor,
     for start in range(0, len(prompts_NxL), causal.batch_size):
         rows = slice(start, start + causal.batch_size)
         guides = None if guides_NxVx3 is None else guides_NxVx3[rows]
-        for position, written in enumerate(free_run(causal.model, causal.tokenizer, prompts_NxL[rows], causal.strategy, guides)):
+        for position, written in enumerate(free_run(causal.model, causal.tokenizer, prompts_NxL[rows], causal.strategy, guides,
+                                                      causal.history)):
             yield rows, position, written
 
 def _field(tokenizer: Tokenizer,

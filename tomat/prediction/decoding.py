@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from ..io.remote import TomatError
+from ..models.causal import hidden_states
 from ..tokens.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -111,6 +112,7 @@ def free_run(model: "Qwen3ForCausalLM",  # a language model of the tokenizer's r
              prompts_NxL: np.ndarray,   # (N, L) ids up to and including DENS_START
              strategy: str = "argmax",  # one of STRATEGIES
              guides_NxVx3: np.ndarray | None = None,  # (N, V, 3) ids as `Tokenizer.guides` returns them; None: no guided layout
+             history: bool = True,      # False: the model was trained without reading densities, and all are predicted in one pass
              ) -> Iterator[Written]:  # the tokens of each value
     "Write the density blocks of many rows, each token read back in before the next, with the guide of the next voxel."
     choose, k = DecodingStrategy(tokenizer, strategy, model.device), tokenizer.density_codec.tokens_per_value
@@ -118,6 +120,12 @@ def free_run(model: "Qwen3ForCausalLM",  # a language model of the tokenizer's r
     cache = reserved_cache(model.config.num_hidden_layers, prompts_NxL.shape[1] + tokenizer.n_block_tokens)
     guides = np.empty((len(prompts_NxL), n // k, 0), np.int64) if guides_NxVx3 is None else guides_NxVx3
     known_NxVx3, ids_NxL = (torch.from_numpy(np.asarray(x, np.int64)).to(model.device) for x in (guides, prompts_NxL))
+    if not history:
+        hidden = torch.nn.functional.pad(known_NxVx3, (0, 1), value=tokenizer.zero).flatten(1)
+        hidden_NxLxW = hidden_states(model, torch.cat([ids_NxL, hidden], 1))[:, ids_NxL.shape[1] - 1 + tokenizer.places]
+        low, high = tokenizer.legal_ids(0)
+        yield from (choose(hidden_NxLxW[:, position] @ weight[low:high].T, low) for position in range(n))
+        return
     for position in range(n):
         if position % k == 0:
             ids_NxL = torch.cat([ids_NxL, known_NxVx3[:, position // k]], 1)

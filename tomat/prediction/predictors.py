@@ -90,7 +90,8 @@ def load_predictor(path: str | Path | None = None,  # folder or URL of a checkpo
     from tomat.models.causal import load_checkpoint  # imported late, because it imports transformers
     from tomat.prediction.causal import CausalPredictor
     model, tokenizer = load_checkpoint(folder)
-    elements = (metadata.get("training") or {}).get("elements")
+    training = metadata.get("training") or {}
+    elements = training.get("elements")
     model.to(where)  # type: ignore[arg-type]
     return CausalPredictor(model, tokenizer, strategy or "", overlap, batch_size,
-                           elements=None if elements is None else frozenset(elements))
+                           elements=None if elements is None else frozenset(elements), history=training.get("noise") != 1)

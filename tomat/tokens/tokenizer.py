@@ -70,6 +70,11 @@ class Tokenizer:
         n_guides, k = len(self.vocab.guide_slots), self.density_codec.tokens_per_value
         return (np.arange(int(np.prod(self.size)))[:, None] * (n_guides + k) + np.arange(n_guides, n_guides + k)).ravel()
 
+    @cached_property
+    def zero(self) -> int:
+        "Id of the level nearest to zero, of a codec with one token a value."
+        return self.vocab.blocks["density"].start + int(np.abs(self.density_codec.values_of_ids()).argmin())
+
     @property
     def n_block_tokens(self) -> int:
         "Number of tokens of the density block, between DENS_START and DENS_END."

@@ -83,15 +83,17 @@ class CausalTask:
             loss += part.detach()
         return self.context.total(loss.item())[0], counted, sum(ids.numel() for ids in parts)
 
+    def _noisy(self, ids_BxL: torch.Tensor,
+               first: int,  # number of the first row in the order of training
+               ) -> torch.Tensor | None:
+        "The ids that the model reads; None: the same."
+        return torch.from_numpy(self.noise(ids_BxL.numpy(), first + np.arange(len(ids_BxL)))) if self.noise else None
+
     def gradient(self, step: int) -> StepResult:
         "Leave the gradient of the next batch in the parameters; returns its loss and counts."
         first = self.batches.position + self.context.rank * self.batches.size  # number of this process's first row
         self.block = next(self.rows)
-        noisy = None
-        if self.noise:
-            ids = self.block.ids.numpy()
-            noisy = torch.from_numpy(self.noise(ids, first + np.arange(len(ids))))
-        loss, counted, read = self._losses(self.block, learn=True, read=noisy)
+        loss, counted, read = self._losses(self.block, learn=True, read=self._noisy(self.block.ids, first))
         size, n_ids, lengths = model_size(self.config.size), self.tokenizer.vocab.size, self.block.lengths.tolist()
         flops = row_flops(size, n_ids, lengths), row_flops(size, n_ids, [read // len(lengths)] * len(lengths))
         real, padded, flops_real, flops_padded = self.context.total(sum(lengths), read, *flops)
@@ -118,7 +120,8 @@ class CausalTask:
         found: dict[str, float] = {}
         if self.validation:
             mine = Block(*(tensor[self.context.rank::self.context.ranks] for tensor in self.validation))
-            loss, counted, _ = self._losses(mine, learn=False)
+            read = self._noisy(mine.ids, 0) if self.config.noise == 1 else None  # a model that never reads a density
+            loss, counted, _ = self._losses(mine, learn=False, read=read)
             found["loss"] = loss / counted
         if self.eval_callback:
             model = self.whole_model()

@@ -71,7 +71,8 @@ class TrainConfig:
     emd: float = option(0.0, "Share of the earth mover's distance in the loss, 0 to 1; the rest is cross-entropy.", least=0, most=1)
     soft: float = option(0.0, "Width of soft targets in the unit of the rows' density: levels that are nearer count as nearly right.",
                          least=0)
-    noise: float = option(0.0, "Largest share of density tokens of a row that the model reads wrong, 0 to 1.", least=0, most=1)
+    noise: float = option(0.0, "Odds that a density token is hidden from the model, in a share of each row that is drawn up to "
+                          "noise / (1 - noise); 1: it reads none, and predicts all voxels of a patch at once.", least=0, most=1)
     window: int = option(1024, "Number of rows that are shuffled together, approximately.", least=1)
     val_seqs: int = option(0, "Number of validation rows, of the last materials or of --val; 0: none, or all of --val.", least=0)
     eval_every: int = option(100, "Number of steps between two evaluations.", least=1)
