@@ -19,7 +19,7 @@ from .tokens.codecs import POSITIONS
 from .tokens.levels import fit_levels
 from .atoms.fit_atoms import choose_atoms
 from .atoms.sad import with_sad
-from .density.core import Density
+from .density.core import RHO, Density
 from .prediction.evaluate import Evaluation, evaluate
 from .train.probe import ProbeTrainConfig, train_probe
 from .density.formats import write_density
@@ -38,11 +38,11 @@ from .train.causal import train
 @dataclass(frozen=True)
 class DemoConfig:
     "Sizes of the demo, small enough for two cores."
-    patch_size: int = 6           # side of a patch, voxels
+    patch_size: int = 4           # side of a patch, voxels
     levels: int = 256             # number of levels of the fitted codec
-    target: str = "difference"    # density that tokens encode: "total", or its "difference" to the sum of atomic densities
     patches: int = 96             # number of rows for each training material
-    causal: TrainConfig = field(default_factory=lambda: TrainConfig(steps=120, batch_size=8, lr=4e-3))
+    causal: TrainConfig = field(default_factory=lambda: TrainConfig(
+        steps=250, batch_size=12, optimizer="muon", schedule="cosine50", noise=1.0, soft=0.005))
     strategy: str = "median"      # decoding strategy of the language model
     probe: ProbeTrainConfig = field(default_factory=lambda: ProbeTrainConfig(steps=300))
     seed: int = 42                # seed of the positions of patches
@@ -52,8 +52,8 @@ class DemoConfig:
 def demo_tokenizer(training: list[Density],  # training materials with their `sad`
                    config: DemoConfig,
                    ) -> Tokenizer:
-    "A tokenizer of framed rows, with levels fitted to the training materials for the smallest absolute error."
-    unfitted = Tokenizer("framed", POSITIONS, patch_size=config.patch_size, pad_to=None, target=config.target)
+    "A tokenizer of guided rows, with levels fitted to the training materials for the smallest absolute error."
+    unfitted = Tokenizer("guided", POSITIONS, patch_size=config.patch_size, pad_to=None, target="difference", unit=RHO)
     values = np.concatenate([unfitted.target_of(density).ravel() for density in training])
     return replace(unfitted, density_codec=fit_levels(values, config.levels))
 

@@ -1,13 +1,15 @@
-"""One language model free-running and teacher-forced beside the packaged network, on a whole part of a store: results/evaluation/.
+"""Language models with and without guides beside the packaged network, on a whole part of a store: results/evaluation/.
 
     python results/evaluation/make_evaluation_results.py train STORE RUN [--steps 950]
+    python results/evaluation/make_evaluation_results.py guided STORE RUN [--steps 5000]
     python results/evaluation/make_evaluation_results.py evaluate STORE RUN
     python results/evaluation/make_evaluation_results.py options STORE RUN [--materials 6]
 
-train: rows of the part train as in the demo (difference to the sum of atomic densities, fitted levels), then the nano model on
-one thread. evaluate: both decoders on whole grids of the part validation; each has a folder of its own in RUN/scores, so a new
-packaged checkpoint costs only its own predictions; where RUN has no language model, its scores stay as they are. options:
-overlapping patches, and predictions averaged over the six orders of the lattice vectors, on the materials with the smallest grids.
+train: framed rows of the part train (difference to the sum of atomic densities, fitted levels), then the nano model on one thread.
+guided: the nano model on guided rows of fresh patches, hidden from every density, on one thread. evaluate: all on whole grids of
+the part validation; each has a folder of its own in RUN/scores, so a new packaged checkpoint costs only its own predictions; of a
+language model that RUN does not have, the scores stay as they are. options: overlapping patches, and predictions averaged over
+the six orders of the lattice vectors, on the materials with the smallest grids.
 A run that was stopped goes on.
 """
 
@@ -28,12 +30,13 @@ import numpy as np
 import torch
 from pymatgen.core import Lattice, Structure
 
+from tomat.density.core import RHO
+from tomat.tokens.fit_codec import fit_histogram, histogram_of
 from tomat.tokens.levels import fit_levels
-from tomat.demo import DemoConfig
 from tomat.prediction.evaluate import evaluate
 from tomat.io.files import read_json, write_json
 from tomat.density.metrics import nmae
-from tomat.train.config import TrainConfig
+from tomat.train.config import RunConfig, TrainConfig
 from tomat.models.causal import load_checkpoint
 from tomat.prediction.causal import CausalPredictor
 from tomat.prediction.predictors import ProbePredictor, load_predictor
@@ -54,8 +57,11 @@ from tomat.train.causal import train
 
 RESULTS = Path(__file__).resolve().parent
 COMMAND = "python results/evaluation/make_evaluation_results.py"
-DEMO = DemoConfig()
+SEED = 42  # of the positions of patches
+PATCH_SIZE, FRAMED_LEVELS, STRATEGY = 6, 256, "median"  # of the model on framed rows
 PATCHES = 32  # rows a material
+LEVELS = 1024  # of the guided model's codec
+SOFT = 0.005   # e/Å³, width of its soft targets
 
 
 def rounded(value: Any) -> Any:
@@ -68,19 +74,19 @@ def rounded(value: Any) -> Any:
 
 
 def tokenizer_for(store: RawStore) -> Tokenizer:
-    "As the demo's, from every seventh voxel."
+    "Levels fitted to every seventh voxel."
     def differences(id: str) -> np.ndarray:
         density = with_sad(store.read(id))
         assert density.sad is not None
         return (density.total - density.sad).ravel()[::7]
     values = np.concatenate([differences(id) for id in track(store.split("train"), "read", unit="materials")])
-    return Tokenizer("framed", fit_levels(values, DEMO.levels), patch_size=DEMO.patch_size, pad_to=None, target="difference")
+    return Tokenizer("framed", fit_levels(values, FRAMED_LEVELS), patch_size=PATCH_SIZE, pad_to=None, target="difference")
 
 
 def make_causal(store: RawStore, run: Path, steps: int) -> None:
     rows, config = run / "rows", TrainConfig(steps=steps, batch_size=8, lr=4e-3)
     if not (rows / "meta.json").exists():
-        patches = TokenizeConfig(PATCHES, seed=DEMO.seed, label="train", prepare=with_sad)
+        patches = TokenizeConfig(PATCHES, seed=SEED, label="train", prepare=with_sad)
         tokenize(store, tokenizer_for(store), rows, patches, store.split("train"))
     start = process_time()
     train(rows, run / "causal", config)
@@ -88,14 +94,31 @@ def make_causal(store: RawStore, run: Path, steps: int) -> None:
     log, meta = read_log(run / "causal"), read_meta(rows)
     losses = [line["loss"] for line in log]
     write_json(RESULTS / "train.json", rounded({
-        "command": f"{COMMAND} train STORE RUN", **config.written(), "patch_size": DEMO.patch_size,
-        "levels": DEMO.levels, "materials": len(meta["materials"]), "rows": meta["rows"], "rows_read": steps * config.batch_size,
+        "command": f"{COMMAND} train STORE RUN", **config.written(), "patch_size": PATCH_SIZE,
+        "levels": FRAMED_LEVELS, "materials": len(meta["materials"]), "rows": meta["rows"], "rows_read": steps * config.batch_size,
         "tokens_read": log[-1]["tokens"], "loss_first": losses[0], "loss_last_100": float(np.mean(losses[-100:])),
         "seconds": sum(line["time"]["seconds"] for line in log), "cpu_seconds": spent, "threads": torch.get_num_threads()}))
 
 
+def make_guided(store: RawStore, run: Path, steps: int) -> None:
+    "As `tomat fit-codec`, `tomat tokenize` and `tomat train rows --fresh STORE` do."
+    rows = run / "guided-rows"
+    config = TrainConfig(steps=steps, batch_size=12, optimizer="muon", warmup=50, noise=1.0, soft=SOFT, schedule="cosine50")
+    if not (rows / "meta.json").exists():
+        codec = fit_histogram(histogram_of(store.split("train"), store.read, "difference", RHO, with_sad), LEVELS)
+        tokenizer = Tokenizer("guided", codec, patch_size=4, pad_to=None, target="difference", unit=RHO)
+        tokenize(store, tokenizer, rows, TokenizeConfig(2, seed=SEED, label="guided", prepare=with_sad), store.split("train"))
+    train(rows, run / "guided", config, RunConfig(save_every=500), fresh=store)
+    log, meta = read_log(run / "guided"), read_meta(rows)
+    write_json(RESULTS / "guided.json", rounded({
+        "command": f"{COMMAND} guided STORE RUN", **config.written(), "patch_size": 4, "levels": LEVELS,
+        "materials": len(meta["materials"]), "rows_read": steps * config.batch_size, "tokens_read": log[-1]["tokens"],
+        "seconds": sum(line["time"]["seconds"] for line in log), "cpu_seconds": sum(line["time"]["cpu_seconds"] for line in log),
+        "threads": torch.get_num_threads()}))
+
+
 def causal_of(run: Path) -> CausalPredictor:
-    return CausalPredictor(*load_checkpoint(run / "causal" / "model"), DEMO.strategy)
+    return CausalPredictor(*load_checkpoint(run / "causal" / "model"), STRATEGY)
 
 
 def kept_scores(name: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -109,9 +132,13 @@ def make_scores(store: RawStore, run: Path) -> None:
     packaged = load_predictor()
     assert isinstance(packaged, ProbePredictor)
     predictors: dict[str, Predictor] = {"probe": packaged}
-    lines, entries = kept_scores("causal")
-    if (run / "causal").exists():
-        predictors["causal"], lines, entries = causal_of(run), [], {}
+    lines, entries = list[dict[str, Any]](), dict[str, Any]()
+    for name, strategy in (("causal", STRATEGY), ("guided", None)):
+        if (run / name / "model").exists():
+            predictors[name] = load_predictor(run / name / "model", strategy)
+        else:
+            kept, means = kept_scores(name)
+            lines, entries = lines + kept, entries | means
     ids, skipped = store.split("validation"), dict[str, str]()
     found: dict[str, dict[str, Score]] = {id: {} for id in ids}
     for name, predictor in predictors.items():
@@ -175,16 +202,18 @@ def make_options(store: RawStore, run: Path, materials: int) -> None:
 @sentences
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["train", "evaluate", "options"])
+    parser.add_argument("what", choices=["train", "guided", "evaluate", "options"])
     parser.add_argument("store", help="a raw store with the parts train and validation")
     parser.add_argument("run", type=Path, help="a folder for rows, model and scores")
-    parser.add_argument("--steps", type=int, default=950)
+    parser.add_argument("--steps", type=int, default=0, help="950 for train, 5,000 for guided if not given")
     parser.add_argument("--materials", type=int, default=6)
     args = parser.parse_args()
     torch.set_num_threads(1)
     store = RawStore(args.store)
     if args.what == "train":
-        make_causal(store, args.run, args.steps)
+        make_causal(store, args.run, args.steps or 950)
+    elif args.what == "guided":
+        make_guided(store, args.run, args.steps or 5000)
     elif args.what == "evaluate":
         make_scores(store, args.run)
     else:

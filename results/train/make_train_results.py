@@ -20,9 +20,11 @@ from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from tomat.demo import DemoConfig, demo_tokenizer
+from tomat.tokens.codecs import POSITIONS
+from tomat.tokens.levels import fit_levels
 from tomat.tokens.fit_codec import fit_histogram, histogram_of
 from tomat.density.metrics import nmae
 from tomat.prediction.predictors import load_predictor
@@ -80,21 +82,23 @@ def sweep(folder: str, n_rows: int) -> list[dict[str, Any]]:
 
 
 def order(folder: str) -> list[dict[str, Any]]:
-    "300 steps with the demo's settings for each window and seed: the materials seen, and the scores."
-    demo, store, lines = DemoConfig(threads=1), sample_store(), list[dict[str, Any]]()
+    "300 steps for each window and seed: the materials seen, and the scores."
+    store, lines = sample_store(), list[dict[str, Any]]()
     training, validation = ([store.read(id) for id in store.split(part)] for part in ("train", "validation"))
-    tokenizer = demo_tokenizer(training, demo)
-    tokenize(training, tokenizer, f"{folder}/demo", TokenizeConfig(demo.patches, seed=demo.seed, label="demo"))
-    tokenize(validation, tokenizer, f"{folder}/validation", TokenizeConfig(8, seed=demo.seed, label="validation"))
+    tokenizer = Tokenizer("framed", POSITIONS, patch_size=6, pad_to=None, target="difference")
+    values = np.concatenate([tokenizer.target_of(density).ravel() for density in training])
+    tokenizer = replace(tokenizer, density_codec=fit_levels(values, 256))
+    tokenize(training, tokenizer, f"{folder}/demo", TokenizeConfig(96, seed=42, label="demo"))
+    tokenize(validation, tokenizer, f"{folder}/validation", TokenizeConfig(8, seed=42, label="validation"))
     for seed in SEEDS:
         for window in WINDOWS:
-            config = replace(demo.causal, steps=300, window=window, seed=seed, eval_every=300)
+            config = TrainConfig(steps=300, batch_size=8, lr=4e-3, window=window, seed=seed, eval_every=300)
             blocks = islice(Batches(ParquetRows(f"{folder}/demo", seed, window), config.batch_size), config.steps)
             seen = {material for block in blocks for material in block.materials.tolist()}
             start = time.process_time()
             model = train(f"{folder}/demo", f"{folder}/{seed}-{window}", config, val=f"{folder}/validation")
             seconds = time.process_time() - start
-            causal, last = load_predictor(model, strategy=demo.strategy), read_log(model.parent)[-1]
+            causal, last = load_predictor(model, strategy="median"), read_log(model.parent)[-1]
             errors = [nmae(causal.predict(true.structure, true.shape).density.total, true.total) for true in validation]
             lines.append({"seed": seed, "window": window, "rows": config.steps * config.batch_size, "materials": len(training),
                           "materials_seen": len(seen), "val_loss": f"{last['val']['loss']:.5f}",

@@ -102,7 +102,7 @@ def tokenizer_from(layout: str,
                    codec: str,          # name of a log codec, or an .npz of fitted levels with their target and unit
                    patch_size: int,     # side of a patch, voxels
                    pad_to: int,         # length of a row, tokens; 0: no padding
-                   target: str | None,  # "total" or "difference"; None: the codec's
+                   target: str | None,  # "total" or "difference"; None: the codec's, else that of the layout
                    log_range: tuple[float, float] | None = None,  # range of a log codec, log10 of the value; None: as published
                    ) -> "Tokenizer":
     "The tokenizer that options of the command line describe."
@@ -116,8 +116,8 @@ def tokenizer_from(layout: str,
     fit = levels_metadata(codec) if fitted else {}
     if target and target != fit.get("target", target):
         raise TomatError(f"{codec} was fitted to the {fit['target']}, not to the {target}: fit another, or leave --target out.")
-    return Tokenizer(layout, density_codec, patch_size=patch_size, pad_to=pad_to or None,
-                     target=target or fit.get("target", "total"), unit=fit.get("unit", TOTAL))
+    target = target or fit.get("target") or ("difference" if layout == "guided" else "total")
+    return Tokenizer(layout, density_codec, patch_size=patch_size, pad_to=pad_to or None, target=target, unit=fit.get("unit", TOTAL))
 
 # %% ../../nbs/11_commands/03_data.ipynb #815bc56d
 def labelled(label: str,  # option --label
@@ -192,7 +192,8 @@ _Patches = Annotated[int | None, typer.Option(help="Number of rows for each mate
 _Codec = Annotated[str | None, typer.Option(
     help="tomol_3byte, two_token_9_12, fp16_1token, or an .npz of fitted levels.  [default: two_token_9_12]")]
 _Layout = Annotated[str | None, typer.Option(
-    help="Row layout: framed (new data) or anchored (as published).  [default: framed]")]
+    help="Row layout: guided (for a model that predicts; needs a codec fitted to the difference), framed, or anchored (as "
+         "published).  [default: framed]")]
 _Target = Annotated[str | None, typer.Option(
     help="Density that tokens encode: total, or its difference to the sum of atomic densities.  [default: total]")]
 
@@ -328,7 +329,7 @@ def show_tokens(file: Annotated[str, typer.Argument(help="A folder of rows, one 
                                   typer.Option(help="Density file: low corner of the patch, voxels.")] = (0, 0, 0),
                 patch_size: Annotated[int, typer.Option(help="Density file: side of the patch, voxels.")] = 14,
                 density_codec: Annotated[str, typer.Option(help="Density file: codec, as for tokenize.")] = "two_token_9_12",
-                layout: Annotated[str, typer.Option(help="Density file: row layout, framed or anchored.")] = "framed",
+                layout: Annotated[str, typer.Option(help="Density file: row layout, guided, framed or anchored.")] = "framed",
                 pad_to: Annotated[int, typer.Option(help="Density file: length of the row, tokens; 0: no padding.")] = 8192,
                 from_: From = None,
                 ) -> None:
@@ -336,13 +337,14 @@ def show_tokens(file: Annotated[str, typer.Argument(help="A folder of rows, one 
 
     Example: `tomat show-tokens rows/ --row 3`, `tomat show-tokens CHGCAR --layout anchored --offset 5 9 44`
     """
+    from tomat.atoms.sad import with_sad
     from tomat.dataset.meta import row_of
     from tomat.density.formats import known_format, read_density
     if file.endswith(".parquet") or (from_ is None and known_format(file) is None and (is_remote(file) or os.path.isdir(file))):
         tokenizer, ids = row_of(file, row)
     else:
-        tokenizer = tokenizer_from(layout, density_codec, patch_size, pad_to, "total")
-        ids = tokenizer.encode(read_density(file, from_), [offset])[0][0]
+        tokenizer, density = tokenizer_from(layout, density_codec, patch_size, pad_to, None), read_density(file, from_)
+        ids = tokenizer.encode(with_sad(density) if tokenizer.target == "difference" else density, [offset])[0][0]
     try:
         tokenizer.decode(ids)
     except TomatError as err:

@@ -98,7 +98,8 @@ class CausalPredictor:
     def identity(self) -> dict[str, Any]:
         "Weights, tokenizer and settings, ready for JSON; without the batch size, which changes nothing but rounding."
         return {"decoder": self.kind, "weights": weights_digest(self.model), "tokenizer": self.tokenizer.to_dict(),
-                "strategy": self.strategy, "overlap": self.overlap, "rescale": self.rescale, **named_atoms(self.atoms)}
+                "strategy": self.strategy, "overlap": self.overlap, "rescale": self.rescale, **named_atoms(self.atoms),
+                **({} if self.history else {"history": False})}
 
     def references(self) -> dict[str, Callable[[Density], Prediction]]:
         "Entries that read the true density, by name; a model that reads no densities cannot be shown any."

@@ -182,7 +182,7 @@ def _one_length(longest: int,  # number of tokens of the longest row
     "The number of tokens of every row for the compiler: one is predicted and not read, and the others are a multiple of 64."
     return 1 + -(-(longest - 1) // 64) * 64
 
-_FRESH = 32        # patches of a visit to a material
+_FRESH = 2         # patches of a visit to a material: a window then holds many materials
 _CACHE = 1 << 31   # bytes of densities that are kept in memory
 
 def train(data: str | Path,            # a folder that `tokenize` wrote
