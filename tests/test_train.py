@@ -600,7 +600,7 @@ def test_the_batch_that_ran_out_of_memory_fits():
     assert largest_micro_batch(MODELS["30M"], 6792, 5568, 32, 64 << 30, Placement(True, device="cuda")) == 32
 
 
-@pytest.mark.parametrize("model, rows, measured_gb", [("208M", 10, 39.8), ("208M", 16, 56.64), ("30M", 32, 28.48)])
+@pytest.mark.parametrize("model, rows, measured_gb", [("208M", 8, 31.06), ("208M", 10, 39.8), ("208M", 16, 56.64), ("30M", 32, 28.48)])
 def test_the_estimate_is_what_an_h100_took_compiled(model, rows, measured_gb):
     placement = Placement(True, device="cuda", compiled=True)
     assert memory_estimate(MODELS[model], 6794, rows, 5568, placement)["all"] / 1e9 == pytest.approx(measured_gb, rel=0.07)
