@@ -255,7 +255,8 @@ def test_noise_and_fresh_patches_are_the_same_after_a_stop(store, rows, tmp_path
         return {}
     with pytest.raises(KeyboardInterrupt):
         train(rows, tmp_path / "again", replace(config, eval_every=3), RunConfig(save_every=2), eval_callback=stop, fresh=source)
-    again = train(rows, tmp_path / "again", replace(config, eval_every=3), RunConfig(save_every=2), eval_callback=stop, fresh=source)
+    config = replace(config, eval_every=3)
+    again = train(rows, tmp_path / "again", config, RunConfig(save_every=2), eval_callback=stop, fresh=source)
     assert losses(tmp_path / "whole") == losses(tmp_path / "again")
     assert (whole / "model.safetensors").read_bytes() == (again / "model.safetensors").read_bytes()
     assert losses(tmp_path / "whole") != losses_of(rows, tmp_path / "rows", config)

@@ -562,8 +562,9 @@ def test_micro_batches_are_equal(rows):
     from tomat.train.cost import plan_memory
     from tomat.train.distributed import DistributedContext
     context = DistributedContext(torch.device("cpu"))
-    for batch, given, found in [(16, 10, 8), (16, 16, 16), (7, 3, 3), (8, 3, 3), (9, 5, 5), (32, 12, 11)]:
-        assert plan_memory(read_meta(rows), replace(CONFIG, batch_size=batch), RunConfig(micro_batch=given), context)[0] == found
+    for batch, at_once, found in [(16, 10, 8), (16, 16, 16), (7, 3, 3), (8, 3, 3), (9, 5, 5), (32, 12, 11)]:
+        config = replace(CONFIG, batch_size=batch)
+        assert plan_memory(read_meta(rows), config, RunConfig(micro_batch=at_once), context)[0] == found
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -600,7 +601,8 @@ def test_the_batch_that_ran_out_of_memory_fits():
     assert largest_micro_batch(MODELS["30M"], 6792, 5568, 32, 64 << 30, Placement(True, device="cuda")) == 32
 
 
-@pytest.mark.parametrize("model, rows, measured_gb", [("208M", 8, 31.06), ("208M", 10, 39.8), ("208M", 16, 56.64), ("30M", 32, 28.48)])
+@pytest.mark.parametrize("model, rows, measured_gb", [("208M", 8, 31.06), ("208M", 10, 39.8), ("208M", 16, 56.64),
+                                                       ("30M", 32, 28.48)])
 def test_the_estimate_is_what_an_h100_took_compiled(model, rows, measured_gb):
     placement = Placement(True, device="cuda", compiled=True)
     assert memory_estimate(MODELS[model], 6794, rows, 5568, placement)["all"] / 1e9 == pytest.approx(measured_gb, rel=0.07)

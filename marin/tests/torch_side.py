@@ -24,7 +24,8 @@ def main(export: str, rows: str, val_seqs: str, emd: str, soft: str, noise: str,
     with torch.no_grad():
         logits_BxLxV = model(ids_BxL[:4]).logits
         places_T = loss_module.positions(ids_BxL)
-        read_BxL = torch.from_numpy(HistoryNoise(tokenizer, 1.0, 0)(ids_BxL.numpy(), np.arange(len(ids_BxL)))) if noise == "1" else None
+        hidden = HistoryNoise(tokenizer, 1.0, 0)(ids_BxL.numpy(), np.arange(len(ids_BxL))) if noise == "1" else ids_BxL.numpy()
+        read_BxL = torch.from_numpy(hidden)
         loss = float(loss_module(ids_BxL, places_T, read_BxL)) / len(places_T)
     held_out = {val.names[i] for window in val for i in window.materials.tolist()}
     train_ids = torch.cat([batch.ids for batch in islice(Batches(train, 8, pad_to=256), 20)]).numpy()

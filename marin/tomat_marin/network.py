@@ -59,8 +59,8 @@ def token_losses(logits_BxCxV: jax.Array,  # (B, C, V) float32 logits of the obj
                  ) -> jax.Array:  # (B, C)
     "For each token cross-entropy or divergence in nats, earth mover's distance in the codec's unit, or a mixture."
     losses, log_p = jnp.zeros(target_BxC.shape), jax.nn.log_softmax(logits_BxCxV, axis=-1)
-    values_V = None if objective.values_V is None else jnp.asarray(objective.values_V)
-    distance_BxCxV = None if values_V is None else jnp.abs(values_V - values_V[target_BxC][..., None])
+    values_V = jnp.zeros(()) if objective.values_V is None else jnp.asarray(objective.values_V)
+    distance_BxCxV = jnp.zeros(()) if objective.values_V is None else jnp.abs(values_V - values_V[target_BxC][..., None])
     if objective.emd < 1 and objective.soft:
         log_q = jax.nn.log_softmax(-0.5 * (distance_BxCxV / objective.soft) ** 2, axis=-1)
         losses += (1 - objective.emd) * (jnp.exp(log_q) * (log_q - log_p)).sum(-1)

@@ -117,7 +117,8 @@ def tokenizer_from(layout: str,
     if target and target != fit.get("target", target):
         raise TomatError(f"{codec} was fitted to the {fit['target']}, not to the {target}: fit another, or leave --target out.")
     target = target or fit.get("target") or ("difference" if layout == "guided" else "total")
-    return Tokenizer(layout, density_codec, patch_size=patch_size, pad_to=pad_to or None, target=target, unit=fit.get("unit", TOTAL))
+    return Tokenizer(layout, density_codec, patch_size=patch_size, pad_to=pad_to or None, target=target,
+                     unit=fit.get("unit", TOTAL))
 
 # %% ../../nbs/11_commands/03_data.ipynb #815bc56d
 def labelled(label: str,  # option --label

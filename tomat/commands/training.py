@@ -71,8 +71,8 @@ _EvalStore = Annotated[str | None, typer.Option(
     help="Raw store; predictions for its validation materials are scored (NMAE) at each evaluation.")]
 _Fresh = Annotated[str | None, typer.Option(
     rich_help_panel=f"Options of the {TrainConfig.network_name}",
-    help="Densities that the rows were made of: new patches are cut from them at every visit, turned and mirrored, and no row comes "
-         "twice.")]
+    help="Densities that the rows were made of: new patches are cut from them at every visit, turned and mirrored, so that no row "
+         "comes twice.")]
 _EvalMaterials = Annotated[int, typer.Option(
     envvar=["TOMAT_EVAL_MATERIALS", "TOMAT_JUDGE_MATERIALS"], show_envvar=False,
     rich_help_panel=f"Options of the {TrainConfig.network_name}", help="Number of materials that --eval-store scores.")]

@@ -119,7 +119,8 @@ def read_voxels(path: str | Path,  # a local shard
         batches = [reader.get_batch(k) for k in range(reader.num_record_batches)]
         for batch in batches:
             batch.validate()
-        names, same = reader.schema.names, reader.schema.equals(VOXEL_SCHEMA) and not any(column.null_count for batch in batches for column in batch.columns)
+        names = reader.schema.names
+        same = reader.schema.equals(VOXEL_SCHEMA) and not any(column.null_count for batch in batches for column in batch.columns)
     except (pa.ArrowException, OSError, ValueError) as err:
         why = " ".join(str(err).split()).rstrip(".")
         raise TomatError(f"{path} cannot be read as Arrow, make it again with `tomat prepare`: {why}.") from err

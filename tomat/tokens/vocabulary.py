@@ -40,8 +40,8 @@ class Vocabulary:
     density_codec: Codec   # of the voxels
 
     @cached_property
-    def blocks(self) -> dict[str, range]:  # "special", "element", "integer", "position", of guided rows "guide" and "distance", "density"
-        "Ids of every kind of token."
+    def blocks(self) -> dict[str, range]:  # "special", "element", "integer", "position", "density"
+        "Ids of every kind of token; guided rows have those of their guides, \"guide\" and \"distance\", before \"density\"."
         guides = {"guide": GUIDE_LEVELS.vocab_size, "distance": N_DISTANCES} if self.layout == "guided" else {}
         sizes = {"special": len(LAYOUTS[self.layout]), "element": N_ELEMENTS, "integer": MAX_INTEGER + 1,
                  "position": self.position_codec.vocab_size, **guides, "density": self.density_codec.vocab_size}

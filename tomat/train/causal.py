@@ -191,7 +191,7 @@ def train(data: str | Path,            # a folder that `tokenize` wrote
           run_config: RunConfig = RunConfig(),
           val: str | Path | None = None,  # a folder of validation rows; None: `val_seqs` rows of the last materials of `data`
           eval_callback: EvalCallback | None = None,  # more scores of the model, at every evaluation
-          fresh: Reader | None = None,  # densities of the materials, to cut new patches from; None: the rows of `data` again and again
+          fresh: Reader | None = None,  # densities of the materials, to cut new patches from; None: the rows of `data`
           ) -> Path:  # the checkpoint, out/model
     "Train a language model on a data set of rows, or resume; returns the folder of its checkpoint."
     with distributed_context(run_config.device) as context:

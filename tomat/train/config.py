@@ -69,8 +69,7 @@ class TrainConfig:
     seed: int = option(0, "Seed of the initial weights and of the order of the data.", least=0, below=2**63)
     loss_on: str = option("density", "Tokens that count in the loss: density or all.", choices=LOSSES)
     emd: float = option(0.0, "Share of the earth mover's distance in the loss, 0 to 1; the rest is cross-entropy.", least=0, most=1)
-    soft: float = option(0.0, "Width of soft targets in the unit of the rows' density: levels that are nearer count as nearly right.",
-                         least=0)
+    soft: float = option(0.0, "Width of soft targets in the unit of the density: nearer levels count as nearly right.", least=0)
     noise: float = option(0.0, "Odds that a density token is hidden from the model, in a share of each row that is drawn up to "
                           "noise / (1 - noise); 1: it reads none, and predicts all voxels of a patch at once.", least=0, most=1)
     window: int = option(1024, "Number of rows that are shuffled together, approximately.", least=1)

@@ -94,9 +94,11 @@ def memory_estimate(size: ModelSize,
     layers = n - vocab_size * size.width if placement.optimizer == "muon" else 0
     width, keys, mlp = (36, 10, 8) if bf16 else (40, 16, 16)
     layer = width * size.width + keys * size.kv_width + mlp * size.mlp
+    kept = _KEPT if placement.compiled else 1.0
     parts = {"weights": 4 * n // shards + (2 * n if bf16 else 0), "gradients": 4 * n,  # complete until the last micro batch
              "optimizer": (8 * n - 4 * layers) // shards,
-             "activations": round(tokens * (size.layers * layer + 24 * size.width) * (_KEPT if placement.compiled else 1)), "logits": 16 * MAX_LOGITS[placement.device]}
+             "activations": round(tokens * (size.layers * layer + 24 * size.width) * kept),
+             "logits": 16 * MAX_LOGITS[placement.device]}
     return parts | {"all": sum(parts.values())}
 
 # %% ../../nbs/06_train/04_cost.ipynb #385ae979
