@@ -108,7 +108,7 @@ def tokenizer_from(layout: str,
     "The tokenizer that options of the command line describe."
     from tomat.density.core import TOTAL
     from tomat.io.remote import exists
-    from tomat.tokens.codecs import LOG_CODECS, PUBLISHED_DENSITY, Codec, log_codec
+    from tomat.tokens.codecs import LOG_CODECS, POSITIONS, PUBLISHED_DENSITY, Codec, log_codec
     from tomat.tokens.levels import levels_metadata, load_levels
     from tomat.tokens.tokenizer import Tokenizer
     fitted, published = codec not in LOG_CODECS and exists(codec), (PUBLISHED_DENSITY.log_min, PUBLISHED_DENSITY.log_max)
@@ -117,8 +117,7 @@ def tokenizer_from(layout: str,
     if target and target != fit.get("target", target):
         raise TomatError(f"{codec} was fitted to the {fit['target']}, not to the {target}: fit another, or leave --target out.")
     target = target or fit.get("target") or ("difference" if layout == "guided" else "total")
-    return Tokenizer(layout, density_codec, patch_size=patch_size, pad_to=pad_to or None, target=target,
-                     unit=fit.get("unit", TOTAL))
+    return Tokenizer(layout, density_codec, POSITIONS, patch_size, pad_to or None, target, fit.get("unit", TOTAL))
 
 # %% ../../nbs/11_commands/03_data.ipynb #815bc56d
 def labelled(label: str,  # option --label
@@ -192,9 +191,7 @@ def rows_summary(meta: dict[str, Any],  # meta.json of a data set
 _Patches = Annotated[int | None, typer.Option(help="Number of rows for each material.  [default: 32]")]
 _Codec = Annotated[str | None, typer.Option(
     help="tomol_3byte, two_token_9_12, fp16_1token, or an .npz of fitted levels.  [default: two_token_9_12]")]
-_Layout = Annotated[str | None, typer.Option(
-    help="Row layout: guided (for a model that predicts; needs a codec fitted to the difference), framed, or anchored (as "
-         "published).  [default: framed]")]
+_Layout = Annotated[str | None, typer.Option(help="Row layout: guided (to predict), framed, or anchored.  [default: framed]")]
 _Target = Annotated[str | None, typer.Option(
     help="Density that tokens encode: total, or its difference to the sum of atomic densities.  [default: total]")]
 
