@@ -107,6 +107,8 @@ def train(config: GivenOptions,
     if holds == "voxels" and "kept" in config.values:
         raise TomatError(f"--kept is an option of `tomat prepare`, and {data} holds voxels that are drawn already: leave it out, "
                          "or unset TOMAT_KEPT.")
+    if fresh and holds != "rows":
+        raise TomatError(f"--fresh is for rows of tokens, and {data} holds {holds}: leave it out.")
     source = opened(data) if holds == "densities" else data
     patches = opened(fresh) if fresh else None
     kind, selection = config.make(DECODERS[found]), start.Selection(split, first, atoms or "", patches)

@@ -172,8 +172,6 @@ def start_run(data: str | Path | Source,  # as `data_kind` takes it, or a source
         from tomat.train.causal import train
         check_selection(selection, str(data), "rows of tokens")
         return train(str(data), out, config, run_config, val, eval_callback, selection.fresh)
-    if selection.fresh is not None:
-        raise TomatError(f"--fresh is for rows of tokens, and {data} holds {kind}: leave it out.")
     if val and data_kind(val) != kind:
         holds = "prepared voxels" if kind == "voxels" else "densities"
         raise TomatError(f"{data} holds {holds} and the validation data, {val}, hold {data_kind(val)}: prepare both with "
