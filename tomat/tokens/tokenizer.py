@@ -6,6 +6,7 @@
 __all__ = ['Tokenizer', 'tokenizer_from_dict']
 
 # %% ../../nbs/03_tokens/07_tokenizer.ipynb #64f0130b
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -62,13 +63,13 @@ class Tokenizer:
     @property
     def n_density_tokens(self) -> int:
         "Number of tokens of a patch's values."
-        return len(self.places)
+        return self.density_codec.tokens_per_value * math.prod(self.size)
 
     @cached_property
     def places(self) -> np.ndarray:  # (M,) index in the density block; 0 is the token behind DENS_START
         "Where a patch's values stand; the other tokens of the block are guides."
         n_guides, k = len(self.vocab.guide_slots), self.density_codec.tokens_per_value
-        return (np.arange(int(np.prod(self.size)))[:, None] * (n_guides + k) + np.arange(n_guides, n_guides + k)).ravel()
+        return (np.arange(math.prod(self.size))[:, None] * (n_guides + k) + np.arange(n_guides, n_guides + k)).ravel()
 
     @cached_property
     def zero(self) -> int:
@@ -78,7 +79,7 @@ class Tokenizer:
     @property
     def n_block_tokens(self) -> int:
         "Number of tokens of the density block, between DENS_START and DENS_END."
-        return int(self.places[-1]) + 1
+        return (len(self.vocab.guide_slots) + self.density_codec.tokens_per_value) * math.prod(self.size)
 
     def prompt_length(self,
                       n_atoms: int,  # in the cell
