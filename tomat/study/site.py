@@ -202,7 +202,7 @@ def write_data(results: str | Path,            # the folder results/
         _write(folder / f"{name}.json", table)
     return sorted(path.name for path in folder.glob("*.json"))
 
-MOST_VOXELS, MOST_SHOWN = 33_000, 5  # voxels of a density in the viewer, and densities: more would make the site too large
+MOST_VOXELS, MOST_SHOWN = 33_000, 4  # voxels of a density in the viewer, and densities: more would make the site too large
 
 def _write_views(store: RawStore, part: str, folder: Path) -> Iterable[dict[str, Any]]:
     "Write one file a material, and return their entries in the list of materials."
