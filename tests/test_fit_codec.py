@@ -279,7 +279,7 @@ def test_perfect_tokens_predict_the_density_in_either_unit(monkeypatch, target, 
     tokenizer = Tokenizer("framed", codec, patch_size=4, pad_to=None, target=target, unit=unit)
     ids = tokenizer.encode(density, prediction.cover(density.shape, 4))[0]
 
-    def true_ids(model, tok, prompts, strategy):
+    def true_ids(model, tok, prompts, strategy, *more):
         return (prediction.Written(ids_N, None, np.zeros(len(ids_N))) for ids_N in ids[:, prompts.shape[1]:-2].T)
 
     monkeypatch.setattr(prediction, "free_run", true_ids)
