@@ -28,6 +28,7 @@ from tomat.models.objective import objective_of
 from tomat.models.sizes import MODELS
 from tomat.prediction.causal import CausalPredictor, teacher_forced
 from tomat.prediction.decoding import free_run
+from tomat.prediction.predictors import load_predictor
 from tomat.tokens.codecs import PUBLISHED_DENSITY, log_codec
 from tomat.tokens.guides import GUIDE_LEVELS, distance_steps, ruling_atoms
 from tomat.tokens.levels import fit_levels
@@ -144,6 +145,24 @@ def test_known_tokens_are_fed_and_the_cache_changes_nothing(codec):
     values = prompts.shape[1] + tok.places
     assert all(np.isfinite(tok.decode(row).values).all() for row in rows)
     assert np.array_equal(np.delete(rows, values, 1), np.delete(known, values, 1))
+
+
+def test_a_model_without_history_predicts_all_voxels_in_one_pass(rows, tmp_path, small_nano):
+    "Each voxel as a model says that has read the zero level at every voxel before; a checkpoint trained so is used so."
+    tok, density = guided(size=(2, 3, 2)), material(5)
+    model, offsets = attentive_model(tok, sharpness=3), np.array([(0, 0, 0), (3, 2, 5)])
+    prompts, guides = (tok.prompt(density.structure, density.shape, offsets),
+                       tok.guides(density.structure, density.as_units(RHO).sad, offsets))
+    (low, high), ids, found = tok.legal_ids(0), torch.from_numpy(prompts).long(), []
+    for place, written in enumerate(free_run(model, tok, prompts, "argmax", guides, history=False)):
+        ids = torch.cat([ids, torch.from_numpy(guides[:, place])], 1)
+        with torch.inference_mode():
+            assert (model(ids).logits[:, -1, low:high].argmax(-1) + low).tolist() == written.ids_N.tolist(), place
+        ids, found = torch.cat([ids, torch.full((2, 1), tok.zero)], 1), [*found, written.ids_N]
+    assert len(found) == 12 and len(np.unique(found)) > 2
+    for noise, history in ((1.0, False), (0.5, True)):
+        causal = load_predictor(train(rows, tmp_path / str(noise), replace(CONFIG, steps=1, noise=noise)))
+        assert causal.history == history == ("teacher-forced" in causal.references())
 
 
 def test_every_voxel_sees_what_stands_before_it_and_nothing_else():

@@ -203,8 +203,7 @@ def train(plan: Plan) -> str:  # folder of the checkpoint
         state = trainer.initial_state(training_key, model_init=lambda: fresh(model_config, vocab, model_key))
         say(f"{n_parameters(plan.size, vocab.size):,} parameters, rows of {Pos.size} tokens, {jax.device_count()} devices in "
             f"{jax.process_count()} processes, from step {int(state.step)}")
-        hidden = plan.noise if config.noise == 1 else None  # a model that never reads a density
-        scored = rows(plan.val_units, config.val_seqs, hidden)
+        scored = rows(plan.val_units, config.val_seqs, None if config.history else plan.noise)
         hook = LogHook(plan, validation(trainer, scored, objective) if plan.val_units else None)
         trainer.add_hook(log_performance_stats(Pos.size, settings.batch_schedule, plan.row_flops))
         trainer.add_hook(hook)

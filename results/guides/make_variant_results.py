@@ -14,6 +14,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy is imported: its pools read it once
 
 import argparse
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,12 @@ from tomat.density.core import RHO, Density
 from tomat.density.store import RawStore
 from tomat.io.files import read_json
 from tomat.io.progress import track
-from tomat.models.causal import hidden_states, load_checkpoint
+from tomat.models.causal import load_checkpoint
 from tomat.models.loss import LossModule
 from tomat.models.objective import objective_of
-from tomat.prediction.decoding import DecodingStrategy, best_strategy, free_run, patch_values
+from tomat.prediction.causal import CausalPredictor, free_steps, true_steps
+from tomat.prediction.decoding import patch_values
+from tomat.prediction.predictors import load_predictor
 from tomat.run.launch import sentences
 from tomat.study.site import write_table
 from tomat.tokens.fit_codec import fit_histogram, histogram_of
@@ -61,24 +64,20 @@ def patches_of(density: Density) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 1 << 20, (PATCHES, 3)) % np.array(density.shape)
 
 
-@torch.inference_mode()
-def errors(model: Any, tokenizer: Tokenizer, density: Density, history: bool) -> dict[str, float]:
+def errors(causal: CausalPredictor, density: Density) -> dict[str, float]:
     "NMAE on some patches: free-running, teacher-forced where it means something, and of the SAD."
     assert density.sad is not None
-    offsets, strategy = patches_of(density), best_strategy(tokenizer)
+    tokenizer, offsets = causal.tokenizer, patches_of(density)
     prompts = tokenizer.prompt(density.structure, density.shape, offsets)
     guides = tokenizer.guides(density.structure, density.sad, offsets) if tokenizer.layout == "guided" else None
-    steps = enumerate(free_run(model, tokenizer, prompts, strategy, guides, history))
-    free, _ = patch_values(tokenizer, PATCHES, ((slice(None), place, written) for place, written in steps))
     rho, sad = cut(density.values, offsets, tokenizer.size), cut(density.sad, offsets, tokenizer.size)
-    found = {"nmae": float(np.abs(sad + free - rho).sum() / rho.sum()), "sad": float(np.abs(sad - rho).sum() / rho.sum())}
-    if history:
+
+    def error(steps: Iterable[Any]) -> float:
+        return float(np.abs(sad + patch_values(tokenizer, PATCHES, steps)[0] - rho).sum() / rho.sum())
+    found = {"nmae": error(free_steps(causal, prompts, guides)), "sad": float(np.abs(sad - rho).sum() / rho.sum())}
+    if causal.history:
         rows = torch.from_numpy(tokenizer.encode(density, offsets)[0]).long()
-        hidden = hidden_states(model, rows)[:, tokenizer.places - tokenizer.n_block_tokens - 3].flatten(0, 1)
-        (low, high), choose = tokenizer.legal_ids(0), DecodingStrategy(tokenizer, strategy, model.device)
-        chosen = choose(hidden @ model.get_output_embeddings().weight[low:high].T, 0).ids_N
-        forced = tokenizer.density_codec.decode_ids(chosen[:, None]).reshape(rho.shape)
-        found["forced"] = float(np.abs(sad + forced - rho).sum() / rho.sum())
+        found["forced"] = error(true_steps(causal, rows))
     return found
 
 
@@ -91,8 +90,9 @@ def make_variants(store: RawStore, run: Path, steps: int) -> None:
                                      soft=0.005, seed=seed)
                 out = run / f"{layout}-{noise:g}-{seed}"
                 path = train(rows_of(store, run, layout), out, config, RunConfig(save_every=steps), fresh=store)
-                (model, tokenizer), log = load_checkpoint(path), read_log(out)
-                found = [errors(model, tokenizer, density, noise != 1) for density in track(true, "score", unit="materials")]
+                causal, log = load_predictor(path), read_log(out)
+                assert isinstance(causal, CausalPredictor)
+                found = [errors(causal, density) for density in track(true, "score", unit="materials")]
                 means = {name: float(np.mean([x[name] for x in found])) for name in found[0]}
                 lines.append({"layout": layout, "noise": noise, "seed": seed, "steps": steps, "tokens": log[-1]["tokens"],
                               "cpu_seconds": sum(line["time"]["cpu_seconds"] for line in log), "nmae": means["nmae"],

@@ -114,7 +114,7 @@ def train(config: GivenOptions,
     kind, selection = config.make(DECODERS[found]), start.Selection(split, first, atoms or "", patches)
     if dry:
         return print_result(start.dry_run(source, out, kind, run_config, selection), False)
-    callback = nmae_callback(eval_store, eval_materials, getattr(kind, "noise", 0) != 1) if eval_store else None
+    callback = nmae_callback(eval_store, eval_materials, getattr(kind, "history", True)) if eval_store else None
     start.start_run(source, out, kind, run_config, val, selection, callback)
     if os.environ.get("RANK", "0") == "0":
         print(f"{out}/model")

@@ -20,9 +20,8 @@ from transformers import Qwen3ForCausalLM
 
 from ..atoms.sad import with_sad
 from ..dataset.fresh import FreshPatches, PatchConfig, Reader
-from ..dataset.held_out import materials_of, validation_rows, micro_batches, train_and_val
+from ..dataset.held_out import index_of, materials_of, validation_rows, micro_batches, train_and_val
 from ..dataset.meta import read_meta
-from ..dataset.order import row_index
 from ..dataset.stream import Batches, Block
 from ..dataset.meta import data_atoms, tokenizer_of
 from ..dataset.noise import HistoryNoise
@@ -120,7 +119,7 @@ class CausalTask:
         found: dict[str, float] = {}
         if self.validation:
             mine = Block(*(tensor[self.context.rank::self.context.ranks] for tensor in self.validation))
-            read = self._noisy(mine.ids, 0) if self.config.noise == 1 else None  # a model that never reads a density
+            read = None if self.config.history else self._noisy(mine.ids, 0)
             loss, counted, _ = self._losses(mine, learn=False, read=read)
             found["loss"] = loss / counted
         if self.eval_callback:
@@ -202,6 +201,7 @@ def train(data: str | Path,            # a folder that `tokenize` wrote
         objective = objective_of(tokenizer, config.loss_on, config.emd, config.soft)
         noise = HistoryNoise(tokenizer, config.noise, config.seed) if config.noise else None
         training, validation = train_and_val(data, config.seed, config.window, config.val_seqs, val)
+        longest = max(group.length for group in index_of(training).groups)
         if fresh is not None:
             patches = PatchConfig(_FRESH, True, with_sad if tokenizer.target == "difference" else None, atoms, _CACHE)
             training = FreshPatches(fresh, materials_of(training), tokenizer, patches, config.seed, config.window)
@@ -215,7 +215,7 @@ def train(data: str | Path,            # a folder that `tokenize` wrote
             batches = Batches(training, config.batch_size // context.ranks, run_config.workers, context.rank, context.ranks)
             rows = validation_rows(validation, config.val_seqs, context.ranks)[0] if validation else None
             micro_batch = min(context.gathered(plan_memory(meta, config, run_config, context)[0]))
-            length = _one_length(max(g.length for g in row_index(data, meta).groups)) if is_compiled(run_config, context) else None
+            length = _one_length(longest) if is_compiled(run_config, context) else None
             return CausalTask(config, run_config, tokenizer, wrapped, optimizers, batches, rows, micro_batch,
                               peak_of(context.device)[0], about, eval_callback, noise, length)
 

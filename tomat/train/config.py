@@ -88,6 +88,11 @@ class TrainConfig:
         "The peak learning rate, chosen by the width of the model where `lr` is 0."
         return self.lr or 2e-3 * min(1.0, 512 / model_size(self.size).width)
 
+    @property
+    def history(self) -> bool:
+        "Whether the model ever reads a density."
+        return self.noise < 1
+
     def written(self) -> dict[str, Any]:
         "The fields as config.json holds them, with the peak learning rate that is used instead of 0."
         return asdict(replace(self, lr=self.peak_lr))
