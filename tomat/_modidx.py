@@ -954,6 +954,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'tomat.io.remote.is_remote': ('10_io/remote.html#is_remote', 'tomat/io/remote.py'),
                                  'tomat.io.remote.kind_of': ('10_io/remote.html#kind_of', 'tomat/io/remote.py'),
                                  'tomat.io.remote.list_folder': ('10_io/remote.html#list_folder', 'tomat/io/remote.py'),
+                                 'tomat.io.remote.local_path': ('10_io/remote.html#local_path', 'tomat/io/remote.py'),
                                  'tomat.io.remote.remote_fs': ('10_io/remote.html#remote_fs', 'tomat/io/remote.py')},
             'tomat.io.settings': { 'tomat.io.settings.DataSet': ('10_io/settings.html#dataset', 'tomat/io/settings.py'),
                                    'tomat.io.settings.DataSet.rows': ('10_io/settings.html#dataset.rows', 'tomat/io/settings.py'),

@@ -22,7 +22,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 from uuid import uuid4
 
-from .remote import TomatError, exists, is_remote, kind_of, list_folder, remote_fs, client_errors
+from .remote import OLD, TomatError, exists, is_remote, kind_of, list_folder, local_path, remote_fs, client_errors
 from .untrusted import UNSEALED, check_name, check_seal, parse_json, sealed
 
 # %% ../../nbs/10_io/02_files.ipynb #87d4b231
@@ -30,9 +30,7 @@ def version_tag(path: str | Path,  # a file, local or remote
                 ) -> str:
     "Version tag: size and modification time, or the store's checksum; changes when the file is rewritten."
     if not is_remote(path):
-        if not Path(path).exists():
-            raise TomatError(f"{path} does not exist: check the name.")
-        status = Path(path).stat()
+        status = local_path(path).stat()
         return f"{status.st_size} {status.st_mtime_ns}"
     fs, key = remote_fs(path)
     with client_errors(path, "read"):
@@ -59,9 +57,7 @@ def local_copy(path: str | Path,  # a file or folder, local or remote
                ) -> Iterator[Path]:
     "A local path with the content and the name of `path`, valid inside the `with` block."
     if not is_remote(path):
-        if not Path(path).exists():
-            raise TomatError(f"{path} does not exist: check the name.")
-        yield Path(path)
+        yield local_path(path)
         return
     fs, key = remote_fs(path)
     with tempfile.TemporaryDirectory(prefix="tomat-") as folder:
@@ -120,7 +116,7 @@ def md5_of(path: str | Path,  # a file, local or remote
         return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()  # type: ignore[arg-type]
 
 # %% ../../nbs/10_io/02_files.ipynb #1d3e3ab1
-_NEW, _OLD = ".partial-new-", ".partial-old-"
+_NEW = ".partial-new-"
 
 def _remove(path: Path) -> None:
     "Remove a file or folder, if it exists."
@@ -167,7 +163,7 @@ def _rename_onto(aside: Path,   # the finished file or folder
                  known: str | None,  # regular expression of files of an old folder that may be removed
                  ) -> None:
     "Rename `aside` to `target`; an old folder changes places with it, or is renamed first, and renamed back if that fails."
-    old = target.with_name(f"{_OLD}{uuid4().hex[:8]}-{target.name}")
+    old = target.with_name(f"{OLD}{uuid4().hex[:8]}-{target.name}")
     swap = target.exists() and (target.is_dir() or aside.is_dir())
     if target.is_dir():
         _refuse_others(target, os.listdir(target), aside, known)
@@ -188,8 +184,8 @@ _swept: set[Path] = set()
 
 def _sweep(folder: Path) -> None:
     "Remove the partial files of killed runs from a folder in which no other process writes."
-    for left in [*folder.glob(f"{_NEW}*"), *folder.glob(f"{_OLD}*")]:
-        if left.name.startswith(_NEW) or (folder / left.name[len(_OLD) + 9:]).exists():
+    for left in [*folder.glob(f"{_NEW}*"), *folder.glob(f"{OLD}*")]:
+        if left.name.startswith(_NEW) or (folder / left.name[len(OLD) + 9:]).exists():
             _remove(left)
 
 @contextmanager
