@@ -13,7 +13,8 @@ from pymatgen.core import Lattice, Structure
 from small_models import attentive_model
 
 from tomat import cli
-from tomat.atoms.fit_atoms import COMPUTED_PRIOR, choose_atoms, fit_atoms, solve, sums_of
+from tomat.atoms.choose import choose_atoms
+from tomat.atoms.fit_atoms import COMPUTED_PRIOR, fit_atoms, solve, sums_of
 from tomat.atoms.sad import FreeAtom, FreeAtoms, load_atoms, own_digest, packaged_atoms, sad_density, save_atoms, with_sad
 from tomat.atoms.zval import check_zval, parse_zval, read_zval
 from tomat.dataset.fresh import FreshPatches, PatchConfig

@@ -34,7 +34,8 @@ from tomat.io.remote import TomatError
 from tomat.atoms.sad import sad_density
 from tomat.models.causal import load_checkpoint
 from tomat.models.probe import load_probe
-from tomat.prediction.batch import plan_tasks, predict
+from tomat.prediction.batch import plan_tasks
+from tomat.prediction.crystals import predict
 from tomat.prediction.evaluate import evaluate
 from tomat.prediction.predictors import load_predictor
 from tomat.tokens.fit_codec import Histogram

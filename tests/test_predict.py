@@ -24,8 +24,8 @@ import tomat.prediction.core
 import tomat.prediction.decoding
 import tomat.prediction.evaluate
 import tomat.prediction.predictors
-from tomat.prediction.batch import (SUFFIXES, as_structure, default_grid, find_crystals, plan_tasks, predict,
-                                    run_tasks, write_prediction)
+from tomat.prediction.batch import SUFFIXES, plan_tasks, run_tasks, write_prediction
+from tomat.prediction.crystals import as_structure, default_grid, find_crystals, predict
 from tomat.tokens.codecs import PUBLISHED_DENSITY, log_codec
 from tomat.tokens.levels import fit_levels
 from tomat.tokens.patches import cover
@@ -584,7 +584,7 @@ def test_one_density_in_a_script(stand_in, tmp_path, monkeypatch):
         density = predict(source, shape, stand_in)
         assert density.id == name and density.shape == (grid or default_grid(density.structure))
         assert density.n_electrons == pytest.approx(valence_electrons(density.structure), rel=1e-6)
-    monkeypatch.setattr("tomat.prediction.batch.load_predictor", lambda: stand_in)
+    monkeypatch.setattr("tomat.prediction.crystals.load_predictor", lambda: stand_in)
     assert predict(crystal(3), (4, 4, 4)).metadata["made_by"] == "tomat, probe"
     with pytest.raises(TomatError, match="does not exist"):
         predict("letter.txt")

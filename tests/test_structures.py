@@ -17,7 +17,8 @@ from tomat.density.core import Density
 from tomat.density.cube import without_end
 from tomat.density.formats import FORMATS, may_be_density, read_density, read_structure, write_density
 from tomat.io.remote import TomatError
-from tomat.prediction.batch import SUFFIXES, as_structure, default_grid
+from tomat.prediction.batch import SUFFIXES
+from tomat.prediction.crystals import as_structure, default_grid
 
 FILES = Path(__file__).parent / "files"
 PROGRAMS = FILES / "programs"

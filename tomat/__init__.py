@@ -17,7 +17,7 @@ _PUBLIC = {
     "TomatError": "io.remote.TomatError", "nmae": "density.metrics.nmae", "sad_density": "atoms.sad.sad_density",
     "sample_store": "density.store.sample_store", "open_source": "density.source.open_source",
     "Tokenizer": "tokens.tokenizer.Tokenizer", "tokenize": "dataset.shards.tokenize",
-    "predict": "prediction.batch.predict", "load_predictor": "prediction.predictors.load_predictor",
+    "predict": "prediction.crystals.predict", "load_predictor": "prediction.predictors.load_predictor",
     "evaluate": "prediction.evaluate.evaluate"}
 
 def __getattr__(name: str) -> Any:

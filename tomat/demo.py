@@ -17,7 +17,7 @@ import torch
 
 from .tokens.codecs import POSITIONS
 from .tokens.levels import fit_levels
-from .atoms.fit_atoms import choose_atoms
+from .atoms.choose import choose_atoms
 from .atoms.sad import with_sad
 from .density.core import RHO, Density
 from .prediction.evaluate import Evaluation, evaluate

@@ -5,11 +5,10 @@
 # %% auto #0
 __all__ = ['KNOTS', 'TABLE_R', 'BASIS', 'N_BASIS', 'ELECTRONS', 'OVERLAP', 'ROUGHNESS', 'PRIOR_WEIGHT', 'SMOOTHING',
            'TAIL_WEIGHT', 'TAIL_SMOOTHING', 'TAIL_FLOOR', 'CORE', 'CORE_WEIGHT', 'UNKNOWN_WEIGHT', 'COMPUTED_PRIOR',
-           'columns_of', 'FitSums', 'add_up', 'sums_of', 'ElectronCounts', 'count_electrons', 'solve', 'fit_atoms',
-           'disagreement', 'of_readable', 'choose_atoms']
+           'columns_of', 'FitSums', 'add_up', 'sums_of', 'ElectronCounts', 'count_electrons', 'solve', 'fit_atoms']
 
 # %% ../../nbs/02_atoms/05_fit_atoms.ipynb #6cb22cde
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,13 +21,12 @@ from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import connected_components
 
 from ..density.core import Density
-from ..density.formats import UnreadableFile
 from ..io.remote import TomatError
-from ..density.source import Source, material_rng
-from ..io.progress import R, T, in_order, track
+from ..density.source import material_rng
+from ..io.progress import T, in_order, track
 from .neighbours import find_neighbours, periodic_images
 from .kohn_sham import computed_atom
-from .sad import FreeAtom, FreeAtoms, packaged_atoms, rounded, valence_electrons
+from .sad import FreeAtom, FreeAtoms, packaged_atoms, rounded
 
 # %% ../../nbs/02_atoms/05_fit_atoms.ipynb #86a60fda
 # K = len(KNOTS); the K + 2 plain B-splines give N_BASIS = K - 2 functions of the basis
@@ -90,21 +88,32 @@ class FitSums:
     charge: Mapping[str, float]                 # element → Σ atoms × electrons of the cell
     charge2: float = 0.0                        # Σ electrons²
     materials: Mapping[str, int] | None = None  # element → number of materials with it; "" → of all
+    occupancies: Mapping[tuple[str, int], np.ndarray] | None = None  # element, number n → (n + 1,) summed PAW occupancies; atoms
 
 def add_up(parts: Iterable[FitSums],  # one or more sums
            ) -> FitSums:
     "The sums over the materials of all parts, added in their order."
-    totals, charge2 = tuple[dict[Any, Any], ...]({} for _ in range(5)), 0.0
+    totals, charge2 = tuple[dict[Any, Any], ...]({} for _ in range(6)), 0.0
     for part in parts:
-        fields: list[Mapping[Any, Any]] = [part.gram, part.right, part.pairs, part.charge, part.materials or {}]
+        fields: list[Mapping[Any, Any]] = [part.gram, part.right, part.pairs, part.charge, part.materials or {},
+                                           part.occupancies or {}]
         for total, field in zip(totals, fields, strict=True):
             for key, value in field.items():
                 total[key] = total[key] + value if key in total else value
         charge2 += part.charge2
-    gram, right, pairs, charge, materials = totals
-    return FitSums(gram, right, pairs, charge, charge2, materials)
+    gram, right, pairs, charge, materials, occupancies = totals
+    return FitSums(gram, right, pairs, charge, charge2, materials, occupancies)
 
 # %% ../../nbs/02_atoms/05_fit_atoms.ipynb #7ec47fc6
+def _summed_occupancies(density: Density) -> dict[tuple[str, int], np.ndarray]:
+    "The PAW occupancies of a file of VASP as `FitSums` holds them; complex ones are left out."
+    found: dict[tuple[str, int], np.ndarray] = {}
+    for atom, values in density.augmentation.get("total", {}).items():
+        if not np.iscomplexobj(values):
+            key = density.structure[atom - 1].specie.symbol, values.size
+            found[key] = found.get(key, 0) + np.append(values, 1.0)
+    return found
+
 def sums_of(density: Density,      # density of a material
             voxels: int = 6000,    # drawn from the grid; fewer where the grid has fewer
             seed: int = 0,         # seed of the draw
@@ -122,7 +131,7 @@ def sums_of(density: Density,      # density of a material
     right = {a: columns[a].T @ (weight * rho) for a in columns}
     atoms = density.structure.composition.get_el_amt_dict()
     return FitSums(gram, right, {(a, b): atoms[a] * atoms[b] for a, b in gram}, {a: atoms[a] * electrons for a in columns},
-                   electrons**2, dict.fromkeys(columns, 1) | {"": 1})
+                   electrons**2, dict.fromkeys(columns, 1) | {"": 1}, _summed_occupancies(density))
 
 # %% ../../nbs/02_atoms/05_fit_atoms.ipynb #0c923e15
 def _usual(symbol: str,       # symbol of an element
@@ -236,6 +245,12 @@ def _equations(sums: FitSums, counted: ElectronCounts, prior: FreeAtoms,
 # %% ../../nbs/02_atoms/05_fit_atoms.ipynb #7e9a8b76
 COMPUTED_PRIOR = FreeAtoms({}, "computed atoms")  # a prior that pulls every element towards its computed atom
 
+def _mean_occupancies(sums: FitSums) -> dict[str, list[float]]:
+    "The mean PAW occupancies of the elements whose atoms all have the same number of them."
+    found, sizes = sums.occupancies or {}, [symbol for symbol, _ in sums.occupancies or {}]
+    return {symbol: [float(f"{x:.7g}") for x in total[:-1] / total[-1]]
+            for (symbol, _), total in sorted(found.items()) if sizes.count(symbol) == 1}
+
 def solve(sums: FitSums,                  # sums of the materials to fit
           prior: FreeAtoms | None = None,  # atoms that the fit is pulled towards; None: the packaged ones
           ) -> FreeAtoms:
@@ -257,6 +272,8 @@ def solve(sums: FitSums,                  # sums of the materials to fit
     metadata = {"engine": "fitted by tomat", "materials": materials.get("", 0), "materials_of": {s: materials[s] for s in atoms},
                 "electrons_known": [s for s, known in zip(counted.symbols, counted.known, strict=True) if known],
                 "electrons_unexplained": counted.unexplained, "pulled_to": prior.name}
+    if occupancies := _mean_occupancies(sums):
+        metadata["occupancies"] = occupancies
     return FreeAtoms(atoms, "the fitted atoms", metadata)
 
 # %% ../../nbs/02_atoms/05_fit_atoms.ipynb #a72d4488
@@ -280,71 +297,3 @@ def fit_atoms(ids: Sequence[T],              # ids of materials
     one = partial(_read_and_sum, read=read, voxels=voxels, seed=seed)
     sums = add_up([*parts, add_up(track(in_order(one, ids, workers), "fit atoms", len(ids), "materials"))])
     return solve(sums, prior), sums
-
-# %% ../../nbs/02_atoms/05_fit_atoms.ipynb #a8a63f99
-def _usable(density: Density) -> bool:
-    "Whether a density has a sum of atoms."
-    return bool(density.structure.is_ordered) and density.n_electrons > 0
-
-def disagreement(id: str,  # id of a material
-                 read: Callable[[str], Density],  # id → density
-                 ) -> str:
-    "The disagreement of a material's electrons with the packaged atoms; empty where they agree."
-    density, atoms = read(id), packaged_atoms()
-    if not _usable(density):
-        return ""
-    if missing := sorted({site.specie.symbol for site in density.structure} - set(atoms.atoms)):
-        return f"{id} holds {missing[0]}, for which there is none"
-    electrons = valence_electrons(density.structure, atoms)
-    off = abs(electrons - density.n_electrons) > 1e-3 * electrons
-    return f"{id} holds {density.n_electrons:.2f} electrons and they {electrons:.2f}" if off else ""
-
-# %% ../../nbs/02_atoms/05_fit_atoms.ipynb #9291eeda
-def _sum_if_usable(id: str, read: Callable[[str], Density]) -> FitSums:
-    "The sums of one material; empty sums where it has no sum of atoms."
-    density = read(id)
-    return sums_of(density) if _usable(density) else FitSums({}, {}, {}, {})
-
-def _of_another_code(sums: FitSums) -> bool:
-    "Whether an element has other electrons than its packaged atom, whose shape then says nothing about these densities."
-    counted, atoms = count_electrons(sums, packaged_atoms()), packaged_atoms().atoms
-    pairs = zip(counted.symbols, counted.electrons, counted.known, strict=True)
-    return any(known and s in atoms and abs(atoms[s].n_valence - n) > 1e-3 for s, n, known in pairs)
-
-def of_readable(id: str, one: Callable[[str], R]) -> R | UnreadableFile:
-    "What a function says of a material, or the error of its file: the work that needs the atoms passes it over and names it."
-    try:
-        return one(id)
-    except UnreadableFile as err:
-        return err
-
-def choose_atoms(source: Source,      # densities to train on
-                 ids: Sequence[str],  # ids of the materials
-                 workers: int = 1,    # processes
-                 fit: bool = False,   # True: fit atoms in any case
-                 ) -> tuple[FreeAtoms, str]:  # the atoms, and a sentence that says which they are and why
-    "The packaged atoms if their electrons agree with those of every material to 0.1 %, else atoms fitted to the materials."
-    if not ids:
-        raise TomatError(f"{source} has no material to choose atoms for: choose another part of it.")
-    errors: list[UnreadableFile] = []
-    def looked(one: Callable[..., R], what: str) -> Iterator[R]:
-        errors.clear()
-        work = partial(of_readable, one=partial(one, read=source.read))
-        for found in track(in_order(work, ids, workers), what, len(ids), "materials"):
-            if isinstance(found, UnreadableFile):
-                errors.append(found)
-            else:
-                yield found
-        if len(errors) == len(ids):
-            raise errors[0]
-    reason = "" if fit else next(filter(None, looked(disagreement, "compare electrons")), "")
-    if not reason and not fit:
-        n = len(ids) - len(errors)
-        return packaged_atoms(), f"The packaged atoms are used: they have the electrons of all {n} materials."
-    sums = add_up(looked(_sum_if_usable, "fit atoms"))
-    atoms = solve(sums, COMPUTED_PRIOR if _of_another_code(sums) else packaged_atoms())
-    n, unexplained = atoms.metadata["materials"], atoms.metadata["electrons_unexplained"]
-    why = f"The packaged atoms do not fit, since {reason}: atoms" if reason else "Atoms"
-    which = f"of {len(atoms.atoms)} element{'s'[:len(atoms.atoms) != 1]} were fitted to {n} material{'s'[:n != 1]}"
-    doubt = f", and leave {unexplained:.2f} electrons of a cell unexplained, so these densities are of several kinds of potentials"
-    return atoms, f"{why} {which}{doubt if unexplained > 0.05 else ''}."

@@ -160,7 +160,7 @@ def atoms_of_rows(choice: str | None,            # option --atoms
                   separate: bool,                # True: the data set is made in parts, or is one of the settings
                   ) -> "FreeAtoms | None":
     "The atoms of a data set of rows; None: the packaged ones."
-    from tomat.atoms.fit_atoms import disagreement, of_readable
+    from tomat.atoms.choose import disagreement, of_readable
     from tomat.density.formats import UnreadableFile
     if choice == "fit" and separate:
         raise TomatError("--atoms fit would fit atoms for each part or label anew: fit once with `tomat fit-atoms`, and give the "

@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['Strategy', 'FullGrid', 'Checkpoint', 'Grid', 'ExpectedError', 'FromStructure', 'Zval', 'Device', 'print_prediction',
-           'grid_rule', 'predict', 'serve', 'predictors_from', 'print_scores', 'evaluate', 'demo']
+           'grid_rule', 'start_of', 'placed', 'name_missing', 'predict', 'serve', 'predictors_from', 'print_scores',
+           'evaluate', 'demo']
 
 # %% ../../nbs/11_commands/06_prediction.ipynb #f6785120
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,6 +24,9 @@ from ..io.remote import TomatError, is_remote
 
 if TYPE_CHECKING:
     from pymatgen.core import Structure
+    from tomat.atoms.sad import FreeAtoms
+    from tomat.prediction.crystals import Crystal
+    from tomat.prediction.starts import Start
     from tomat.prediction.core import Predictor
 
 # %% ../../nbs/11_commands/06_prediction.ipynb #bda7b560
@@ -81,7 +86,46 @@ def grid_rule(grid: tuple[int, int, int] | None,  # the same for all crystals
     value, rule = rules[given[0]]
     return lambda structure: rule(structure, value)
 
-def predict(structures: Annotated[list[str], typer.Argument(help="POSCAR, CIF or density files, or folders of them.")],
+def start_of(template: str | None,     # option --template
+             occupancies: str | None,  # option --occupancies
+             magmom: str | None,       # option --magmom
+             ) -> "Start":
+    "The parts of the result that are not predicted."
+    from tomat.density.formats import read_density
+    from tomat.prediction.starts import Start, parse_magmom
+    if occupancies not in (None, "mean"):
+        raise TomatError(f"--occupancies is {occupancies!r}: give mean, or leave it out.")
+    return Start(None if template is None else replace(read_density(template), id=os.path.basename(template)),
+                 occupancies is not None, None if magmom is None else parse_magmom(magmom))
+
+def placed(found: "list[Crystal]",  # as read
+           rule: "Callable[[Structure], tuple[int, int, int]] | None",  # from `grid_rule`
+           start: "Start",
+           atoms: "FreeAtoms",      # atoms of the predictor
+           ) -> "list[Crystal]":
+    "The crystals with the grids that options give; with a template, the one crystal in the template's order."
+    from tomat.prediction.starts import on_template
+    if start.template is not None:
+        if rule or len(found) > 1:
+            raise TomatError(f"--template gives the {'grid' if rule else 'atoms of one crystal, and there are ' + str(len(found))}: "
+                             f"{'leave the option of the grid out' if rule else 'predict one at a time'}.")
+        return [on_template(found[0], start.template, atoms)]
+    if start.moments is not None and len(found) > 1:
+        raise TomatError(f"--magmom gives the moments of one crystal, and there are {len(found)}: predict one at a time.")
+    for crystal in found:
+        start.check(crystal.structure, atoms)
+    return [crystal._replace(grid=rule(crystal.structure)) if rule else crystal for crystal in found]
+
+def name_missing(results: list[dict[str, Any]],  # from `run_tasks`
+                 ) -> None:
+    "Print on standard error what VASP will miss in the files, once."
+    from tomat.density.formats import known_format
+    bare = [result["out"] for result in results if known_format(result["out"]) == "chgcar" and not result["paw_occupancies"]]
+    if bare:
+        print(f"tomat: {bare[0]} holds no PAW occupancies and VASP will begin with those of its atoms: give a CHGCAR of VASP as "
+              "--template to keep its own.", file=sys.stderr)
+
+def predict(structures: Annotated[list[str], typer.Argument(help="POSCAR, CIF or density files, folders of them, or mp-ids.")],
             out: Annotated[str, typer.Option(help="File to write: CHGCAR, cube, XSF, JSON or Zarr; for many structures a folder.")],
             checkpoint: Checkpoint = None,
             grid: Grid = None,
@@ -90,6 +134,10 @@ def predict(structures: Annotated[list[str], typer.Argument(help="POSCAR, CIF or
             incar: Annotated[str | None, typer.Option(help="An INCAR with ENCUT and PREC, or with NGXF, NGYF, NGZF.")] = None,
             ecut: Annotated[float | None, typer.Option(help="GPAW's cutoff, eV: predict on the grid of its density.")] = None,
             ecutrho: Annotated[float | None, typer.Option(help="Quantum ESPRESSO's ecutrho, Ry: predict on its grid.")] = None,
+            template: Annotated[str | None, typer.Option(help="A CHGCAR that VASP wrote for this crystal: its grid, order of atoms, "
+                                                              "PAW occupancies and spin are kept, the total is replaced.")] = None,
+            occupancies: Annotated[str | None, typer.Option(help="mean: the training data's mean PAW occupancies.")] = None,
+            magmom: Annotated[str | None, typer.Option(help="Moments to start from, μB, as in an INCAR: 2*5,2*-5.")] = None,
             expected_error: ExpectedError = None,
             picture: Annotated[str | None, typer.Option(help="File (.png; a folder for many) for slices of the density.")] = None,
             format: Annotated[str | None, typer.Option(help="Format of many densities.  [default: chgcar]")] = None,
@@ -103,16 +151,20 @@ def predict(structures: Annotated[list[str], typer.Argument(help="POSCAR, CIF or
             ) -> None:
     """Predict densities from structures alone, on whole grids, with the exact number of electrons.
 
+    The total density is predicted, and no spin: --magmom adds a start for it.
+
     Example: `tomat predict POSCAR --out CHGCAR --encut 520 --prec Accurate`, `tomat predict cells/ --out densities/`
     """
     from tomat.atoms.zval import check_zval, parse_zval
-    from tomat.prediction.batch import find_crystals, run_tasks, tasks_of
+    from tomat.prediction.batch import run_tasks, tasks_of
+    from tomat.prediction.crystals import find_crystals
     from tomat.prediction.predictors import load_predictor
     given, rule = parse_zval(zval) if zval is not None else [], grid_rule(grid, encut, prec, incar, ecut, ecutrho)
+    start = start_of(template, occupancies, magmom)
     predictor = load_predictor(checkpoint, strategy=strategy, overlap=overlap, device=device, full_grid=full_grid)
     found, skipped = find_crystals(structures, predictor.atoms, from_)
-    found = [crystal._replace(grid=rule(crystal.structure)) if rule else crystal for crystal in found]
-    tasks = tasks_of(found, structures, out, None, expected_error, picture, format)
+    found = placed(found, rule, start, predictor.atoms)
+    tasks = [replace(task, start=start) for task in tasks_of(found, structures, out, None, expected_error, picture, format)]
     others = {name: why for name, why in skipped.items() if "of no known format" in why or "beside" in why}
     for name, why in others.items():
         print(f"tomat: skipped {name}: {why}", file=sys.stderr)
@@ -121,6 +173,7 @@ def predict(structures: Annotated[list[str], typer.Argument(help="POSCAR, CIF or
     results = [print_prediction(result, as_json) for result in run_tasks(tasks, predictor)]
     if as_json:
         print_result({"predicted": results, "passed over": skipped}, True)
+    name_missing(results)
     passed_over({name: why for name, why in skipped.items() if name not in others})
 
 # %% ../../nbs/11_commands/06_prediction.ipynb #5e7e0002

@@ -118,7 +118,7 @@ def decide_atoms(source: Source,
                  workers: int = 0,    # number of processes
                  ) -> tuple[FreeAtoms, str]:  # the atoms, and a sentence about them
     "The atoms of the SAD of a run."
-    from tomat.atoms.fit_atoms import choose_atoms
+    from tomat.atoms.choose import choose_atoms
     if atoms == "packaged":
         return packaged_atoms(), "The packaged atoms are used, as --atoms says."
     if atoms not in ("", "fit"):
