@@ -17,7 +17,10 @@ _PUBLIC = {
     "TomatError": "io.remote.TomatError", "nmae": "density.metrics.nmae", "sad_density": "atoms.sad.sad_density",
     "sample_store": "density.store.sample_store", "open_source": "density.source.open_source",
     "Tokenizer": "tokens.tokenizer.Tokenizer", "tokenize": "dataset.shards.tokenize",
-    "predict": "prediction.crystals.predict", "load_predictor": "prediction.predictors.load_predictor",
+    "predict": "prediction.crystals.predict", "predict_all": "prediction.crystals.predict_all",
+    "load_predictor": "prediction.predictors.load_predictor",
+    "DensityCalculator": "prediction.calculator.DensityCalculator", "regrid": "density.regrid.regrid",
+    "supercell": "density.regrid.supercell",
     "evaluate": "prediction.evaluate.evaluate"}
 
 def __getattr__(name: str) -> Any:

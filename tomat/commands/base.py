@@ -38,6 +38,8 @@ Atoms = Annotated[str | None, typer.Option(help="Atoms of the sum of atomic dens
 OLD_OPTIONS = {"--spread": "--expected-error", "--choose": "--strategy",
                "--judge": "--eval-store", "--judge-materials": "--eval-materials"}  # reads old files: scripts with old names
 
+_TRIPLES = "--grid", "--supercell"  # options of three numbers
+
 def _variable_of(err: typer.BadParameter,  # raised for a wrong value
                  ctx: Any,                 # typer's context of the command
                  args: list[str],
@@ -55,7 +57,8 @@ class Command(TyperCommand):
         args = ["".join((OLD_OPTIONS.get(name, name), *rest)) for name, *rest in parts]
         words: list[str] = []
         for arg in args:  # --grid 8,8,8 and --grid 8 8 8 mean the same
-            words += re.split("[=,]", arg) if arg.startswith("--grid=") or words[-1:] == ["--grid"] else [arg]
+            joined = arg.startswith(_TRIPLES) and "=" in arg or words[-1:] and words[-1] in _TRIPLES
+            words += re.split("[=,]", arg) if joined else [arg]
         try:
             return super().parse_args(ctx, words)
         except typer.BadParameter as err:

@@ -10,7 +10,9 @@ __all__ = ['TOTAL', 'RHO', 'AXIS_PERMUTATIONS', 'Density', 'check_structure', 'c
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from importlib import import_module
 from itertools import permutations, product
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -21,7 +23,9 @@ from ..io.limits import check_limit
 from ..io.remote import TomatError
 
 if TYPE_CHECKING:
+    from ase import Atoms
     from matplotlib.axes import Axes
+    from pymatgen.io.vasp.outputs import Chgcar
 
 # %% ../../nbs/01_density/01_core.ipynb #5d1afae7
 TOTAL, RHO = "electrons", "e/Å³"
@@ -77,6 +81,21 @@ class Density:
     def formula(self) -> str:
         "Reduced formula, such as Fe2O3."
         return formula_of(self.structure)
+
+    def write(self, path: str | Path,    # local, s3:// or gs://; its name gives the format, such as CHGCAR or x.cube.gz
+              format: str | None = None,  # chgcar, cube, xsf, mp-json or zarr; None: by the name
+              ) -> None:
+        "Write the density, whole or not at all."
+        import_module("tomat.density.formats").write_density(self, path, format)
+
+    def to_chgcar(self) -> "Chgcar":
+        "The density as pymatgen's `Chgcar`, in VASP's units."
+        chgcar: Chgcar = import_module("tomat.density.chgcar").as_chgcar(self)
+        return chgcar
+
+    def to_ase(self) -> "tuple[Atoms, np.ndarray]":  # and (nx, ny, nz) density, e/Å³
+        "The crystal as ase's `Atoms`, and the density, as ase's readers of densities return them."
+        return self.structure.to_ase_atoms(), self.rho
 
     def _with_grids(self, change: Callable[[np.ndarray], np.ndarray],  # applied to values, spin and SAD
                     **fields: Any,  # new values of other fields

@@ -60,8 +60,10 @@ def check_grid(lengths: Sequence[float],  # of the cell along a, b and c, Å
                shape: Sequence[int],      # (nx, ny, nz) of the grid to predict
                name: str,                 # of the crystal, for the error
                ) -> None:
-    "Raise `TomatError` for a grid that is too large, or far too fine for the cell."
+    "Raise `TomatError` for a grid without points, or one that is too large, or far too fine for the cell."
     grid = " × ".join(f"{n:,}" for n in shape)
+    if min(shape) < 1:
+        raise TomatError(f"The grid {grid} of {name} has no points: give three numbers, each 1 or more.")
     check_limit("largest_voxels", math.prod(shape), f"The grid {grid} of {name}")
     for axis, length, n in zip("abc", lengths, shape, strict=True):
         if n > 1 and length / n < FINEST_SPACING:

@@ -10,9 +10,10 @@ __all__ = ['SUFFIXES', 'PredictionTask', 'check_writable', 'plan_tasks', 'tasks_
 import io
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -28,7 +29,7 @@ from ..io.files import atomic_write
 from ..io.progress import track
 from ..io.remote import TomatError, exists, is_remote, kind_of, list_folder
 from .core import Prediction, Predictor
-from .crystals import Crystal, find_crystals, grid_of, is_folder
+from .crystals import Crystal, each, find_crystals, grid_of, is_folder
 from .starts import Start
 
 # %% ../../nbs/07_prediction/06_batch.ipynb #506ff83f
@@ -189,25 +190,28 @@ def write_prediction(prediction: Prediction,
             partial.write_bytes(picture_png(prediction))
 
 # %% ../../nbs/07_prediction/06_batch.ipynb #48ab30df
+def _run(task: PredictionTask, predictor: Predictor, show: bool) -> dict[str, Any]:
+    "The summary of a task, once its files are written."
+    start = perf_counter()
+    prediction = predictor.predict(task.structure, task.shape, show)
+    filled = task.start.fill(replace(prediction.density, id=task.name), predictor.atoms)
+    prediction = replace(prediction, density=filled)
+    write_prediction(prediction, task.out, task.expected_error, task.picture)
+    density, error_xyz = prediction.density, prediction.expected_error_xyz
+    return {"name": task.name, "formula": density.formula, "grid": list(density.shape), "electrons": density.n_electrons,
+            "electrons_before_rescaling": prediction.electrons_before,
+            "expected_nmae": None if error_xyz is None else float(error_xyz.mean() * density.volume / density.n_electrons),
+            "inside_90": prediction.inside_90, "distance": prediction.distance, "unlike": prediction.unlike,
+            "elements_never_seen": density.metadata["elements_never_seen"], "out": task.out,
+            "paw_occupancies": bool(density.augmentation), "spin": bool(density.spin), "seconds": perf_counter() - start}
+
 def run_tasks(tasks: Sequence[PredictionTask],  # from `plan_tasks`
               predictor: Predictor,             # from `load_predictor`
+              workers: int = 1,                 # processes, for many small crystals on a CPU
               ) -> Iterator[dict[str, Any]]:  # name, grid, electrons, expected NMAE, seconds, …, ready for JSON
     "Summaries of all tasks, in order; the files of a task are written before its summary is returned."
     if not predictor.gives_error and any(task.expected_error for task in tasks):
         raise TomatError("This checkpoint gives no expected error, because it has two tokens for each value: leave the expected "
                          "error out, or use another checkpoint.")
-    items: Iterable[PredictionTask] = track(tasks, "predict", unit="structures") if len(tasks) > 1 else tasks
-    for task in items:
-        start = perf_counter()
-        prediction = predictor.predict(task.structure, task.shape, show=True)
-        filled = task.start.fill(replace(prediction.density, id=task.name), predictor.atoms)
-        prediction = replace(prediction, density=filled)
-        write_prediction(prediction, task.out, task.expected_error, task.picture)
-        density, error_xyz = prediction.density, prediction.expected_error_xyz
-        yield {"name": task.name, "formula": density.formula, "grid": list(density.shape), "electrons": density.n_electrons,
-               "electrons_before_rescaling": prediction.electrons_before,
-               "expected_nmae": None if error_xyz is None else float(error_xyz.mean() * density.volume / density.n_electrons),
-               "inside_90": prediction.inside_90, "distance": prediction.distance, "unlike": prediction.unlike,
-               "elements_never_seen": density.metadata["elements_never_seen"], "out": task.out,
-               "paw_occupancies": bool(density.augmentation), "spin": bool(density.spin),
-               "seconds": perf_counter() - start}
+    done = each(partial(_run, predictor=predictor, show=workers == 1), tasks, min(workers, max(1, len(tasks))))
+    yield from track(done, "predict", len(tasks), "structures") if len(tasks) > 1 else done

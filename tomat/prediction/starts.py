@@ -34,13 +34,10 @@ def _is_same(structure: Structure, other: Structure) -> bool:
     return near and all(site.specie.symbol == structure[int(i)].specie.symbol for site, i in zip(other, nearest_N, strict=True))
 
 def on_template(crystal: Crystal,     # as read
-                template: Density,    # of the same crystal, with PAW occupancies
+                template: Density,    # of the same crystal
                 atoms: FreeAtoms,     # atoms of the predictor
                 ) -> Crystal:
     "The crystal with the order of atoms and the grid of a template; raises `TomatError` where the template does not fit."
-    if not template.augmentation:
-        raise TomatError(f"The template {template.id} has no PAW occupancies, so it adds nothing: give a CHGCAR that VASP wrote, for "
-                         "example with ICHARG = 12 and NELM = 0.")
     if not _is_same(crystal.structure, template.structure):
         raise TomatError(f"The template {template.id} is of another crystal than {crystal.name}, or of other positions: let VASP write "
                          "one for this cell, with ICHARG = 12 and NELM = 0.")
@@ -140,7 +137,8 @@ class Start:
         if self.template is not None:
             kept = self.template.as_units(TOTAL)
             added = {"augmentation": kept.augmentation, "spin": kept.spin, "moments": kept.moments}
-            parts = [f"PAW occupancies{' and spin' if kept.spin else ''} of {kept.id}"]
+            kinds = [name for name, part in (("PAW occupancies", kept.augmentation), ("spin", kept.spin)) if part]
+            parts = [f"{' and '.join(kinds) or 'grid'} of {kept.id}"]
         elif self.occupancies:
             added["augmentation"] = {"total": mean_occupancies(structure, atoms)}
             parts = ["mean PAW occupancies of the training data"]
