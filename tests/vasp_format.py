@@ -9,7 +9,7 @@ def rows(lines, n, width, digits, what):
     "The next n numbers, five a line, each in as many columns; raises AssertionError for another form."
     pattern = re.compile(NUMBER % digits)
     for start in range(0, n, 5):
-        line, count = next(lines), min(5, n - start)
+        line, count = next(lines).rstrip(), min(5, n - start)  # VASP writes spaces behind a short line
         fields = [line[i * width:(i + 1) * width] for i in range(count)]
         assert len(line) == count * width, f"{what}: {len(line)} columns for {count} numbers: {line!r}"
         assert all(pattern.fullmatch(field.strip()) for field in fields), f"{what}: {line!r}"
