@@ -57,7 +57,7 @@ class Command(TyperCommand):
         args = ["".join((OLD_OPTIONS.get(name, name), *rest)) for name, *rest in parts]
         words: list[str] = []
         for arg in args:  # --grid 8,8,8 and --grid 8 8 8 mean the same
-            joined = arg.startswith(_TRIPLES) and "=" in arg or words[-1:] and words[-1] in _TRIPLES
+            joined = arg.startswith(tuple(f"{name}=" for name in _TRIPLES)) or (words and words[-1] in _TRIPLES)
             words += re.split("[=,]", arg) if joined else [arg]
         try:
             return super().parse_args(ctx, words)

@@ -46,14 +46,14 @@ def grid_rule(grid: tuple[int, int, int] | None,  # the same for all crystals
 # %% ../../nbs/11_commands/05_grids.ipynb #32dae6ef
 def regrid(file: Annotated[str, typer.Argument(help="A density: CHGCAR, cube, XSF, Materials Project JSON or Zarr.")],
            out: Annotated[str, typer.Option(help="File to write; its name gives the format.")],
-           grid: Annotated[tuple[int, int, int] | None, typer.Option(help="Number of points along a, b and c, as in 56,56,56.")] = None,
+           grid: Annotated[tuple[int, int, int] | None, typer.Option(help="Points along a, b and c, as in 56,56,56.")] = None,
            encut: Annotated[float | None, typer.Option(help="VASP's ENCUT, eV: its fine grid.")] = None,
            prec: Annotated[str | None, typer.Option(help="VASP's PREC beside --encut.  [default: Normal]")] = None,
            incar: Annotated[str | None, typer.Option(help="An INCAR with ENCUT and PREC, or with NGXF, NGYF, NGZF.")] = None,
            ecut: Annotated[float | None, typer.Option(help="GPAW's cutoff, eV: the grid of its density.")] = None,
            ecutrho: Annotated[float | None, typer.Option(help="Quantum ESPRESSO's ecutrho, Ry: its grid.")] = None,
-           supercell: Annotated[tuple[int, int, int] | None, typer.Option(help="Copies of the cell along a, b and c, as in "
-                                                                               "2,2,1; before the grid is changed.")] = None,
+           supercell: Annotated[tuple[int, int, int] | None, typer.Option(
+               help="Copies of the cell along a, b and c, as in 2,2,1; before the grid is changed.")] = None,
            from_: From = None,
            as_json: Json = False,
            ) -> None:

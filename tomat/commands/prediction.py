@@ -88,8 +88,8 @@ def placed(found: "list[Crystal]",  # as read
         check_zval(crystal.structure, given, atoms, "--zval")
     if start.template is not None:
         if rule or len(found) > 1:
-            raise TomatError(f"--template gives the {'grid' if rule else 'atoms of one crystal, and there are ' + str(len(found))}: "
-                             f"{'leave the option of the grid out' if rule else 'predict one at a time'}.")
+            raise TomatError("--template gives the grid: leave the option of the grid out." if rule else
+                             f"--template is for one crystal, and there are {len(found)}: predict one at a time.")
         return [on_template(found[0], start.template, atoms)]
     if start.moments is not None and len(found) > 1:
         raise TomatError(f"--magmom gives the moments of one crystal, and there are {len(found)}: predict one at a time.")
@@ -127,8 +127,8 @@ def predict(structures: Annotated[list[str], typer.Argument(help="POSCAR, CIF or
             incar: Annotated[str | None, typer.Option(help="An INCAR with ENCUT and PREC, or with NGXF, NGYF, NGZF.")] = None,
             ecut: Annotated[float | None, typer.Option(help="GPAW's cutoff, eV: predict on the grid of its density.")] = None,
             ecutrho: Annotated[float | None, typer.Option(help="Quantum ESPRESSO's ecutrho, Ry: predict on its grid.")] = None,
-            template: Annotated[str | None, typer.Option(help="A CHGCAR that VASP wrote for this crystal: its grid, order of atoms, "
-                                                              "PAW occupancies and spin are kept, the total is replaced.")] = None,
+            template: Annotated[str | None, typer.Option(help="VASP's CHGCAR of this crystal: its grid, order of atoms, PAW "
+                                                              "occupancies and spin are kept, the total is replaced.")] = None,
             occupancies: Annotated[str | None, typer.Option(help="mean: the training data's mean PAW occupancies.")] = None,
             magmom: Annotated[str | None, typer.Option(help="Moments to start from, μB, as in an INCAR: 2*5,2*-5.")] = None,
             expected_error: ExpectedError = None,

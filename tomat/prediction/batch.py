@@ -30,7 +30,7 @@ from ..io.progress import track
 from ..io.remote import TomatError, exists, is_remote, kind_of, list_folder
 from .core import Prediction, Predictor
 from .crystals import Crystal, each, find_crystals, grid_of, is_folder
-from .starts import Start
+from .starts import NO_START, Start
 
 # %% ../../nbs/07_prediction/06_batch.ipynb #506ff83f
 SUFFIXES = {"chgcar": ".CHGCAR", "cube": ".cube", "xsf": ".xsf", "mp-json": ".json", "zarr": ".zarr"}
@@ -44,7 +44,7 @@ class PredictionTask:
     out: str                            # file of the density
     expected_error: str | None = None   # file of the expected absolute error
     picture: str | None = None          # PNG of slices
-    start: Start = Start()              # occupancies and spin beside the total
+    start: Start = NO_START             # occupancies and spin beside the total
 
 # %% ../../nbs/07_prediction/06_batch.ipynb #067a5c28
 class _Discard(Exception):
