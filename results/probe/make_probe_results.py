@@ -2,7 +2,7 @@
 
     python results/probe/make_probe_results.py split STORE
     python results/probe/make_probe_results.py calibrate STORE RUNS
-    python results/probe/make_probe_results.py train STORE RUNS [--size S] [--seed 0]
+    python results/probe/make_probe_results.py train STORE RUNS [--size S] [--seed 0] [--steps 48000 --name S-0-48000]
     python results/probe/make_probe_results.py folds STORE RUNS --steps 1500 [--only H F]
     python results/probe/make_probe_results.py trust STORE RUNS
     python results/probe/make_probe_results.py package RUNS
@@ -290,8 +290,8 @@ def of_runs(store: RawStore, found: Sequence[Path]) -> list[dict[str, Any]]:
 
 
 def seeds(store: RawStore, runs: Path) -> None:
-    found = [runs / f"{size}-{seed}" for size in PROBE_SIZES for seed in range(10)]
-    write_table(RESULTS / "seeds.csv", of_runs(store, [run for run in found if (run / "model").exists()]))
+    names = [f"{size}-{seed}{more}" for more in ("", "-48000") for size in PROBE_SIZES for seed in range(10)]
+    write_table(RESULTS / "seeds.csv", of_runs(store, [runs / name for name in names if (runs / name / "model").exists()]))
 
 
 def curve(store: RawStore, runs: Path, steps: int) -> None:
@@ -353,6 +353,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--size", default="S", choices=list(PROBE_SIZES))
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--name", help="folder of the run in RUNS; SIZE-SEED if not given")
     parser.add_argument("--only", nargs="*", default=FOLDS, choices=FOLDS)
     args = parser.parse_args()
     if args.what not in ("split", "package", "evaluate") and not args.runs:
@@ -361,7 +362,7 @@ def main() -> None:
         return package(Path(args.path, "S-0"))
     store, runs, steps = RawStore(args.path), Path(args.runs or ""), args.steps
     if args.what == "train":
-        train(store, runs / f"{args.size}-{args.seed}", "part-1", store.split("train"), steps, args.size, args.seed)
+        train(store, runs / (args.name or f"{args.size}-{args.seed}"), "part-1", store.split("train"), steps, args.size, args.seed)
     elif args.what == "folds":
         folds(store, runs, steps, args.only)
     elif args.what in ("calibrate", "curve"):

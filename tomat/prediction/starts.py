@@ -84,7 +84,7 @@ def site_moments(structure: Structure) -> tuple[float, ...] | None:  # μB; None
 def _shares(structure: Structure, moments: Sequence[float], atoms: FreeAtoms | None) -> list[float]:
     "The polarised share of each atom; raises `TomatError` for other numbers of moments, and for moments too large."
     if len(moments) != len(structure):
-        raise TomatError(f"{formula_of(structure)} has {len(structure)} atoms and there are {len(moments)} moments: give one for each.")
+        raise TomatError(f"{formula_of(structure)} has {len(structure)} atoms and there are {len(moments)} moments: give as many.")
     electrons = [valence_electrons(Structure.from_sites([site]), atoms) for site in structure]
     for i, (moment, most) in enumerate(zip(moments, electrons, strict=True)):
         if abs(moment) > most:
