@@ -39,7 +39,7 @@ from tomat.models.sizes import MODELS, ModelSize
 from tomat.train.optim import learning_rate
 from tomat.models.probe import ProbeConfig
 from tomat.train.config import SCHEDULES, RunConfig, TrainConfig
-from tomat.train.distributed import pick_device
+from tomat.models.device import pick_device
 from tomat.train.log import flat, list_runs, read_log, save_picture
 from tomat.dataset.parquet import TokenizeConfig
 from tomat.dataset.shards import tokenize

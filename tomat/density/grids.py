@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 from pymatgen.core import Structure
-from pymatgen.io.vasp import Incar
 
 from ..io.remote import TomatError
 
@@ -55,6 +54,7 @@ def incar_grid(structure: Structure,  # any crystal
                path: str | Path,      # an INCAR
                ) -> tuple[int, int, int]:
     "The fine grid that an INCAR asks for; raises `TomatError` for one without ENCUT."
+    from pymatgen.io.vasp import Incar  # imported here, because it takes longer than the rest of this module
     try:
         found: Mapping[str, Any] = Incar.from_file(str(path))
     except (OSError, ValueError, KeyError, IndexError, TypeError) as err:

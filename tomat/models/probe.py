@@ -58,8 +58,10 @@ class ProbeNet(nn.Module):
                  ) -> None:
         super().__init__()
         c, self.config, self.training_metadata, self.atoms = config, config, {}, atoms or packaged_atoms()
-        self.element = nn.Embedding(119, c.width)
-        nn.init.normal_(self.element.weight, std=0.1)
+        weight = torch.empty(119, c.width)
+        if not weight.is_meta:  # there, any arithmetic imports torch._dynamo, which takes longer than the prediction
+            nn.init.normal_(nn.init.normal_(weight), std=0.1)  # nn.Embedding drew once itself, and seeds keep their networks
+        self.element = nn.Embedding.from_pretrained(weight, freeze=False)
         self.descriptor_mlp = mlp(c.n_descriptor, c.width, c.width, c.dropout, norm=False)
         self.norm = nn.LayerNorm(c.width)
         messages = [Message(c.width, c.atom_channels) for _ in range(c.n_layers)]
@@ -74,9 +76,8 @@ class ProbeNet(nn.Module):
         self.bond = nn.Linear(sum(c.voxel_channels), 1, bias=False)
         self.element_dropout = Dropout(c.element_dropout)
         self.trust = Trust(c.n_states, c.width) if c.n_states else None  # None: nothing is known of the training data
-        for layer in (self.head, self.sphere, self.bond):
-            for parameter in layer.parameters():
-                nn.init.zeros_(parameter)  # before training the prediction is the SAD
+        for parameter in (parameter for layer in (self.head, self.sphere, self.bond) for parameter in layer.parameters()):
+            nn.init.zeros_(parameter)  # before training the prediction is the SAD
 
     @property
     def device(self) -> torch.device:

@@ -17,9 +17,9 @@ from pymatgen.core import Structure
 from ..atoms.sad import FreeAtoms, sad_waves
 from ..io.remote import TomatError, exists
 from ..io.files import read_json
+from ..models.device import pick_device
 from ..models.interpolation import APART, predict_smooth
 from ..models.probe import ProbeNet, load_probe, predict_field
-from ..train.distributed import pick_device
 from ..models.weights import model_atoms
 from .core import Prediction, check_crystal, finish, named_atoms, weights_digest
 

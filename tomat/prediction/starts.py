@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 from pymatgen.core import Structure
-from pymatgen.electronic_structure.core import Magmom
 
 from ..atoms.sad import FreeAtoms, sad_density, valence_electrons
 from ..density.core import TOTAL, Density, formula_of
@@ -76,6 +75,7 @@ def site_moments(structure: Structure) -> tuple[float, ...] | None:  # μB; None
     found = structure.site_properties.get("magmom")
     if found is None:
         return None
+    from pymatgen.electronic_structure.core import Magmom  # imported here, because it takes longer than the rest of this module
     moments = [Magmom(0 if moment is None else moment) for moment in found]
     if not Magmom.are_collinear(moments):
         raise TomatError(f"The moments of {formula_of(structure)} have several directions, a start has one: give --magmom.")
