@@ -25,7 +25,7 @@ REPEATS = (1, 1, 1), (2, 2, 1), (2, 2, 3), (3, 4, 3)
 
 def cell(repeats: tuple[int, int, int]) -> Structure:
     quartz = Structure.from_spacegroup("P3_221", Lattice.hexagonal(4.913, 5.405), ["Si", "O"],
-                                       [[0.4697, 0.0, 0.0], [0.4135, 0.2669, 0.1191]])
+                                       [[0.4697, 0.0, 2 / 3], [0.4135, 0.2669, 0.7858]])
     large: Structure = quartz * repeats
     rng = np.random.default_rng(len(large))
     for i in range(len(large)):
