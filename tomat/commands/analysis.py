@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from tomat.prediction.analysis import Analysis
 
 # %% ../../nbs/11_commands/07_analysis.ipynb #be6aaa14
-Read = tuple["Density", "FreeAtoms", "np.ndarray | None", dict[str, Any]]  # with the expected error, e/Å³, and facts of a prediction
+# a density, its free atoms, its expected error in e/Å³, and facts of a prediction
+Read = tuple["Density", "FreeAtoms", "np.ndarray | None", dict[str, Any]]
 
 def predicted(file: str,
               checkpoint: str | None,              # option --checkpoint
@@ -107,7 +108,7 @@ def print_analysis(found: "Analysis") -> None:
     else:
         most = "" if moment.at_most is None else f", off by {DEBYE * moment.at_most:.2f} D at most"
         print(f"dipole: {moment.debye:.3f} D along {', '.join(moment.axes)}{most}")
-    ranges = [f"{plane.potential_n.min():.2f} to {plane.potential_n.max():.2f} across {axis}" for axis, plane in found.planes.items()]
+    ranges = [f"{x.potential_n.min():.2f} to {x.potential_n.max():.2f} across {axis}" for axis, x in found.planes.items()]
     print(f"potential, planar averages in eV: {', '.join(ranges)}")
 
 # %% ../../nbs/11_commands/07_analysis.ipynb #1e4d1f6b

@@ -78,7 +78,8 @@ def analyze(density: Density,    # any density
     structure, sad_xyz = density.structure, density.sad
     assert sad_xyz is not None
     radius_N = touching_radii(structure) if radius is None else np.full(len(structure), float(radius))
-    valence_N, bounds = valence_numbers(structure, atoms), [None, None]
+    valence_N = valence_numbers(structure, atoms)
+    bounds: list[np.ndarray | None] = [None, None]
     if error_xyz is not None:
         total_xyz, whole = error_xyz.astype(np.float64) * density.volume, float(error_xyz.mean(dtype=np.float64)) * density.volume
         parts = hirshfeld_electrons(total_xyz, sad_xyz, structure, atoms), sphere_electrons(total_xyz, structure, radius_N)
@@ -139,8 +140,9 @@ def analysis_png(found: Analysis,
     "Planar averages of density and potential along each axis, and the Hirshfeld charges with their implied errors."
     from matplotlib.figure import Figure
     figure = Figure(figsize=(9, 5), layout="constrained", dpi=90)
-    upper, lower = figure.subfigures(2, 1)
-    for (axis, plane), ax in zip(found.planes.items(), upper.subplots(1, 3, sharey=True), strict=True):
+    grid = figure.add_gridspec(2, 3)
+    for i, (axis, plane) in enumerate(found.planes.items()):
+        ax = figure.add_subplot(grid[0, i])
         ax.plot(plane.position_n, plane.potential_n, color="C0")
         if plane.at_most_n is not None:
             band_n = POTENTIAL_SHARE * plane.at_most_n
@@ -154,7 +156,7 @@ def analysis_png(found: Analysis,
             ax.set_ylabel("potential, eV", color="C0")
         if axis == "c":
             other.set_ylabel("density, e/Å³", color="C1")
-    ax, names = lower.subplots(), [f"{site.specie.symbol} {i}" for i, site in enumerate(found.density.structure, 1)]
+    ax, names = figure.add_subplot(grid[1, :]), [f"{site.specie.symbol} {i}" for i, site in enumerate(found.density.structure, 1)]
     errors = None if found.charge_at_most_N is None else CHARGE_SHARE * found.charge_at_most_N
     ax.bar(range(len(names)), found.charge_N, yerr=errors, color=["C3" if q > 0 else "C0" for q in found.charge_N], capsize=3)
     step = 1 + len(names) // 24
