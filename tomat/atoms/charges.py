@@ -85,9 +85,11 @@ def density_atoms(density: Density,         # any density
                   ) -> FreeAtoms:
     "Free atoms with the valence electrons of a density; raises `TomatError` where their sum has others."
     name, packaged = density.id or density.formula, packaged_atoms()
-    if not density.structure.is_ordered or density.n_electrons <= 0:
-        raise TomatError(f"{name} has {density.n_electrons:.4g} electrons or partly occupied sites, and atoms share more than 0 "
-                         "electrons, one on each site: check the file.")
+    if not density.structure.is_ordered:
+        raise TomatError(f"{name} has partly occupied sites: give a structure with one element on each site.")
+    if density.n_electrons <= 0:
+        raise TomatError(f"{name} holds {density.n_electrons:.4g} electrons, and a density holds more than 0: check the file and its "
+                         "sign.")
     known = {site.specie.symbol for site in density.structure} <= set(packaged.atoms)
     if choice == "packaged" or (choice is None and not given and known and _off(density, packaged) < 1e-3):
         atoms = packaged
