@@ -74,7 +74,8 @@ def summary_of(atoms: list[dict[str, Any]], materials: list[dict[str, Any]]) -> 
             "charge_rank": float(spearmanr(error, at_most)[0]), "sphere_error": float(sphere.mean()),
             "sphere_share": float(sphere.sum() / column(atoms, "sphere_at_most").sum()),
             "sphere_inside": float((sphere <= column(atoms, "sphere_at_most")).mean()),
-            "potential_error": float(column(materials, "error").mean()), "potential_error_sad": float(column(materials, "sad").mean()),
+            "potential_error": float(column(materials, "error").mean()),
+            "potential_error_sad": float(column(materials, "sad").mean()),
             "potential_share": float(column(materials, "error").sum() / column(materials, "at_most").sum()),
             "potential_inside": float((column(materials, "error") <= column(materials, "at_most")).mean())}
 

@@ -88,8 +88,8 @@ def density_atoms(density: Density,         # any density
     if not density.structure.is_ordered:
         raise TomatError(f"{name} has partly occupied sites: give a structure with one element on each site.")
     if density.n_electrons <= 0:
-        raise TomatError(f"{name} holds {density.n_electrons:.4g} electrons, and a density holds more than 0: check the file and its "
-                         "sign.")
+        raise TomatError(f"{name} holds {density.n_electrons:.4g} electrons, and a density holds more than 0: check the file and "
+                         "its sign.")
     known = {site.specie.symbol for site in density.structure} <= set(packaged.atoms)
     if choice == "packaged" or (choice is None and not given and known and _off(density, packaged) < 1e-3):
         atoms = packaged
