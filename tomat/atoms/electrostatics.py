@@ -17,7 +17,7 @@ from ..density.core import Density
 from ..density.metrics import COULOMB, hartree_potential
 
 # %% ../../nbs/02_atoms/09_electrostatics.ipynb #a3e8722a
-VACUUM_MEAN, VACUUM_WIDTH = 1e-3, 3.0  # e/Å³ and Å
+VACUUM_MEAN, VACUUM_WIDTH = 5e-3, 3.0  # e/Å³ and Å
 
 def planar_average(values_xyz: np.ndarray,  # (nx, ny, nz) any scalar field
                    axis: int,               # 0, 1 or 2
