@@ -184,12 +184,22 @@ def finished(page: str, up: str) -> str:
     return page.replace("</head>", head + "</head>", 1)
 
 
+ENTRY = re.compile(r'class="sidebar-item-text (sidebar-link(?: active)?)"([^>]*)><span class="menu-text">(.*?)</span>')
+
+
+def shorter(page: str) -> str:
+    "A page whose sidebar has no marks that no style uses: every page holds an entry for every other one."
+    return ENTRY.sub(r'class="\1"\2>\3', page)
+
+
 def finish(site: Path) -> None:
+    plain = not any("sidebar-item-text" in path.read_text(encoding="utf-8") for path in site.rglob("*.css"))  # not of Quarto
     for path in site.rglob("*.css"):  # themes ask a server for their letters: the reader's own do as well
         path.write_text(re.sub(r"@import\s+url\(['\"]?https?:[^)]*\);?", "", path.read_text(encoding="utf-8")), encoding="utf-8")
     for path in site.rglob("*.html"):
         up = "../" * (len(path.relative_to(site).parts) - 1)
-        path.write_text(finished(path.read_text(encoding="utf-8"), up), encoding="utf-8")
+        page = finished(path.read_text(encoding="utf-8"), up)
+        path.write_text(shorter(page) if plain else page, encoding="utf-8")
     shutil.copytree(ASSETS, site / "site", dirs_exist_ok=True)
     import plotly
     shutil.copy(Path(plotly.__file__).parent / "package_data" / "plotly.min.js", site / "site")

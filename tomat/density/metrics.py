@@ -115,10 +115,12 @@ def touching_radii(structure: Structure,  # a crystal
 
 def atom_spheres(structure: Structure,    # a crystal
                  shape: Sequence[int],    # (nx, ny, nz) of the grid
+                 radii: np.ndarray | None = None,  # (N,) Å; None: `touching_radii`
                  ) -> list[np.ndarray]:  # for each atom, flat indices of the grid points in its sphere, at least the nearest one
-    "The grid points in the sphere of `touching_radii` around each atom."
+    "The grid points in a sphere around each atom."
     lattice, spheres = structure.lattice.matrix, []
-    for centre, radius in zip(structure.frac_coords, touching_radii(structure), strict=True):
+    radii = touching_radii(structure) if radii is None else radii
+    for centre, radius in zip(structure.frac_coords, radii, strict=True):
         extent = radius * np.linalg.norm(np.linalg.inv(lattice), axis=0)  # in fractions of each axis
         box = [np.arange(np.floor((c - r) * n), np.ceil((c + r) * n) + 1).astype(int)
                for c, r, n in zip(centre, extent, shape, strict=True)]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GROUP_NAMES', 'write_group', 'read_group', 'pack_folder', 'read_member', 'zip_entries', 'write_zarr', 'read_zarr',
-           'group_version_tag']
+           'read_further', 'group_version_tag']
 
 # %% ../../nbs/01_density/04_zarr_group.ipynb #037d35f2
 import hashlib
@@ -264,16 +264,28 @@ def _folder_entries(folder: Path) -> dict[str, bytes]:  # path inside the group 
                 return entries
     raise TomatError("it is being written by another process: read it again later.")
 
-def read_zarr(path: Path,  # a folder, or a .zip; local
-              ) -> Density:
-    "The density in one Zarr group."
+def _group_entries(path: Path,  # a folder, or a .zip; local
+                   ) -> dict[str, bytes]:  # path inside the group → content
+    "The files of one Zarr group."
     if path.is_dir():
-        return read_group(_folder_entries(path))
+        return _folder_entries(path)
     with zipfile.ZipFile(path) as packed:
         roots = sorted((n for n in packed.namelist() if n.split("/")[-1] == "zarr.json"), key=lambda n: n.count("/"))
         if len([r for r in roots if r.count("/") == roots[0].count("/")]) != 1:
             raise TomatError("this archive does not hold one Zarr group: open an archive of many with RawStore.")
-        return read_group(zip_entries(packed, roots[0].removesuffix("zarr.json")))
+        return zip_entries(packed, roots[0].removesuffix("zarr.json"))
+
+def read_zarr(path: Path,  # a folder, or a .zip; local
+              ) -> Density:
+    "The density in one Zarr group."
+    return read_group(_group_entries(path))
+
+def read_further(path: Path,  # a folder, or a .zip; local
+                 name: str,   # name of the grid, as `write_group` took it
+                 ) -> np.ndarray | None:  # (nx, ny, nz) electrons; None: the group has no such grid
+    "A further grid of one Zarr group."
+    with parsing("Zarr group of a density"):
+        return _arrays(_group_entries(path)).get(_PREFIX + name)
 
 # %% ../../nbs/01_density/04_zarr_group.ipynb #9b40a22f
 _VERSION_FIELDS = ("size", "md5Hash", "ETag", "etag", "mtime", "created")  # details of a remote file that change with its content
