@@ -1321,6 +1321,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'tomat.prediction.core.check_crystal': ( '07_prediction/core.html#check_crystal',
                                                                                 'tomat/prediction/core.py'),
                                        'tomat.prediction.core.finish': ('07_prediction/core.html#finish', 'tomat/prediction/core.py'),
+                                       'tomat.prediction.core.in_reach': ('07_prediction/core.html#in_reach', 'tomat/prediction/core.py'),
                                        'tomat.prediction.core.named_atoms': ( '07_prediction/core.html#named_atoms',
                                                                               'tomat/prediction/core.py'),
                                        'tomat.prediction.core.shift_to_mean': ( '07_prediction/core.html#shift_to_mean',

@@ -91,9 +91,10 @@ class CausalPredictor:
             n_steps = tokenizer.n_density_tokens * -(-len(prompts_NxL) // self.batch_size)
             steps = track(steps, "predict", total=n_steps, unit="tokens/row")
         total_xyz, error_xyz = _field(tokenizer, structure, offsets_Nx3, shape, steps)
-        found = finish(structure, total_xyz + sad_xyz, error_xyz, "tomat, causal, free-running", self.elements,
+        found = finish(structure, total_xyz + sad_xyz, "tomat, causal, free-running", self.elements,
                        "scale" if self.rescale else None, self.atoms)
-        return replace(found, borders=_borders(shape, tokenizer.size, self.overlap))
+        error_xyz = None if error_xyz is None else error_xyz.astype(np.float32)
+        return replace(found, expected_error_xyz=error_xyz, borders=_borders(shape, tokenizer.size, self.overlap))
 
     def identity(self) -> dict[str, Any]:
         "Weights, tokenizer and settings, ready for JSON; without the batch size, which changes nothing but rounding."

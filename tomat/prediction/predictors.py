@@ -21,7 +21,7 @@ from ..models.device import pick_device
 from ..models.interpolation import APART, predict_smooth
 from ..models.probe import ProbeNet, load_probe, predict_field
 from ..models.weights import model_atoms
-from .core import Prediction, check_crystal, finish, named_atoms, weights_digest
+from .core import Prediction, check_crystal, finish, in_reach, named_atoms, weights_digest
 
 if TYPE_CHECKING:
     from tomat.prediction.causal import CausalPredictor
@@ -56,11 +56,13 @@ class ProbePredictor:
             difference_xyz, error_xyz = predict_field(self.model, structure, shape, sad_xyz, show=show)
         else:
             difference_xyz, error_xyz, _ = predict_smooth(self.model, structure, sad, sad_xyz, show)
+        if (share_xyz := in_reach(structure, sad_xyz)) is not None:
+            difference_xyz, error_xyz = difference_xyz * share_xyz, error_xyz * share_xyz
         total_xyz += difference_xyz * structure.volume
         training = self.model.training_metadata
-        made = finish(structure, total_xyz, error_xyz, "tomat, probe", frozenset(training["elements"]),
-                      "shift" if self.rescale else None, self.atoms)
-        return replace(made, distance=self.model.distance(structure), inside_90=training.get("held_out", {}).get("inside_90"))
+        made = finish(structure, total_xyz, "tomat, probe", frozenset(training["elements"]), "shift" if self.rescale else None,
+                      self.atoms, share_xyz)
+        return replace(made, expected_error_xyz=error_xyz.astype(np.float32), distance=self.model.distance(structure), inside_90=training.get("held_out", {}).get("inside_90"))
 
     def identity(self) -> dict[str, Any]:
         "Weights and settings that decide the predictions, ready for JSON."
