@@ -1,0 +1,183 @@
+"""The calculations of results/gpaw/, under the Python that has GPAW (22.8): see make_gpaw_results.py.
+
+    python3 results/gpaw/run_gpaw.py RUNS [--setups DIR] [--only ID …]
+
+RUNS/ID.json has the numbers of a material and RUNS/ID.reference.npz its converged density, which a second run with other
+predictions takes up. Settings and convergence are those of the data set: plane waves up to 500 eV, PBE, k-points at most 0.29 Å⁻¹
+apart, Fermi-Dirac 0.1 eV, Pulay mixing.
+
+An SCF starts from free atoms, from the prediction, or from the converged density with its own occupancies, at once or after the
+density was held for HELD iterations (`held_…`): the first orbitals are poor, and spoil a good density. With a fixed density there
+are the same three starts and the converged density with the occupancies of free atoms, `occupancies`. Eigenvalues are compared
+with those of the converged density, within DEEP eV below its Fermi level and after the best constant shift; energies with the
+converged one.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+from gpaw_start import CONVERGED, SETTINGS, bands, kpoints, on_grid, smooth, start_from, total
+
+ECUT, WIDTH, HELD, DEEP = 500.0, 0.1, 3, 10.0  # eV, eV, iterations, eV
+MOST = 60  # iterations; an SCF that takes more counts as one that does not converge
+BETTER = 4  # iterations after convergence: the reference must be closer to the limit than what is compared with it
+POINTS = 60  # along the path of the bands
+Choice = Callable[[Any, Any, Any], tuple[Any, Any]]
+
+
+def calculator(atoms: Any, held: int = 0, fixed: bool = False) -> Any:
+    from gpaw import GPAW, PW, FermiDirac
+    return GPAW(mode=PW(ECUT), kpts=kpoints(atoms), occupations=FermiDirac(WIDTH), maxiter=MOST,
+                convergence={**CONVERGED, "bands": -3 if fixed else "occupied"}, experimental={"niter_fixdensity": held}, **SETTINGS)
+
+
+def eigenvalues(calc: Any) -> np.ndarray:  # (k-points, bands), eV
+    return np.array([calc.get_eigenvalues(kpt=k) for k in range(len(calc.get_ibz_k_points()))])
+
+
+def iterations(atoms: Any, choice: Choice, held: int = 0) -> int | None:
+    "Iterations of an SCF; None if it does not converge."
+    from gpaw import KohnShamConvergenceError
+    calc = start_from(calculator(atoms, held), atoms, choice)
+    try:
+        atoms.get_potential_energy()
+    except KohnShamConvergenceError:
+        return None
+    return int(calc.scf.niter)
+
+
+def fixed(atoms: Any, choice: Choice) -> dict[str, Any]:
+    "Energy, Fermi level and eigenvalues of a density that is kept."
+    calc = start_from(calculator(atoms, fixed=True), atoms, choice, fixed=True)
+    energy = atoms.get_potential_energy()
+    return {"calc": calc, "energy": energy, "fermi": calc.get_fermi_level(), "eps": eigenvalues(calc)}
+
+
+def of_atoms(calc: Any, nt_G: np.ndarray, D_asp: Any) -> tuple[np.ndarray, Any]:
+    return nt_G, D_asp
+
+
+def of_density(rho_xyz: np.ndarray) -> Choice:
+    return lambda calc, nt_G, D_asp: (smooth(calc, on_grid(calc, rho_xyz), D_asp), D_asp)
+
+
+def filled(D_asp: Any, saved: Any) -> Any:
+    "Occupancies like those given, with saved numbers."
+    found = D_asp.copy()
+    for a in found:
+        found[a][:] = saved[f"D{a}"]
+    return found
+
+
+def of_reference(saved: Any) -> Choice:
+    return lambda calc, nt_G, D_asp: (saved["nt"].copy(), filled(D_asp, saved))
+
+
+def of_reference_total(saved: Any) -> Choice:
+    "The converged density with the occupancies of free atoms."
+    def choice(calc: Any, nt_G: np.ndarray, D_asp: Any) -> tuple[np.ndarray, Any]:
+        return smooth(calc, total(calc.density, saved["nt"], filled(D_asp, saved)), D_asp), D_asp
+    return choice
+
+
+def reference(atoms: Any, path: Path) -> Any:
+    "The converged density, its energy and the iterations from free atoms, computed once."
+    if not path.exists():
+        begun = time.process_time()
+        calc = start_from(calculator(atoms), atoms, of_atoms)
+        atoms.get_potential_energy()
+        niter = calc.scf.niter
+        for _ in range(BETTER):
+            calc.density.update(calc.wfs)
+            calc.hamiltonian.update(calc.density)
+            calc.wfs.eigensolver.iterate(calc.hamiltonian, calc.wfs)
+            calc.hamiltonian.get_energy(calc.wfs.calculate_occupation_numbers(), calc.wfs)
+        from ase.units import Ha
+        D = {f"D{a}": D_sp for a, D_sp in calc.density.D_asp.items()}
+        with open(path, "wb") as file:
+            np.savez(file, nt=calc.density.nt_sG[0], energy=calc.hamiltonian.e_total_extrapolated * Ha, iterations=niter,
+                     seconds=time.process_time() - begun, **D)
+    return dict(np.load(path))
+
+
+def errors(found: dict[str, Any], exact: dict[str, Any], energy: float, weights: np.ndarray, calc: Any) -> dict[str, float]:
+    "Errors of a fixed density: eigenvalues and gap in meV, the energy in meV an atom."
+    ref, top = exact["eps"], exact["fermi"]
+    w = np.where((ref < top) & (ref > top - DEEP), weights[:, None], 0)
+    wrong = 1000 * (found["eps"] - ref)
+    wrong -= (wrong * w).sum() / w.sum()
+    out = {"eigenvalues": float((abs(wrong) * w).sum() / w.sum()), "worst_eigenvalue": float(abs(wrong)[w > 0].max()),
+           "energy": 1000 * (found["energy"] - energy) / len(calc.atoms)}
+    if calc.wfs.nvalence % 2 == 0:
+        n = calc.wfs.nvalence // 2
+        out["gap"] = float(1000 * (found["eps"][:, n].min() - found["eps"][:, n - 1].max()))
+    return out
+
+
+def drawn(found: dict[str, dict[str, Any]], atoms: Any) -> dict[str, Any]:
+    "Bands along ASE's path for the lattice, eV, of each fixed density."
+    path = atoms.cell.bandpath(npoints=POINTS)
+    x, places, names = path.get_linear_kpoint_axis()
+    out: dict[str, Any] = {"x": x.round(5).tolist(), "places": places.round(5).tolist(), "names": list(names)}
+    for name, run in found.items():
+        calc = bands(run["calc"], path)
+        out[name] = {"fermi": round(run["fermi"], 4), "bands": eigenvalues(calc)[:, :-4].T.round(3).tolist()}
+    return out
+
+
+def measure(runs: Path, id: str, with_bands: bool) -> dict[str, Any]:
+    from ase import Atoms
+    data = np.load(runs / f"{id}.npz")
+    atoms = Atoms(numbers=data["numbers"], cell=data["cell"], scaled_positions=data["positions"], pbc=True)
+    saved, begun = reference(atoms, runs / f"{id}.reference.npz"), time.process_time()
+    choices = {"atoms": of_atoms, "predicted": of_density(data["predicted"]), "converged": of_reference(saved)}
+    out: dict[str, Any] = {"k_points": "x".join(map(str, kpoints(atoms)["size"])), "scf_atoms": int(saved["iterations"])}
+    out |= {f"scf_{name}": iterations(atoms, choices[name]) for name in ("predicted", "converged")}
+    out |= {f"held_{name}": iterations(atoms, choice, HELD) for name, choice in choices.items()}
+    choices["occupancies"] = of_reference_total(saved)
+    found = {name: fixed(atoms, choice) for name, choice in choices.items()}
+    exact, weights = found["converged"], found["converged"]["calc"].get_k_point_weights()
+    for name, run in found.items():
+        wrong = errors(run, exact, float(saved["energy"]), weights, run["calc"])
+        out |= {f"{key}_{name}": round(value, 3) for key, value in wrong.items()}
+        out[f"fixed_{name}"] = int(run["calc"].scf.niter)
+    if with_bands:
+        out["bands"] = drawn({name: run for name, run in found.items() if name != "occupancies"}, atoms)
+    return out | {"cpu_seconds": round(float(saved["seconds"]) + time.process_time() - begun, 1)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, help="folder that `make_gpaw_results.py predict` wrote")
+    parser.add_argument("--setups", help="folder of PAW setups; GPAW's own if not given")
+    parser.add_argument("--only", nargs="*", help="ids of materials; all chosen ones if not given")
+    args = parser.parse_args()
+    import gpaw
+    if args.setups:
+        gpaw.setup_paths[:] = [args.setups]
+    print(f"GPAW {gpaw.__version__}, setups in {gpaw.setup_paths[0]}")
+    chosen = json.loads((args.runs / "chosen.json").read_text())
+    for row in chosen["materials"]:
+        done = args.runs / f"{row['id']}.json"
+        if done.exists() or (args.only and row["id"] not in args.only):
+            continue
+        found = measure(args.runs, row["id"], row["id"] in chosen["bands"])
+        part = done.with_suffix(".part")
+        part.write_text(json.dumps(found))
+        part.replace(done)
+        print(row["formula"], {key: value for key, value in found.items() if key != "bands"}, flush=True)
+
+
+if __name__ == "__main__":
+    main()
