@@ -3,13 +3,14 @@
     python results/codes/make_code_results.py grids WORK [--potentials DIR]
     python results/codes/make_code_results.py trips WORK [--potentials DIR]
 
-The programs pw.x, pp.x, abinit and cut3d must be there (Debian: quantum-espresso, abinit, abinit-data), and DIR holds the potentials
-of silicon that Debian's abinit-data has, 14-Si.nlcc.UPF and 14si.4.hgh. WORK is a folder for their files.
+The programs pw.x, pp.x, abinit, cut3d and cp2k.psmp must be there (Debian: quantum-espresso, abinit, abinit-data, cp2k), and DIR
+holds the potentials of silicon that Debian's abinit-data has, 14-Si.nlcc.UPF and 14si.4.hgh. WORK is a folder for their files.
 
 grids: the grid that each program takes for 13 crystals and four cutoffs, beside that of tomat.density.grids: grids.json, which the
 tests read too. trips: silicon, sheared until only inversion is left. Each program converges its density and writes it as XSF and
 cube, tests/files/programs/. tomat reads the XSF file and puts it back (scripts/density_start.py), and the program starts from it;
-and the same with its own file as it was, and with the prediction of the packaged checkpoint: trips.csv.
+and the same with its own file as it was, and with the prediction of the packaged checkpoint: trips.csv. CP2K writes a cube file and
+starts from none.
 """
 
 import argparse
@@ -223,23 +224,84 @@ def through(code: Code, cell: Structure, density: Density) -> int:
     return code.scf(cell, start=True)[1]
 
 
+CP2K = """&GLOBAL
+ PROJECT cp2k
+ RUN_TYPE ENERGY
+&END
+&FORCE_EVAL
+ &DFT
+  BASIS_SET_FILE_NAME BASIS_MOLOPT
+  POTENTIAL_FILE_NAME GTH_POTENTIALS
+  &MGRID
+   CUTOFF 60
+   NGRIDS 1
+  &END
+  &XC
+   &XC_FUNCTIONAL PBE
+   &END
+  &END
+  &KPOINTS
+   SCHEME MONKHORST-PACK 2 2 2
+  &END
+  &PRINT
+   &E_DENSITY_CUBE
+    STRIDE 1 1 1
+   &END
+  &END
+ &END
+ &SUBSYS
+  &CELL
+AXES
+  &END
+  &COORD
+   SCALED
+ATOMS
+  &END
+  &KIND Si
+   BASIS_SET SZV-MOLOPT-SR-GTH
+   POTENTIAL GTH-PBE-q4
+  &END
+ &END
+&END
+"""
+
+
+def kept(path: Path) -> Density:
+    "The density in a file of a program, which is kept for the tests."
+    (FILES / f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes(), 9, mtime=0))
+    return read_density(path)
+
+
+def cp2k(work: Path, cell: Structure) -> dict[str, Any]:
+    "What is read of a cube file of CP2K."
+    work.mkdir(parents=True, exist_ok=True)
+    axes = "\n".join(f"   {name} {row}" for name, row in zip("ABC", lines(cell.lattice.matrix).split("\n"), strict=True))
+    content = CP2K.replace("AXES", axes).replace("ATOMS", lines(cell.frac_coords, "   Si "))
+    (work / "si.inp").write_text(content)
+    printed = ran(work, "cp2k.psmp", "-i", "si.inp")
+    path = (work / "cp2k-ELECTRON_DENSITY-1_0.cube").replace(work / "cp2k.cube")
+    density = kept(path)
+    return {"code": "CP2K", "version": numbers(r"CP2K version (\S+)", printed)[0], "grid": "x".join(map(str, density.shape)),
+            "electrons_cube": density.n_electrons, "atoms": int(numbers(r"SCF run converged in\s+(\d+) steps", printed)[0])}
+
+
 def trips(work: Path, potentials: str) -> None:
-    rows, cell = [], sheared()
+    rows: list[dict[str, Any]] = []
+    cell = sheared()
     for code in (make(work / "trips", potentials) for make in CODES):
         printed, of_atoms = code.scf(cell)
         own = (code.work / code.density).read_bytes()
-        written = {format: code.write(format) for format in ("xsf", "cube")}
-        for path in written.values():
-            (FILES / f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes(), 9, mtime=0))
+        read = {format: kept(code.write(format)) for format in ("xsf", "cube")}
         (code.work / code.density).write_bytes(own)
         of_own = code.scf(cell, start=True)[1]
-        read = {format: read_density(path) for format, path in written.items()}
         predicted = load_predictor().predict(cell, read["xsf"].shape).density
         rows.append({"code": code.name, "version": code.version(printed), "grid": "x".join(map(str, read["xsf"].shape)),
                      **{f"electrons_{format}": density.n_electrons for format, density in read.items()},
                      "atoms": of_atoms, "own_file": of_own, "through_tomat": through(code, cell, read["xsf"]),
                      "predicted": through(code, cell, predicted)})
         print(rows[-1])
+    empty = dict.fromkeys(rows[0], "")
+    rows.append(empty | cp2k(work / "trips", cell))
     write_table(RESULTS / "trips.csv", rows)
 
 
