@@ -38,6 +38,8 @@ def records(path: Path,  # an unformatted file of Fortran
             raise TomatError(f"{path} is no unformatted file of Fortran: give charge-density.dat or a DEN file.")
         found.append(content[at + 4:at + 4 + size])
         at += size + 8
+    if len(found) < 4:
+        raise TomatError(f"{path} holds no density: give charge-density.dat or a DEN file.")
     return found
 
 
@@ -51,8 +53,7 @@ def scaled(density: Density, electrons: float) -> np.ndarray:  # (nx, ny, nz), e
 
 def espresso(density: Density, rows: list[bytes]) -> bytes:
     "The density at the waves of a charge-density.dat."
-    gamma, _, spins = np.frombuffer(rows[0], np.int32)
-    if spins != 1:
+    if np.frombuffer(rows[0], np.int32)[2] != 1:  # after the flag of Γ alone and the number of waves
         raise TomatError("The file has a spin density, and a prediction has none: calculate without spin.")
     waves_Gx3, old_G = np.frombuffer(rows[2], np.int32).reshape(-1, 3), np.frombuffer(rows[3], complex)
     if (2 * np.abs(waves_Gx3).max(0) >= density.shape).any():
@@ -66,8 +67,8 @@ def abinit(density: Density, rows: list[bytes]) -> bytes:
     "The density on the grid of a DEN file."
     old = np.frombuffer(rows[-1])
     if old.size != np.prod(density.shape):
-        raise TomatError(f"The density has {density.shape} points and the file {old.size:,}: predict it with --grid and the numbers "
-                         "ngfft of the output.")
+        raise TomatError(f"The density has {density.shape} points and the file {old.size:,}: predict it with --grid and the "
+                         "numbers ngfft of the output.")
     return scaled(density, float(old.mean()) * density.volume / Bohr**3).ravel(order="F").tobytes()
 
 

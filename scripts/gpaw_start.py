@@ -106,6 +106,8 @@ def start_from(calc: Any,                       # GPAW calculator, without atoms
     calc.initialize(atoms)
     atoms.calc, dens = calc, calc.density
     of_atoms, dens.fixed = dens.initialize_from_atomic_densities, fixed
+    if fixed:  # the lowest empty band too, for the gap
+        calc.wfs.eigensolver.nbands_converge = int(np.ceil(calc.wfs.nvalence / 2)) + 1
 
     def initialize(basis_functions: Any) -> None:
         of_atoms(basis_functions)
@@ -161,9 +163,8 @@ def run(args: argparse.Namespace) -> None:
     if args.setups:
         setup_paths[:] = [args.setups]
     atoms, rho_xyz = read(args.density)
-    conv = dict(CONVERGED) if args.scf else {**CONVERGED, "bands": -3}  # also the lowest empty ones
-    calc = GPAW(mode=PW(args.ecut), kpts=kpoints(atoms, args.kpt_density), occupations=FermiDirac(args.width), convergence=conv,
-                **SETTINGS)
+    calc = GPAW(mode=PW(args.ecut), kpts=kpoints(atoms, args.kpt_density), occupations=FermiDirac(args.width),
+                convergence=CONVERGED, **SETTINGS)
     start(calc, atoms, rho_xyz, fixed=not args.scf)
     energy = atoms.get_potential_energy()
     how = "self-consistent" if args.scf else "fixed density"

@@ -17,7 +17,7 @@ FILES = ROOT / "tests" / "files" / "programs"
 sys.path.insert(0, str(ROOT / "scripts"))
 from density_start import put, records
 
-CELL = Structure(Lattice.from_parameters(3, 3.4, 4, 80, 95, 110), ["Si", "Si"], [[0, 0, 0], [0.3, 0.4, 0.45]])
+CELL = Structure(Lattice.from_parameters(3, 3.4, 4, 80, 95, 110), ["Si", "Si"], [[0.0, 0.0, 0.0], [0.3, 0.4, 0.45]])
 
 
 @pytest.mark.parametrize("program", ["espresso", "abinit"])
@@ -74,7 +74,7 @@ def test_a_density_becomes_waves_of_espresso(tmp_path):
 
 def test_a_density_becomes_values_of_abinit_with_the_first_axis_fastest(tmp_path):
     density, old = density_of((3, 4, 5)), np.full(60, 8 / CELL.volume * Bohr**3)
-    path = written(tmp_path / "si_DEN", b"9.6.2   " + bytes(8), bytes(240), old.tobytes())
+    path = written(tmp_path / "si_DEN", b"9.6.2   " + bytes(8), bytes(240), bytes(80), old.tobytes())
     before = records(path)
     put(density, path)
     after = records(path)
@@ -86,12 +86,15 @@ def test_a_density_becomes_values_of_abinit_with_the_first_axis_fastest(tmp_path
 
 def test_what_does_not_fit_is_refused_and_the_file_stays(tmp_path):
     path, _ = espresso_file(tmp_path / "charge-density.dat")
-    den = written(tmp_path / "si_DEN", b"9.6.2   " + bytes(8), bytes(240), np.full(60, 8 / CELL.volume * Bohr**3).tobytes())
+    old = np.full(60, 8 / CELL.volume * Bohr**3)
+    den = written(tmp_path / "si_DEN", b"9.6.2   " + bytes(8), bytes(240), bytes(80), old.tobytes())
     spin, _ = espresso_file(tmp_path / "spin.dat", spins=2)
     (tmp_path / "text").write_text("no records at all")
+    (tmp_path / "empty").write_bytes(b"")
     for density, file, words in [(density_of((5, 6, 9), 10), path, "10.000 electrons"), (density_of((5, 4, 9)), path, "too coarse"),
                                  (density_of((3, 4, 4)), den, "60"), (density_of((5, 6, 9)), spin, "without spin"),
-                                 (density_of((5, 6, 9)), tmp_path / "text", "unformatted")]:
+                                 (density_of((5, 6, 9)), tmp_path / "text", "unformatted"),
+                                 (density_of((5, 6, 9)), tmp_path / "empty", "holds no density")]:
         before = file.read_bytes()
         with pytest.raises(TomatError, match=words):
             put(density, file)

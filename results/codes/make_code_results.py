@@ -59,12 +59,12 @@ def crystals() -> dict[str, Structure]:
         "white tin": with_group("I4_1/amd", Lattice.tetragonal(4.7, 2.6), [0, 0, 0]).get_primitive_structure(),
         "fcc": with_group("Fm-3m", Lattice.cubic(3.85), [0, 0, 0]).get_primitive_structure(),
         "simple cubic": with_group("Pm-3m", Lattice.cubic(2.53), [0, 0, 0]),
-        "simple cubic, twice": Structure(np.diag([2.53, 2.53, 5.06]), ["Si"] * 2, [[0, 0, 0], [0, 0, 0.5]]),
+        "simple cubic, twice": Structure(np.diag([2.53, 2.53, 5.06]), ["Si"] * 2, [[0.0, 0.0, 0.0], [0.0, 0.0, 0.5]]),
         "hcp": with_group(HEXAGONAL, Lattice.hexagonal(2.7, 4.4), SIXTH),
         "BC8": with_group("Ia-3", Lattice.cubic(6.636), [0.1003] * 3).get_primitive_structure(),
         "monoclinic": with_group("P2_1/c", Lattice.monoclinic(4.1, 5.3, 5.9, 103), [0.21, 0.13, 0.32]),
         "triclinic": Structure(Lattice.from_parameters(3.1, 4.7, 6.3, 80, 95, 110), ["Si"] * 3,
-                               [[0, 0, 0], [0.31, 0.42, 0.23], [0.7, 0.66, 0.61]])}
+                               [[0.0, 0.0, 0.0], [0.31, 0.42, 0.23], [0.7, 0.66, 0.61]])}
 
 
 def lines(array_nx3: np.ndarray, before: str = "") -> str:
@@ -133,8 +133,8 @@ K_POINTS automatic
     def write(self, format: str) -> Path:
         "The converged density as XSF or cube."
         number, path = {"xsf": 5, "cube": 6}[format], f"espresso.{format}"
-        (self.work / "pp.in").write_text(f"&inputpp\n prefix='si' outdir='out' plot_num=0 filplot='rho'\n/\n&plot\n nfile=1 iflag=3 "
-                                         f"output_format={number} fileout='{path}'\n/\n")
+        plot = f"&plot\n nfile=1 iflag=3 output_format={number} fileout='{path}'\n/\n"
+        (self.work / "pp.in").write_text(f"&inputpp\n prefix='si' outdir='out' plot_num=0 filplot='rho'\n/\n{plot}")
         ran(self.work, "pp.x", "-in", "pp.in")
         return self.work / path
 
@@ -188,7 +188,8 @@ ngkpt {mesh} {mesh} {mesh} nshiftk 1 shiftk 0 0 0
         "The converged density as XSF or cube."
         path = f"abinit.{format}"
         (self.work / path).unlink(missing_ok=True)
-        ran(self.work, "cut3d", text=f"{self.density}\n{({'xsf': 9, 'cube': 14})[format]}\n{path}\n{'n' + chr(10) if format == 'xsf' else ''}0\n")
+        answers = {"xsf": [9, path, "n", 0], "cube": [14, path, 0]}[format]
+        ran(self.work, "cut3d", text="\n".join(map(str, [self.density, *answers, ""])))
         return self.work / path
 
 
@@ -214,7 +215,7 @@ def sheared() -> Structure:
     "Silicon of which only inversion is left."
     cell = DIAMOND.get_primitive_structure()
     shear = np.array([[1.02, 0.03, 0.01], [0, 0.98, 0.04], [0, 0, 1.01]])
-    return Structure(cell.lattice.matrix @ shear, ["Si"] * 2, cell.frac_coords + [[0.01, 0.02, 0.03], [0, 0, 0]])
+    return Structure(cell.lattice.matrix @ shear, ["Si"] * 2, cell.frac_coords + np.array([[0.01, 0.02, 0.03], [0, 0, 0]]))
 
 
 def through(code: Code, cell: Structure, density: Density) -> int:

@@ -1,7 +1,7 @@
 """What a predicted density saves GPAW, on validation materials: results/gpaw/.
 
     python results/gpaw/make_gpaw_results.py predict STORE RUNS
-    python3 results/gpaw/run_gpaw.py RUNS [--setups DIR]             # the Python that has GPAW
+    python3 results/gpaw/run_gpaw.py RUNS [--setups DIR]             # the Python that has GPAW; again with --relax
     python results/gpaw/make_gpaw_results.py table RUNS
 
 predict: the packaged checkpoint predicts the materials on the grids of their densities, RUNS/ID.npz; RUNS/chosen.json has their
@@ -11,7 +11,8 @@ bands.json.
 The materials are chosen before anything is computed: cells of at most five atoms without Cr, Mn, Fe, Co and Ni, which the data set
 treats as not magnetic. Of each chemical class there are the three whose own calculation was fastest, and beside them the material
 with the largest error of the potential in results/probe/validation.csv and every material that is called unlike the training data.
-Bands are drawn of the two materials whose errors of the potential are the median and the largest of the chosen ones.
+Bands are drawn of three materials: of the compounds, those whose errors of the potential are the smallest, the middle one and the
+largest.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pymatgen.core import Element
 
 from tomat.density.classify import classify
 from tomat.density.core import Density
@@ -72,31 +74,35 @@ def predict(store: RawStore, runs: Path) -> None:
 
 
 def of_bands(rows: list[dict[str, Any]]) -> list[str]:
-    "The ids of the materials with the median and the largest error of the potential."
-    ranked = [row["id"] for row in sorted(rows, key=lambda row: row["potential"])]
-    return [ranked[len(ranked) // 2], ranked[-1]]
+    "The ids of the compounds with the smallest, the middle and the largest error of the potential."
+    compounds = [row for row in rows if row["formula"] not in Element.__members__]
+    ranked = [row["id"] for row in sorted(compounds, key=lambda row: row["potential"])]
+    return [ranked[0], ranked[len(ranked) // 2], ranked[-1]]
 
 
 def table(runs: Path) -> None:
     chosen, rows, bands = read_json(runs / "chosen.json"), [], {}
     for row in chosen["materials"]:
-        done = runs / f"{row['id']}.json"
-        if not done.exists():
-            raise TomatError(f"{done} is missing: run results/gpaw/run_gpaw.py first.")
-        found = read_json(done)
+        parts = [runs / f"{row['id']}{part}.json" for part in ("", ".relaxed")]
+        for part in parts:
+            if not part.exists():
+                raise TomatError(f"{part} is missing: run results/gpaw/run_gpaw.py first, also with --relax.")
+        found = {**read_json(parts[0]), **read_json(parts[1])}
+        drawn = found.pop("bands", None)
         if row["id"] in chosen["bands"]:
-            bands[row["id"]] = {"formula": row["formula"], "potential": row["potential"], **found.pop("bands")}
+            bands[row["id"]] = {"formula": row["formula"], "potential": row["potential"], **drawn}
         rows.append({**row, **found})
-    write_table(RESULTS / "materials.csv", rows)
+    columns = dict.fromkeys(column for row in rows for column in row)
+    write_table(RESULTS / "materials.csv", [{column: row.get(column, "") for column in columns} for row in rows])
     write_json(RESULTS / "bands.json", bands)
-    print(f"{len(rows)} materials, {sum(row['cpu_seconds'] for row in rows) / 60:.0f} CPU minutes")
+    print(f"{len(rows)} materials, {sum(row['cpu_seconds'] + row['cpu_seconds_relaxed'] for row in rows) / 60:.0f} CPU minutes")
 
 
 @sentences
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["predict", "table"])
-    parser.add_argument("paths", nargs="+", help="for predict a raw store, then a folder for the calculations; for table the folder")
+    parser.add_argument("paths", nargs="+", help="for predict a raw store and a folder for the calculations, for table the folder")
     args = parser.parse_args()
     if len(args.paths) != {"predict": 2, "table": 1}[args.what]:
         parser.error("predict takes STORE RUNS, and table takes RUNS")

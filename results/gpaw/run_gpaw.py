@@ -1,6 +1,7 @@
 """The calculations of results/gpaw/, under the Python that has GPAW (22.8): see make_gpaw_results.py.
 
     python3 results/gpaw/run_gpaw.py RUNS [--setups DIR] [--only ID …]
+    python3 results/gpaw/run_gpaw.py RUNS --relax [--setups DIR] [--only ID …]
 
 RUNS/ID.json has the numbers of a material and RUNS/ID.reference.npz its converged density, which a second run with other
 predictions takes up. Settings and convergence are those of the data set: plane waves up to 500 eV, PBE, k-points at most 0.29 Å⁻¹
@@ -10,7 +11,8 @@ An SCF starts from free atoms, from the prediction, or from the converged densit
 density was held for HELD iterations (`held_…`): the first orbitals are poor, and spoil a good density. With a fixed density there
 are the same three starts and the converged density with the occupancies of free atoms, `occupancies`. Eigenvalues are compared
 with those of the converged density, within DEEP eV below its Fermi level and after the best constant shift; energies with the
-converged one.
+converged one. With --relax the total density is kept, and the occupancies become those of the eigenstates: `relaxed` for the
+prediction and `relaxed_occupancies` for the converged density, in RUNS/ID.relaxed.json.
 """
 
 import argparse
@@ -36,10 +38,10 @@ POINTS = 60  # along the path of the bands
 Choice = Callable[[Any, Any, Any], tuple[Any, Any]]
 
 
-def calculator(atoms: Any, held: int = 0, fixed: bool = False) -> Any:
+def calculator(atoms: Any, held: int = 0) -> Any:
     from gpaw import GPAW, PW, FermiDirac
     return GPAW(mode=PW(ECUT), kpts=kpoints(atoms), occupations=FermiDirac(WIDTH), maxiter=MOST,
-                convergence={**CONVERGED, "bands": -3 if fixed else "occupied"}, experimental={"niter_fixdensity": held}, **SETTINGS)
+                convergence=CONVERGED, experimental={"niter_fixdensity": held}, **SETTINGS)
 
 
 def eigenvalues(calc: Any) -> np.ndarray:  # (k-points, bands), eV
@@ -59,8 +61,29 @@ def iterations(atoms: Any, choice: Choice, held: int = 0) -> int | None:
 
 def fixed(atoms: Any, choice: Choice) -> dict[str, Any]:
     "Energy, Fermi level and eigenvalues of a density that is kept."
-    calc = start_from(calculator(atoms, fixed=True), atoms, choice, fixed=True)
+    calc = start_from(calculator(atoms), atoms, choice, fixed=True)
     energy = atoms.get_potential_energy()
+    return {"calc": calc, "energy": energy, "fermi": calc.get_fermi_level(), "eps": eigenvalues(calc)}
+
+
+def relaxed(atoms: Any, choice: Choice) -> dict[str, Any] | None:
+    "The same for a total density whose occupancies relax; None if they do not converge."
+    from gpaw import KohnShamConvergenceError
+    calc = start_from(calculator(atoms), atoms, choice)
+    calc.set_positions(calc.atoms)
+    dens = calc.density
+    rho_g = total(dens, dens.nt_sG[0], dens.D_asp)
+
+    def update(wfs: Any) -> None:
+        wfs.calculate_atomic_density_matrices(dens.D_asp)
+        dens.nt_sG[0] = smooth(calc, rho_g, dens.D_asp)
+        dens.mix(None)
+
+    dens.update = update
+    try:
+        energy = atoms.get_potential_energy()
+    except KohnShamConvergenceError:
+        return None
     return {"calc": calc, "energy": energy, "fermi": calc.get_fermi_level(), "eps": eigenvalues(calc)}
 
 
@@ -136,12 +159,29 @@ def drawn(found: dict[str, dict[str, Any]], atoms: Any) -> dict[str, Any]:
     return out
 
 
-def measure(runs: Path, id: str, with_bands: bool) -> dict[str, Any]:
+def read(runs: Path, id: str) -> tuple[Any, np.ndarray]:  # ase Atoms, (nx, ny, nz) predicted density in e/Å³
     from ase import Atoms
     data = np.load(runs / f"{id}.npz")
-    atoms = Atoms(numbers=data["numbers"], cell=data["cell"], scaled_positions=data["positions"], pbc=True)
+    return Atoms(numbers=data["numbers"], cell=data["cell"], scaled_positions=data["positions"], pbc=True), data["predicted"]
+
+
+def measure_relaxed(runs: Path, id: str) -> dict[str, Any]:
+    (atoms, predicted_xyz), begun = read(runs, id), time.process_time()
+    out: dict[str, Any] = {}
+    saved = reference(atoms, runs / f"{id}.reference.npz")
+    exact = fixed(atoms, of_reference(saved))
+    for name, choice in {"relaxed": of_density(predicted_xyz), "relaxed_occupancies": of_reference_total(saved)}.items():
+        if (found := relaxed(atoms, choice)) is not None:
+            wrong = errors(found, exact, float(saved["energy"]), exact["calc"].get_k_point_weights(), found["calc"])
+            out |= {f"{key}_{name}": round(value, 3) for key, value in wrong.items()}
+            out[f"iterations_{name}"] = int(found["calc"].scf.niter)
+    return out | {"cpu_seconds_relaxed": round(time.process_time() - begun, 1)}
+
+
+def measure(runs: Path, id: str, with_bands: bool) -> dict[str, Any]:
+    atoms, predicted_xyz = read(runs, id)
     saved, begun = reference(atoms, runs / f"{id}.reference.npz"), time.process_time()
-    choices = {"atoms": of_atoms, "predicted": of_density(data["predicted"]), "converged": of_reference(saved)}
+    choices = {"atoms": of_atoms, "predicted": of_density(predicted_xyz), "converged": of_reference(saved)}
     out: dict[str, Any] = {"k_points": "x".join(map(str, kpoints(atoms)["size"])), "scf_atoms": int(saved["iterations"])}
     out |= {f"scf_{name}": iterations(atoms, choices[name]) for name in ("predicted", "converged")}
     out |= {f"held_{name}": iterations(atoms, choice, HELD) for name, choice in choices.items()}
@@ -161,6 +201,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, help="folder that `make_gpaw_results.py predict` wrote")
     parser.add_argument("--setups", help="folder of PAW setups; GPAW's own if not given")
+    parser.add_argument("--relax", action="store_true", help="relax the occupancies at a kept total density, and nothing else")
     parser.add_argument("--only", nargs="*", help="ids of materials; all chosen ones if not given")
     args = parser.parse_args()
     import gpaw
@@ -169,10 +210,11 @@ def main() -> None:
     print(f"GPAW {gpaw.__version__}, setups in {gpaw.setup_paths[0]}")
     chosen = json.loads((args.runs / "chosen.json").read_text())
     for row in chosen["materials"]:
-        done = args.runs / f"{row['id']}.json"
-        if done.exists() or (args.only and row["id"] not in args.only):
+        id = row["id"]
+        done = args.runs / (f"{id}.relaxed.json" if args.relax else f"{id}.json")
+        if done.exists() or (args.only and id not in args.only):
             continue
-        found = measure(args.runs, row["id"], row["id"] in chosen["bands"])
+        found = measure_relaxed(args.runs, id) if args.relax else measure(args.runs, id, id in chosen["bands"])
         part = done.with_suffix(".part")
         part.write_text(json.dumps(found))
         part.replace(done)
