@@ -21,6 +21,7 @@ smooth part is chosen such that the total is the predicted one.
 """
 
 import argparse
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,8 @@ def on_grid(calc: Any,           # GPAW calculator, initialised
     if rho_xyz.shape != grid:
         raise ValueError(f"The density has {rho_xyz.shape} points and this calculation {grid}: predict it with "
                          f"`--grid {','.join(map(str, grid))}`.")
+    if dens.gd.comm.size > 1:
+        raise ValueError("The grid of this calculation is split among processes: give GPAW parallel={'domain': 1}.")
     if dens.ncomponents != 1:
         raise ValueError("A predicted density has no spin, and this calculation has: make it with spinpol=False.")
     found = rho_xyz.mean() * volume
@@ -190,6 +193,8 @@ def main() -> None:
     args = parser.parse_args()
     try:
         run(args)
+    except ModuleNotFoundError as err:
+        parser.exit(1, f"gpaw_start: {err.name} is missing in {sys.executable}: take the Python that has GPAW.\n")
     except (OSError, ValueError) as err:
         parser.exit(1, f"gpaw_start: {err}\n")
 

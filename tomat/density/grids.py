@@ -96,13 +96,15 @@ def gpaw_grid(structure: Structure,  # any crystal
 # %% ../../nbs/01_density/11_grids.ipynb #f929fcdc
 def _highest_waves(structure: Structure,  # any crystal
                    gmax: float,           # 1/Å, without 2π
-                   ) -> np.ndarray:  # (3,)
+                   ) -> list[int]:
     "The highest number of a wave below the cutoff, along each axis."
-    matrix = structure.lattice.matrix
-    sides = [np.arange(-n, n + 1) for n in (gmax * np.array(structure.lattice.abc)).astype(int) + 1]
-    waves_Wx3 = np.stack(np.meshgrid(*sides, indexing="ij"), -1).reshape(-1, 3)
-    below = np.linalg.norm(waves_Wx3 @ np.linalg.inv(matrix).T, axis=1) < gmax
-    return np.abs(waves_Wx3[below]).max(0)
+    reciprocal_3x3 = np.linalg.inv(structure.lattice.matrix).T
+    most = (gmax * np.array(structure.lattice.abc)).astype(int) + 1  # no wave below the cutoff has a higher number
+    def highest(axis: int) -> int:
+        others = [np.arange(-most[i], most[i] + 1)[:, None] * reciprocal_3x3[i] for i in range(3) if i != axis]
+        plane_BxCx3, step = others[0][:, None] + others[1], reciprocal_3x3[axis]
+        return next(n for n in range(most[axis], -1, -1) if np.linalg.norm(plane_BxCx3 + n * step, axis=-1).min() < gmax)
+    return [highest(axis) for axis in range(3)]
 
 def _shifts(structure: Structure) -> list[int]:
     "What the numbers of points must be multiples of, so that symmetries with a shift move points onto points."
