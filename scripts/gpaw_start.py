@@ -33,6 +33,7 @@ CLOSE = 0.01   # relative difference of the electrons of a file and of GPAW's se
 SETTINGS = {"xc": "PBE", "mixer": {"backend": "pulay", "beta": 0.25, "nmaxold": 8, "weight": 1},
             "symmetry": {"point_group": True, "tolerance": 1e-5}, "txt": None}  # of the training data, beside the options
 CONVERGED = {"density": 1e-5, "eigenstates": 1e-7, "energy": 1e-4}  # e and eV² an electron, eV an electron
+FIXED = {"convergence": {**CONVERGED, "bands": "CBM+0.5"}, "nbands": -8}  # of a fixed density: the lowest empty bands too
 
 
 def read(path: str | Path,  # a CHGCAR
@@ -109,8 +110,6 @@ def start_from(calc: Any,                       # GPAW calculator, without atoms
     calc.initialize(atoms)
     atoms.calc, dens = calc, calc.density
     of_atoms, dens.fixed = dens.initialize_from_atomic_densities, fixed
-    if fixed:  # the lowest empty band too, for the gap
-        calc.wfs.eigensolver.nbands_converge = int(np.ceil(calc.wfs.nvalence / 2)) + 1
 
     def initialize(basis_functions: Any) -> None:
         of_atoms(basis_functions)
@@ -167,7 +166,7 @@ def run(args: argparse.Namespace) -> None:
         setup_paths[:] = [args.setups]
     atoms, rho_xyz = read(args.density)
     calc = GPAW(mode=PW(args.ecut), kpts=kpoints(atoms, args.kpt_density), occupations=FermiDirac(args.width),
-                convergence=CONVERGED, **SETTINGS)
+                **({"convergence": CONVERGED} if args.scf else FIXED), **SETTINGS)
     start(calc, atoms, rho_xyz, fixed=not args.scf)
     energy = atoms.get_potential_energy()
     how = "self-consistent" if args.scf else "fixed density"

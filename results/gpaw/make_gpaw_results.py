@@ -1,11 +1,11 @@
 """What a predicted density saves GPAW, on validation materials: results/gpaw/.
 
     python results/gpaw/make_gpaw_results.py predict STORE RUNS
-    python3 results/gpaw/run_gpaw.py RUNS [--setups DIR]             # the Python that has GPAW; again with --relax
+    python3 results/gpaw/run_gpaw.py RUNS [--setups DIR]             # the Python that has GPAW
     python results/gpaw/make_gpaw_results.py table RUNS
 
 predict: the packaged checkpoint predicts the materials on the grids of their densities, RUNS/ID.npz; RUNS/chosen.json has their
-scores. run_gpaw.py: the calculations, a file for each material; a stopped run goes on where it was. table: materials.csv and
+scores. run_gpaw.py: the calculations, files for each material; a stopped run goes on where it was. table: materials.csv and
 bands.json.
 
 The materials are chosen before anything is computed: cells of at most five atoms without Cr, Mn, Fe, Co and Ni, which the data set
@@ -81,21 +81,22 @@ def of_bands(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def table(runs: Path) -> None:
-    chosen, rows, bands = read_json(runs / "chosen.json"), [], {}
+    def part(id: str, name: str) -> dict[str, Any]:
+        path = runs / f"{id}.{name}.json"
+        if not path.exists():
+            raise TomatError(f"{path} is missing: run results/gpaw/run_gpaw.py first.")
+        return read_json(path)
+    chosen, rows = read_json(runs / "chosen.json"), []
     for row in chosen["materials"]:
-        parts = [runs / f"{row['id']}{part}.json" for part in ("", ".relaxed")]
-        for part in parts:
-            if not part.exists():
-                raise TomatError(f"{part} is missing: run results/gpaw/run_gpaw.py first, also with --relax.")
-        found = {**read_json(parts[0]), **read_json(parts[1])}
-        drawn = found.pop("bands", None)
-        if row["id"] in chosen["bands"]:
-            bands[row["id"]] = {"formula": row["formula"], "potential": row["potential"], **drawn}
-        rows.append({**row, **found})
+        iterations, densities = part(row["id"], "scf"), part(row["id"], "fixed")
+        seconds = iterations.pop("cpu_seconds") + densities.pop("cpu_seconds")
+        rows.append({**row, **iterations, **densities, "cpu_seconds": round(seconds, 1)})
     columns = dict.fromkeys(column for row in rows for column in row)
     write_table(RESULTS / "materials.csv", [{column: row.get(column, "") for column in columns} for row in rows])
-    write_json(RESULTS / "bands.json", bands)
-    print(f"{len(rows)} materials, {sum(row['cpu_seconds'] + row['cpu_seconds_relaxed'] for row in rows) / 60:.0f} CPU minutes")
+    drawn = [row for row in rows if row["id"] in chosen["bands"]]
+    write_json(RESULTS / "bands.json", {row["id"]: {"formula": row["formula"], "potential": row["potential"],
+                                                    **part(row["id"], "bands")} for row in drawn})
+    print(f"{len(rows)} materials, {sum(row['cpu_seconds'] for row in rows) / 60:.0f} CPU minutes")
 
 
 @sentences

@@ -1,18 +1,17 @@
 """The calculations of results/gpaw/, under the Python that has GPAW (22.8): see make_gpaw_results.py.
 
     python3 results/gpaw/run_gpaw.py RUNS [--setups DIR] [--only ID …]
-    python3 results/gpaw/run_gpaw.py RUNS --relax [--setups DIR] [--only ID …]
 
-RUNS/ID.json has the numbers of a material and RUNS/ID.reference.npz its converged density, which a second run with other
-predictions takes up. Settings and convergence are those of the data set: plane waves up to 500 eV, PBE, k-points at most 0.29 Å⁻¹
-apart, Fermi-Dirac 0.1 eV, Pulay mixing.
+RUNS/ID.reference.npz has the converged density of a material, which a second run with other predictions takes up; RUNS/ID.scf.json,
+RUNS/ID.fixed.json and, for three materials, RUNS/ID.bands.json have the numbers. Settings and convergence are those of the data
+set: plane waves up to 500 eV, PBE, k-points at most 0.29 Å⁻¹ apart, Fermi-Dirac 0.1 eV, Pulay mixing.
 
 An SCF starts from free atoms, from the prediction, or from the converged density with its own occupancies, at once or after the
 density was held for HELD iterations (`held_…`): the first orbitals are poor, and spoil a good density. With a fixed density there
-are the same three starts and the converged density with the occupancies of free atoms, `occupancies`. Eigenvalues are compared
-with those of the converged density, within DEEP eV below its Fermi level and after the best constant shift; energies with the
-converged one. With --relax the total density is kept, and the occupancies become those of the eigenstates: `relaxed` for the
-prediction and `relaxed_occupancies` for the converged density, in RUNS/ID.relaxed.json.
+are the same three densities and the converged one with the occupancies of free atoms, `occupancies`. Then the occupancies become
+those of the eigenstates while the total density is kept, `relaxed` for the prediction and `relaxed_occupancies` for the converged
+density. Eigenvalues are compared with those of the converged density, within DEEP eV below its Fermi level and after the best
+constant shift; energies with the converged one.
 """
 
 import argparse
@@ -29,7 +28,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
-from gpaw_start import CONVERGED, SETTINGS, bands, kpoints, on_grid, smooth, start_from, total
+from gpaw_start import CONVERGED, FIXED, SETTINGS, bands, kpoints, on_grid, smooth, start_from, total
 
 ECUT, WIDTH, HELD, DEEP = 500.0, 0.1, 3, 10.0  # eV, eV, iterations, eV
 MOST, MOST_RELAXED = 60, 25  # iterations; an SCF, or occupancies, that take more count as not converged
@@ -38,10 +37,10 @@ POINTS = 60  # along the path of the bands
 Choice = Callable[[Any, Any, Any], tuple[Any, Any]]
 
 
-def calculator(atoms: Any, held: int = 0, most: int = MOST) -> Any:
+def calculator(atoms: Any, held: int = 0, most: int = MOST, fixed: bool = False) -> Any:
     from gpaw import GPAW, PW, FermiDirac
     return GPAW(mode=PW(ECUT), kpts=kpoints(atoms), occupations=FermiDirac(WIDTH), maxiter=most,
-                convergence=CONVERGED, experimental={"niter_fixdensity": held}, **SETTINGS)
+                experimental={"niter_fixdensity": held}, **(FIXED if fixed else {"convergence": CONVERGED}), **SETTINGS)
 
 
 def eigenvalues(calc: Any) -> np.ndarray:  # (k-points, bands), eV
@@ -61,7 +60,7 @@ def iterations(atoms: Any, choice: Choice, held: int = 0) -> int | None:
 
 def fixed(atoms: Any, choice: Choice) -> dict[str, Any]:
     "Energy, Fermi level and eigenvalues of a density that is kept."
-    calc = start_from(calculator(atoms), atoms, choice, fixed=True)
+    calc = start_from(calculator(atoms, fixed=True), atoms, choice, fixed=True)
     energy = atoms.get_potential_energy()
     return {"calc": calc, "energy": energy, "fermi": calc.get_fermi_level(), "eps": eigenvalues(calc)}
 
@@ -69,7 +68,7 @@ def fixed(atoms: Any, choice: Choice) -> dict[str, Any]:
 def relaxed(atoms: Any, choice: Choice) -> dict[str, Any] | None:
     "The same for a total density whose occupancies relax; None if they do not converge."
     from gpaw import KohnShamConvergenceError, Mixer
-    calc = start_from(calculator(atoms, most=MOST_RELAXED), atoms, choice)
+    calc = start_from(calculator(atoms, most=MOST_RELAXED, fixed=True), atoms, choice)
     calc.set_positions(calc.atoms)
     dens = calc.density
     rho_g = total(dens, dens.nt_sG[0], dens.D_asp)
@@ -153,60 +152,61 @@ def errors(found: dict[str, Any], exact: dict[str, Any], energy: float, weights:
     return out
 
 
-def drawn(found: dict[str, dict[str, Any]], atoms: Any) -> dict[str, Any]:
-    "Bands along ASE's path for the lattice, eV, of each fixed density."
-    path = atoms.cell.bandpath(npoints=POINTS)
-    x, places, names = path.get_linear_kpoint_axis()
-    out: dict[str, Any] = {"x": x.round(5).tolist(), "places": places.round(5).tolist(), "names": list(names)}
-    for name, run in found.items():
-        calc = bands(run["calc"], path)
-        out[name] = {"fermi": round(run["fermi"], 4), "bands": eigenvalues(calc)[:, :-4].T.round(3).tolist()}
-    return out
-
-
 def read(runs: Path, id: str) -> tuple[Any, np.ndarray]:  # ase Atoms, (nx, ny, nz) predicted density in e/Å³
     from ase import Atoms
     data = np.load(runs / f"{id}.npz")
     return Atoms(numbers=data["numbers"], cell=data["cell"], scaled_positions=data["positions"], pbc=True), data["predicted"]
 
 
-def measure_relaxed(runs: Path, id: str) -> dict[str, Any]:
-    (atoms, predicted_xyz), begun = read(runs, id), time.process_time()
-    out: dict[str, Any] = {}
-    saved = reference(atoms, runs / f"{id}.reference.npz")
-    exact = fixed(atoms, of_reference(saved))
-    for name, choice in {"relaxed": of_density(predicted_xyz), "relaxed_occupancies": of_reference_total(saved)}.items():
-        if (found := relaxed(atoms, choice)) is not None:
-            wrong = errors(found, exact, float(saved["energy"]), exact["calc"].get_k_point_weights(), found["calc"])
-            out |= {f"{key}_{name}": round(value, 3) for key, value in wrong.items()}
-            out[f"iterations_{name}"] = int(found["calc"].scf.niter)
-    return out | {"cpu_seconds_relaxed": round(time.process_time() - begun, 1)}
-
-
-def measure(runs: Path, id: str, with_bands: bool) -> dict[str, Any]:
-    atoms, predicted_xyz = read(runs, id)
-    saved, begun = reference(atoms, runs / f"{id}.reference.npz"), time.process_time()
+def scf(atoms: Any, saved: Any, predicted_xyz: np.ndarray) -> dict[str, Any]:
+    "Iterations."
     choices = {"atoms": of_atoms, "predicted": of_density(predicted_xyz), "converged": of_reference(saved)}
     out: dict[str, Any] = {"k_points": "x".join(map(str, kpoints(atoms)["size"])), "scf_atoms": int(saved["iterations"])}
     out |= {f"scf_{name}": iterations(atoms, choices[name]) for name in ("predicted", "converged")}
-    out |= {f"held_{name}": iterations(atoms, choice, HELD) for name, choice in choices.items()}
-    choices["occupancies"] = of_reference_total(saved)
-    found = {name: fixed(atoms, choice) for name, choice in choices.items()}
-    exact, weights = found["converged"], found["converged"]["calc"].get_k_point_weights()
+    return out | {f"held_{name}": iterations(atoms, choice, HELD) for name, choice in choices.items()}
+
+
+def densities(atoms: Any, saved: Any, predicted_xyz: np.ndarray) -> dict[str, Any]:
+    "Errors of fixed densities."
+    predicted, occupancies, out = of_density(predicted_xyz), of_reference_total(saved), {}
+    exact = fixed(atoms, of_reference(saved))
+    found = {"atoms": fixed(atoms, of_atoms), "predicted": fixed(atoms, predicted), "occupancies": fixed(atoms, occupancies),
+             "converged": exact, "relaxed": relaxed(atoms, predicted), "relaxed_occupancies": relaxed(atoms, occupancies)}
     for name, run in found.items():
-        wrong = errors(run, exact, float(saved["energy"]), weights, run["calc"])
-        out |= {f"{key}_{name}": round(value, 3) for key, value in wrong.items()}
-        out[f"fixed_{name}"] = int(run["calc"].scf.niter)
-    if with_bands:
-        out["bands"] = drawn({name: run for name, run in found.items() if name != "occupancies"}, atoms)
-    return out | {"cpu_seconds": round(float(saved["seconds"]) + time.process_time() - begun, 1)}
+        if run is not None:
+            wrong = errors(run, exact, float(saved["energy"]), exact["calc"].get_k_point_weights(), run["calc"])
+            out |= {f"{key}_{name}": round(value, 3) for key, value in wrong.items()}
+            out[f"fixed_{name}"] = int(run["calc"].scf.niter)
+    return out
+
+
+def drawn(atoms: Any, saved: Any, predicted_xyz: np.ndarray) -> dict[str, Any]:
+    "Bands along ASE's path for the lattice, eV, of each fixed density."
+    path = atoms.cell.bandpath(npoints=POINTS)
+    x, places, names = path.get_linear_kpoint_axis()
+    out: dict[str, Any] = {"x": x.round(5).tolist(), "places": places.round(5).tolist(), "names": list(names)}
+    for name, choice in {"atoms": of_atoms, "predicted": of_density(predicted_xyz), "converged": of_reference(saved)}.items():
+        run = fixed(atoms, choice)
+        out[name] = {"fermi": round(run["fermi"], 4), "bands": eigenvalues(bands(run["calc"], path))[:, :-4].T.round(3).tolist()}
+    return out
+
+
+def write(path: Path, measured: Callable[..., dict[str, Any]], *given: Any) -> None:
+    "Measure once, and write what is found with the CPU seconds."
+    if path.exists():
+        return
+    begun, part = time.process_time(), path.with_suffix(".part")
+    found = measured(*given)
+    found["cpu_seconds"] = round(time.process_time() - begun, 1)
+    part.write_text(json.dumps(found))
+    part.replace(path)
+    print(path.name, {key: value for key, value in found.items() if not isinstance(value, list | dict)}, flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, help="folder that `make_gpaw_results.py predict` wrote")
     parser.add_argument("--setups", help="folder of PAW setups; GPAW's own if not given")
-    parser.add_argument("--relax", action="store_true", help="relax the occupancies at a kept total density, and nothing else")
     parser.add_argument("--only", nargs="*", help="ids of materials; all chosen ones if not given")
     args = parser.parse_args()
     import gpaw
@@ -214,16 +214,15 @@ def main() -> None:
         gpaw.setup_paths[:] = [args.setups]
     print(f"GPAW {gpaw.__version__}, setups in {gpaw.setup_paths[0]}")
     chosen = json.loads((args.runs / "chosen.json").read_text())
-    for row in chosen["materials"]:
-        id = row["id"]
-        done = args.runs / (f"{id}.relaxed.json" if args.relax else f"{id}.json")
-        if done.exists() or (args.only and id not in args.only):
+    for id in (row["id"] for row in chosen["materials"]):
+        if args.only and id not in args.only:
             continue
-        found = measure_relaxed(args.runs, id) if args.relax else measure(args.runs, id, id in chosen["bands"])
-        part = done.with_suffix(".part")
-        part.write_text(json.dumps(found))
-        part.replace(done)
-        print(row["formula"], {key: value for key, value in found.items() if key != "bands"}, flush=True)
+        atoms, predicted_xyz = read(args.runs, id)
+        given = atoms, reference(atoms, args.runs / f"{id}.reference.npz"), predicted_xyz
+        write(args.runs / f"{id}.scf.json", scf, *given)
+        write(args.runs / f"{id}.fixed.json", densities, *given)
+        if id in chosen["bands"]:
+            write(args.runs / f"{id}.bands.json", drawn, *given)
 
 
 if __name__ == "__main__":
