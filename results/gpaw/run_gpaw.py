@@ -168,7 +168,8 @@ def scf(atoms: Any, saved: Any, predicted_xyz: np.ndarray) -> dict[str, Any]:
 
 def densities(atoms: Any, saved: Any, predicted_xyz: np.ndarray) -> dict[str, Any]:
     "Errors of fixed densities."
-    predicted, occupancies, out = of_density(predicted_xyz), of_reference_total(saved), {}
+    predicted, occupancies = of_density(predicted_xyz), of_reference_total(saved)
+    out: dict[str, Any] = {}
     exact = fixed(atoms, of_reference(saved))
     found = {"atoms": fixed(atoms, of_atoms), "predicted": fixed(atoms, predicted), "occupancies": fixed(atoms, occupancies),
              "converged": exact, "relaxed": relaxed(atoms, predicted), "relaxed_occupancies": relaxed(atoms, occupancies)}
