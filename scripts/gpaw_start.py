@@ -13,6 +13,7 @@ tomat. The settings of the command are those of the packaged network's training 
     hold(GPAW(mode=PW(500), xc="PBE", kpts=(8, 8, 8)), atoms, rho)     # or start(…)
     atoms.get_potential_energy()
 
+With MPI the processes may share the k-points, but not the grid: give GPAW parallel={'domain': 1}.
 The energy of a fixed density is the Harris energy: its error is of second order in that of the density.
 
 GPAW's density has two parts: a smooth one on the grid, and charges inside each sphere that follow from atomic occupancies. A
