@@ -35,7 +35,8 @@ def structures() -> dict[str, Any]:  # name → ase Atoms
     slab = surface(bulk("MgO", "rocksalt", a=4.21, cubic=True), (1, 0, 0), 1)
     slab.center(vacuum=5, axis=2)
     a = 2.51
-    sheet = Atoms("BN", cell=[[a, 0, 0], [-a / 2, a * 3**0.5 / 2, 0], [0, 0, 10]], scaled_positions=[[0, 0, .5], [1 / 3, 2 / 3, .5]])
+    cell = [[a, 0, 0], [-a / 2, a * 3**0.5 / 2, 0], [0, 0, 10]]
+    sheet = Atoms("BN", cell=cell, scaled_positions=[[0, 0, .5], [1 / 3, 2 / 3, .5]])
     return found | {"MgO slab": slab, "BN sheet": sheet}
 
 
@@ -68,6 +69,7 @@ def score(runs: Path) -> list[dict[str, Any]]:
         true_xyz = np.load(runs / f"{name}.npy") * structure.volume
         lattice, row = structure.lattice.matrix, {"crystal": name, "atoms": len(structure), "electrons": float(true_xyz.mean())}
         kept = predictor.predict(structure, true_xyz.shape)
+        assert kept.expected_error_xyz is not None
         with patch("tomat.prediction.predictors.in_reach", lambda *_: None):
             before = predictor.predict(structure, true_xyz.shape)
         for entry, total_xyz in (("sad", sad_density(structure, true_xyz.shape)), ("predicted", kept.density.total),

@@ -28,16 +28,19 @@ def grid_rule(grid: tuple[int, int, int] | None,  # the same for all crystals
               incar: str | None,                  # path
               ecut: float | None,                 # eV
               ecutrho: float | None,              # Ry
+              ecut_abinit: float | None = None,   # Ha
               ) -> "Callable[[Structure], tuple[int, int, int]] | None":  # None: nothing is given
     "What gives the grid of a crystal; raises `TomatError` for settings of several codes."
-    from tomat.density.grids import espresso_grid, gpaw_grid, incar_grid, vasp_grid
+    from tomat.density.grids import abinit_grid, espresso_grid, gpaw_grid, incar_grid, vasp_grid
     rules: dict[str, tuple[Any, Callable[..., tuple[int, int, int]]]] = {
         "grid": (grid, lambda _, grid: grid), "encut": (encut, partial(vasp_grid, prec=prec or "Normal")),
-        "incar": (incar, incar_grid), "ecut": (ecut, gpaw_grid), "ecutrho": (ecutrho, espresso_grid)}
+        "incar": (incar, incar_grid), "ecut": (ecut, gpaw_grid), "ecutrho": (ecutrho, espresso_grid),
+        "ecut-abinit": (ecut_abinit, abinit_grid)}
     given = [name for name, (value, _) in rules.items() if value is not None]
     if len(given) > 1 or (prec and given != ["encut"]):
         several = " and ".join(f"--{name}" for name in [*given, *(["prec"] if prec else [])])
-        raise TomatError(f"{several}: a grid follows from one of --grid, --encut (with --prec), --incar, --ecut and --ecutrho.")
+        raise TomatError(f"{several}: a grid follows from one of --grid, --encut (with --prec), --incar, --ecut, --ecutrho "
+                         "and --ecut-abinit.")
     if not given:
         return None
     value, rule = rules[given[0]]
@@ -52,6 +55,7 @@ def regrid(file: Annotated[str, typer.Argument(help="A density: CHGCAR, cube, XS
            incar: Annotated[str | None, typer.Option(help="An INCAR with ENCUT and PREC, or with NGXF, NGYF, NGZF.")] = None,
            ecut: Annotated[float | None, typer.Option(help="GPAW's cutoff, eV: the grid of its density.")] = None,
            ecutrho: Annotated[float | None, typer.Option(help="Quantum ESPRESSO's ecutrho, Ry: its grid.")] = None,
+           ecut_abinit: Annotated[float | None, typer.Option(help="ABINIT's ecut, Ha: its grid.")] = None,
            supercell: Annotated[tuple[int, int, int] | None, typer.Option(
                help="Copies of the cell along a, b and c, as in 2,2,1; before the grid is changed.")] = None,
            from_: From = None,
@@ -66,7 +70,7 @@ def regrid(file: Annotated[str, typer.Argument(help="A density: CHGCAR, cube, XS
     from tomat.density.formats import density_info, format_of, read_density
     from tomat.density.regrid import regrid as interpolated
     from tomat.density.regrid import supercell as repeated
-    rule, format = grid_rule(grid, encut, prec, incar, ecut, ecutrho), format_of(out)
+    rule, format = grid_rule(grid, encut, prec, incar, ecut, ecutrho, ecut_abinit), format_of(out)
     if rule is None and supercell is None:
         raise TomatError("Nothing says which grid: give --grid, the settings of a code, or --supercell.")
     density = read_density(file, from_)

@@ -62,7 +62,8 @@ class ProbePredictor:
         training = self.model.training_metadata
         made = finish(structure, total_xyz, "tomat, probe", frozenset(training["elements"]), "shift" if self.rescale else None,
                       self.atoms, share_xyz)
-        return replace(made, expected_error_xyz=error_xyz.astype(np.float32), distance=self.model.distance(structure), inside_90=training.get("held_out", {}).get("inside_90"))
+        return replace(made, expected_error_xyz=error_xyz.astype(np.float32), distance=self.model.distance(structure),
+                       inside_90=training.get("held_out", {}).get("inside_90"))
 
     def identity(self) -> dict[str, Any]:
         "Weights and settings that decide the predictions, ready for JSON."
