@@ -184,12 +184,23 @@ def finished(page: str, up: str) -> str:
     return page.replace("</head>", head + "</head>", 1)
 
 
+LEAF = re.compile(r'<li class="sidebar-item"><div class="sidebar-item-container">(<a href="[^"]*" class="sidebar-link[^>]*>'
+                  r'[^<]*</a>)</div></li>')
 ENTRY = re.compile(r'class="sidebar-item-text (sidebar-link(?: active)?)"([^>]*)><span class="menu-text">(.*?)</span>')
 
 
 def shorter(page: str) -> str:
     "A page whose sidebar has no marks that no style uses: every page holds an entry for every other one."
-    return ENTRY.sub(r'class="\1"\2>\3', page)
+    return LEAF.sub(r'<li class="sidebar-item">\1</li>', ENTRY.sub(r'class="\1"\2>\3', page))
+
+
+def shorter_index(path: Path) -> None:
+    "Shorten the texts of the API in the index of the search, which are found by their titles."
+    entries = json.loads(path.read_text(encoding="utf-8"))
+    for entry in entries:
+        if entry["href"].startswith("api/"):
+            entry["text"] = entry["text"][:160]
+    path.write_text(json.dumps(entries, ensure_ascii=False), encoding="utf-8")
 
 
 def finish(site: Path) -> None:
@@ -200,6 +211,8 @@ def finish(site: Path) -> None:
         up = "../" * (len(path.relative_to(site).parts) - 1)
         page = finished(path.read_text(encoding="utf-8"), up)
         path.write_text(shorter(page) if plain else page, encoding="utf-8")
+    if plain:
+        shorter_index(site / "search.json")
     shutil.copytree(ASSETS, site / "site", dirs_exist_ok=True)
     import plotly
     shutil.copy(Path(plotly.__file__).parent / "package_data" / "plotly.min.js", site / "site")
