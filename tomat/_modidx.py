@@ -659,6 +659,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'tomat.density.core.Density.volume': ('01_density/core.html#density.volume', 'tomat/density/core.py'),
                                     'tomat.density.core.Density.write': ('01_density/core.html#density.write', 'tomat/density/core.py'),
                                     'tomat.density.core._handedness': ('01_density/core.html#_handedness', 'tomat/density/core.py'),
+                                    'tomat.density.core._in_plane': ('01_density/core.html#_in_plane', 'tomat/density/core.py'),
                                     'tomat.density.core.check_density': ('01_density/core.html#check_density', 'tomat/density/core.py'),
                                     'tomat.density.core.check_structure': ('01_density/core.html#check_structure', 'tomat/density/core.py'),
                                     'tomat.density.core.formula_of': ('01_density/core.html#formula_of', 'tomat/density/core.py'),

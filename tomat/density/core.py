@@ -199,19 +199,41 @@ def formula_of(structure: Structure,  # any crystal
     return "".join(f"{symbol}{formula_double_format(amounts[symbol] / divisor, whole)}" for symbol in order)
 
 # %% ../../nbs/01_density/01_core.ipynb #d2a4e14f
+def _in_plane(lattice: Lattice, axis: int) -> np.ndarray:  # (2, 2): rows are the two other axes, Å
+    "The two axes of a plane of the cell, drawn with the first one along x."
+    a, b = lattice.matrix[[i for i in range(3) if i != axis]]
+    x = a / np.linalg.norm(a)
+    return np.array([[a @ x, 0.0], [b @ x, np.linalg.norm(b - (b @ x) * x)]])
+
 def plot_slice(values_xyz: np.ndarray,     # (nx, ny, nz) any scalar field on a grid
                ax: "Axes | None" = None,   # axes to draw in; None: a new figure
                axis: int = 2,              # the axis across which the slice is cut: 0, 1 or 2
                index: int = 0,             # the slice's index along that axis
-               **imshow: Any,              # options of matplotlib's imshow
+               structure: Structure | None = None,  # None: the axes are grid points; else Å, in the true shape, with atoms
+               **colours: Any,             # vmin, vmax and cmap, as matplotlib has them
                ) -> "Axes":
-    "Draw the slice `index` across `axis`, with the axes in grid points."
+    "Draw the slice `index` across `axis`, as an image or, in the true shape, as a mesh: `ax.collections[0]`."
     if ax is None:
         import matplotlib.pyplot as plt
         ax = plt.subplots(figsize=(3, 2.5))[1]
-    across, up = ("abc"[i] for i in range(3) if i != axis)
-    ax.imshow(values_xyz.take(index, axis=axis).T, origin="lower", **imshow)
-    ax.set(xlabel=across, ylabel=up)
+    others, values_uv = [i for i in range(3) if i != axis], values_xyz.take(index, axis=axis)
+    if structure is None:
+        ax.imshow(values_uv.T, origin="lower", **colours)
+        ax.set(xlabel="abc"[others[0]], ylabel="abc"[others[1]])
+        return ax
+    plane = _in_plane(structure.lattice, axis)
+    corners = np.meshgrid(*((np.arange(n + 1) - 0.5) / n for n in values_uv.shape), indexing="ij")
+    x, y = np.moveaxis(np.stack(corners, -1) @ plane, -1, 0)
+    ax.pcolormesh(x, y, values_uv, rasterized=True, **colours)
+    ax.set_aspect("equal")
+    height = structure.volume / np.linalg.norm(np.cross(*structure.lattice.matrix[others]))  # Å between the cell's two faces
+    for site in structure:
+        off = (site.frac_coords[axis] - index / values_xyz.shape[axis] + 0.5) % 1 - 0.5
+        if abs(off) * height < 0.3:
+            u, v = site.frac_coords[others] % 1 @ plane
+            ax.text(u, v, site.specie.symbol, fontsize=7, ha="center", va="center", color="white",
+                    bbox={"boxstyle": "circle,pad=0.15", "facecolor": "#0008", "edgecolor": "none"})
+    ax.set(xlabel="Å", ylabel="Å")
     return ax
 
 # %% ../../nbs/01_density/01_core.ipynb #c5e3acec

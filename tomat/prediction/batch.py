@@ -150,8 +150,9 @@ def picture_png(prediction: Prediction,
     plane = np.rint(density.structure[0].frac_coords * density.shape).astype(int) % density.shape
     for (title, values_xyz, colours, top), axes in zip(rows, figure.subplots(len(rows), 3, squeeze=False), strict=True):
         for axis, ax in enumerate(axes):
-            plot_slice(values_xyz, ax=ax, axis=axis, index=int(plane[axis]), vmin=0, vmax=top or None, cmap=colours)
-        figure.colorbar(axes[-1].images[0], ax=axes, label=title)
+            plot_slice(values_xyz, ax=ax, axis=axis, index=int(plane[axis]), structure=density.structure, vmin=0, vmax=top or None,
+                       cmap=colours)
+        figure.colorbar(axes[-1].collections[0], ax=axes, label=title)
     figure.suptitle(f"{density.formula}, planes through {density.structure[0].specie} 1", fontsize=10)
     return png_of(figure)
 

@@ -40,10 +40,10 @@ def slices_png(true: Density,                          # the converged density
         views = ((name, prediction.density.rho, 0.0, top, "viridis"), ("true", rho, 0.0, top, "viridis"),
                  (f"difference, NMAE {100 * nmae(prediction.density.rho, rho):.2f} %", errors[name], -worst, worst, "RdBu"))
         for ax, (title, values_xyz, low, high, colours) in zip(axes, views, strict=True):
-            plot_slice(values_xyz, ax=ax, index=plane, vmin=low, vmax=high, cmap=colours)
+            plot_slice(values_xyz, ax=ax, index=plane, structure=true.structure, vmin=low, vmax=high, cmap=colours)
             ax.set_title(title, fontsize=8)
         for ax in axes[1:]:
-            figure.colorbar(ax.images[0], ax=ax, label="e/Å³")
+            figure.colorbar(ax.collections[0], ax=ax, label="e/Å³")
     return png_of(figure)
 
 # %% ../../nbs/07_prediction/08_report.ipynb #ef999409
