@@ -209,7 +209,8 @@ def test_regrid_refuses_what_it_cannot_do(tmp_path):
     source = FILES / "CHGCAR.Li.gz"
     for words, sentence in ((["--grid", "0,8,8"], "has no points"), (["--grid", "9999,9999,9999"], "voxels"), ([], "which grid"),
                             (["--supercell", "0,1,1"], "no cells"), (["--supercell", "99,99,99"], "atoms"),
-                            (["--grid", "8,8,8", "--encut", "300"], "--grid and --encut")):
+                            (["--grid", "8,8,8", "--encut", "300"], "--grid and --encut"), (["--encut", "nan"], "cutoff above 0"),
+                            (["--ecut-abinit", "0"], "cutoff above 0"), (["--ecutrho", "1e12"], "cutoff above 0")):
         done = run("regrid", source, "--out", tmp_path / "CHGCAR", *words)
         assert isinstance(done.exception, TomatError) and sentence in str(done.exception), (words, done.exception)
     for name, sentence in (("letter.txt", "no known format"), ("missing/", "no known format")):
@@ -218,6 +219,11 @@ def test_regrid_refuses_what_it_cannot_do(tmp_path):
     done = run("regrid", tmp_path / "none", "--out", tmp_path / "CHGCAR", "--grid", "8,8,8")
     assert isinstance(done.exception, TomatError) and "none" in str(done.exception)
     assert list(tmp_path.iterdir()) == []
+    copy = tmp_path / "CHGCAR"
+    copy.write_bytes(source.read_bytes())
+    done = run("regrid", copy, "--out", copy, "--grid", "8,8,8")
+    assert isinstance(done.exception, TomatError) and "would replace it" in str(done.exception)
+    assert copy.read_bytes() == source.read_bytes()
 
 
 def test_people_write_what_they_predict(tmp_path):
