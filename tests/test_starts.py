@@ -85,6 +85,16 @@ def test_a_template_survives(nickel_oxide, tmp_path):
     assert charge.atoms[0].get_chemical_symbols() == ["Ni", "Ni", "O", "O"]
 
 
+def test_a_template_is_not_replaced(nickel_oxide):
+    before = nickel_oxide.read_bytes()
+    done = run("predict", nickel_oxide, "--template", nickel_oxide, "--out", nickel_oxide)
+    assert isinstance(done.exception, TomatError) and "would replace it" in str(done.exception)
+    tomat.read(nickel_oxide).structure.to(filename=str(nickel_oxide.with_name("POSCAR")), fmt="poscar")
+    done = run("predict", nickel_oxide.with_name("POSCAR"), "--template", nickel_oxide, "--out", nickel_oxide)
+    assert isinstance(done.exception, TomatError) and "would replace it" in str(done.exception)
+    assert nickel_oxide.read_bytes() == before
+
+
 def test_a_template_of_another_crystal_is_refused(nickel_oxide, tmp_path):
     "Another cell, other atoms, moved atoms, other electrons; also two structures, a grid beside it, and parts that it has itself."
     template = replace(tomat.read(nickel_oxide), id="CHGCAR")

@@ -1310,6 +1310,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'tomat/prediction/causal.py')},
             'tomat.prediction.core': { 'tomat.prediction.core.Prediction': ( '07_prediction/core.html#prediction',
                                                                              'tomat/prediction/core.py'),
+                                       'tomat.prediction.core.Prediction.expected_nmae': ( '07_prediction/core.html#prediction.expected_nmae',
+                                                                                           'tomat/prediction/core.py'),
                                        'tomat.prediction.core.Prediction.unlike': ( '07_prediction/core.html#prediction.unlike',
                                                                                     'tomat/prediction/core.py'),
                                        'tomat.prediction.core.Predictor': ('07_prediction/core.html#predictor', 'tomat/prediction/core.py'),

@@ -91,7 +91,8 @@ def density_atoms(density: Density,         # any density
         raise TomatError(f"{name} holds {density.n_electrons:.4g} electrons, and a density holds more than 0: check the file and "
                          "its sign.")
     known = {site.specie.symbol for site in density.structure} <= set(packaged.atoms)
-    if choice == "packaged" or (choice is None and not given and known and _off(density, packaged) < 1e-3):
+    vasp = any(density.augmentation.values())  # and the packaged atoms are GPAW's
+    if choice == "packaged" or (choice is None and not given and known and not vasp and _off(density, packaged) < 1e-3):
         atoms = packaged
     elif choice in (None, "computed"):
         atoms = _computed(density, given or _counted(density))

@@ -38,17 +38,14 @@ def predicted(file: str,
     "The predicted density of a structure file; a crystal unlike the training data is named on standard error."
     from dataclasses import replace
 
-    from tomat.density.core import formula_of
-    from tomat.io.limits import check_grid
-    from tomat.prediction.crystals import default_grid, read_crystal
+    from tomat.prediction.crystals import grid_of, read_crystal
     from tomat.prediction.predictors import load_predictor
     predictor = load_predictor(checkpoint, device=device)
     crystal = read_crystal(file, predictor.atoms, format)
-    shape = grid or default_grid(crystal.structure)
-    check_grid(crystal.structure.lattice.abc, shape, formula_of(crystal.structure))
+    shape = grid_of(crystal._replace(grid=None), grid)
     found = predictor.predict(crystal.structure, shape, show=True)
     density, error_xyz = replace(found.density, id=crystal.name), found.expected_error_xyz
-    about = {"expected_nmae": None if error_xyz is None else float(error_xyz.mean() * density.volume / density.n_electrons),
+    about = {"expected_nmae": found.expected_nmae,
              "distance": found.distance, "unlike": found.unlike, "elements_never_seen": density.metadata["elements_never_seen"]}
     print_prediction({**about, "name": crystal.name, "grid": list(shape), "electrons": density.n_electrons, "out": file,
                       "inside_90": found.inside_90}, quiet=True)
@@ -106,7 +103,7 @@ def print_analysis(found: "Analysis") -> None:
     if moment is None:
         print("dipole: the cell has no vacuum, so it is not defined")
     else:
-        most = "" if moment.at_most is None else f", off by {DEBYE * moment.at_most:.2f} D at most"
+        most = "" if moment.at_most is None else f", mean error at most {DEBYE * moment.at_most:.2f} D"
         print(f"dipole: {moment.debye:.3f} D along {', '.join(moment.axes)}{most}")
     ranges = [f"{x.potential_n.min():.2f} to {x.potential_n.max():.2f} across {axis}" for axis, x in found.planes.items()]
     print(f"potential, planar averages in eV: {', '.join(ranges)}")

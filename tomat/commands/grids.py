@@ -66,7 +66,7 @@ def regrid(file: Annotated[str, typer.Argument(help="A density: CHGCAR, cube, XS
            from_: From = None,
            as_json: Json = False,
            ) -> None:
-    """Move a density to another grid, by Fourier interpolation, or to a supercell, by repetition; electrons are kept.
+    """Move a density to another grid, by Fourier interpolation, which keeps the electrons, or to a supercell, by repetition.
 
     Spin, PAW occupancies and moments go with it, into formats that hold them.
 

@@ -54,7 +54,7 @@ def print_prediction(result: dict[str, Any],  # metadata of a prediction, from `
     shape, held, expected = " × ".join(map(str, result["grid"])), result["inside_90"], result["expected_nmae"]
     parts = [f"{result['electrons']:.6g} electrons on {shape} voxels"]
     parts += [] if expected is None else [f"expected NMAE {100 * expected:.2f} %"]
-    parts += [f"intervals of 90 % held {100 * held:.0f} % of held-out voxels"] if held else []
+    parts += [f"intervals of 90 % held {100 * held:.0f} % of the voxels they were calibrated on"] if held else []
     if not quiet:
         print(f"{result['out']}: {', '.join(parts)}")
     if result["unlike"]:
@@ -160,7 +160,8 @@ def predict(structures: Annotated[list[str], typer.Argument(help="POSCAR, CIF or
     predictor = load_predictor(checkpoint, strategy=strategy, overlap=overlap, device=device, full_grid=full_grid)
     found, skipped = find_crystals(structures, predictor.atoms, from_)
     found = placed(found, rule, start, given, predictor.atoms)
-    tasks = [replace(task, start=start) for task in tasks_of(found, structures, out, None, expected_error, picture, format)]
+    read = [*structures, *([template] if template else [])]
+    tasks = [replace(task, start=start) for task in tasks_of(found, read, out, None, expected_error, picture, format)]
     unread = name_skipped(skipped)
     results = [print_prediction(result, as_json) for result in run_tasks(tasks, predictor, workers)]
     print_rest(results, skipped, as_json)

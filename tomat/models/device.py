@@ -31,5 +31,5 @@ def pick_device(name: str = "",  # "cpu", "cuda", "cuda:1", or "" for the best t
     index = int(number or os.environ.get("LOCAL_RANK", "0"))
     if index >= there:
         fix = "set a smaller number" if number else "let torchrun start fewer processes"
-        raise TomatError(f"device {index} is asked for and there are {there} GPUs, numbered from 0: {fix}.")
+        raise TomatError(f"device {index} is asked for and PyTorch finds {there} GPU{'s'[:there != 1]}, numbered from 0: {fix}.")
     return torch.device("cuda", index)

@@ -10,6 +10,7 @@ __all__ = ['SUFFIXES', 'PredictionTask', 'check_writable', 'plan_tasks', 'tasks_
 import io
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -118,13 +119,14 @@ def _check_paths(tasks: Sequence[PredictionTask], sources: Sequence[Any]) -> Non
     read = {real(path) for path in sources if isinstance(path, (str, Path))}
     read |= {real(f"{path}/{name}") for path in sources if is_folder(path) for name in list_folder(path)}
     owner: dict[str, str] = {}  # path → name of its crystal
+    names = Counter(task.name for task in tasks)
     for task in tasks:
         if task.expected_error == task.out and known_format(task.out) != "zarr":
             raise TomatError(f"{task.out} cannot hold the density and its expected error, as only Zarr can: name two files.")
         for path in {task.out, task.expected_error, task.picture} - {None}:
             if real(path) in read:
                 raise TomatError(f"{path} is read here, and the result would replace it: give another name.")
-            if owner.setdefault(str(path), task.name) != task.name or [t.name for t in tasks].count(task.name) > 1:
+            if owner.setdefault(str(path), task.name) != task.name or names[task.name] > 1:
                 raise TomatError(f"Two structures are called {task.name!r}, and both would be written to {path}: rename one.")
     folders = {str(Path(path).parent): path for path in owner if not is_remote(path)}
     for path in {*folders.values(), *(path for path in owner if kind_of(path) == "folder")}:
@@ -198,10 +200,10 @@ def _run(task: PredictionTask, predictor: Predictor, show: bool) -> dict[str, An
     filled = task.start.fill(replace(prediction.density, id=task.name), predictor.atoms)
     prediction = replace(prediction, density=filled)
     write_prediction(prediction, task.out, task.expected_error, task.picture)
-    density, error_xyz = prediction.density, prediction.expected_error_xyz
+    density = prediction.density
     return {"name": task.name, "formula": density.formula, "grid": list(density.shape), "electrons": density.n_electrons,
             "electrons_before_rescaling": prediction.electrons_before,
-            "expected_nmae": None if error_xyz is None else float(error_xyz.mean() * density.volume / density.n_electrons),
+            "expected_nmae": prediction.expected_nmae,
             "inside_90": prediction.inside_90, "distance": prediction.distance, "unlike": prediction.unlike,
             "elements_never_seen": density.metadata["elements_never_seen"], "out": task.out,
             "paw_occupancies": bool(density.augmentation), "spin": bool(density.spin), "seconds": perf_counter() - start}

@@ -38,10 +38,13 @@ class DensityCalculator:
             self._done = atoms.copy(), predict(atoms, self.shape, self.predictor)
         return self._done[1]
 
-    def get_pseudo_density(self, atoms: Atoms | None = None,  # None: those that the calculator belongs to
+    def get_pseudo_density(self, spin: int | None = None,  # None: both spins; no prediction has one of them
+                           pad: bool = True,               # without effect: the grid is periodic in all directions
                            ) -> np.ndarray:  # (nx, ny, nz) valence density, e/Å³
-        "The predicted density on the grid, as GPAW's method of this name gives it."
-        return self.density(atoms).rho
+        "The predicted total valence density, with all valence electrons; GPAW's method leaves the compensation charges out."
+        if spin is not None:
+            raise TomatError(f"spin is {spin!r}, and a predicted density has none: leave spin out.")
+        return self.density().rho
 
     def get_number_of_grid_points(self) -> np.ndarray:  # (3,)
         "Points along a, b and c."

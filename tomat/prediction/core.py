@@ -35,6 +35,12 @@ class Prediction:
     borders: tuple[np.ndarray, ...] | None = None  # per axis, planes whose lower neighbour is in another patch; None: no patches
 
     @property
+    def expected_nmae(self) -> float | None:
+        "The NMAE to expect of the density; None: the model gives no expected error."
+        error_xyz, density = self.expected_error_xyz, self.density
+        return None if error_xyz is None else float(error_xyz.mean() * density.volume / density.n_electrons)
+
+    @property
     def unlike(self) -> bool:
         "Whether the crystal is unlike the training data: an element is new, or its atoms are far from those."
         return bool(self.density.metadata.get("elements_never_seen")) or (self.distance or 0.0) >= UNLIKE
@@ -101,7 +107,7 @@ FADING, NUCLEUS = (1e-5, 1e-3), 1.5  # e/Å³, SAD where no difference is left, 
 
 def in_reach(structure: Structure,  # the crystal
              sad_xyz: np.ndarray,   # (nx, ny, nz) SAD, e/Å³
-             ) -> np.ndarray | None:  # (nx, ny, nz) float32, 0 to 1; None: 1 everywhere, as in all bulk crystals
+             ) -> np.ndarray | None:  # (nx, ny, nz) float32, 0 to 1; None: 1 everywhere, as in dense crystals
     "Share of the predicted difference that is kept at each voxel."
     low_xyz = sad_xyz < FADING[1]
     if low_xyz.any():
