@@ -106,10 +106,10 @@ def add_up(parts: Iterable[FitSums],  # one or more sums
 
 # %% ../../nbs/02_atoms/05_fit_atoms.ipynb #7ec47fc6
 def _summed_occupancies(density: Density) -> dict[tuple[str, int], np.ndarray]:
-    "The PAW occupancies of a file of VASP as `FitSums` holds them; complex ones are left out."
+    "The PAW occupancies of a file of VASP as `FitSums` holds them; complex ones are left out, and those of no atom."
     found: dict[tuple[str, int], np.ndarray] = {}
     for atom, values in density.augmentation.get("total", {}).items():
-        if not np.iscomplexobj(values):
+        if atom <= len(density.structure) and not np.iscomplexobj(values):
             key = density.structure[atom - 1].specie.symbol, values.size
             found[key] = found.get(key, 0) + np.append(values, 1.0)
     return found

@@ -173,10 +173,6 @@ def check_density(density: "Density",  # a density, just made or about to be wri
             finite = bool(np.isfinite(grid_xyz.sum()))  # one pass; a NaN or an infinity carries over into the sum
         if not finite and (n_bad := int(grid_xyz.size - np.isfinite(grid_xyz).sum())):
             raise TomatError(f"{block} of {name} holds {n_bad} NaN or infinite values: repeat the calculation or the copy.")
-    most = len(density.structure)
-    if strange := [(block, i) for block, atoms in density.augmentation.items() for i in atoms if not 0 < i <= most]:
-        raise TomatError(f"The block {strange[0][0]} of {name} has occupancies of atom {strange[0][1]:,}, and there are {most:,}: "
-                         "write the file again.")
     occupancies = {f"The occupancies in the block {block}": np.concatenate([np.ravel(values) for values in atoms.values()])
                    for block, atoms in density.augmentation.items() if atoms}
     moments = {f"The moments in the block {block}": values for block, values in density.moments.items()}

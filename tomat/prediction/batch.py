@@ -196,7 +196,7 @@ def write_prediction(prediction: Prediction,
 def _run(task: PredictionTask, predictor: Predictor, show: bool) -> dict[str, Any]:
     "The summary of a task, once its files are written."
     start = perf_counter()
-    prediction = predictor.predict(task.structure, task.shape, show)
+    prediction = predictor.predict(task.structure, task.shape, show=show)
     filled = task.start.fill(replace(prediction.density, id=task.name), predictor.atoms)
     prediction = replace(prediction, density=filled)
     write_prediction(prediction, task.out, task.expected_error, task.picture)
