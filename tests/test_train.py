@@ -644,7 +644,7 @@ def test_a_device_is_picked(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert [str(pick_device(name)) for name in ("", "cpu", "cuda", "cuda:1")] == ["cuda:0", "cpu", "cuda:0", "cuda:1"]
-    with pytest.raises(TomatError, match="device 2 is asked for and there are 2 GPUs"):
+    with pytest.raises(TomatError, match="device 2 is asked for and PyTorch finds 2 GPUs"):
         pick_device("cuda:2")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "1")
