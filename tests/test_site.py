@@ -127,7 +127,7 @@ def test_every_notebook_is_a_page(pages):
 
 def test_parameters_come_with_shapes_and_units(site):
     text = (site / "api" / "density.html").read_text(encoding="utf-8")
-    assert "(nx, ny, nz) any scalar field on a grid" in text and "options of matplotlib" in text
+    assert "(nx, ny, nz) any scalar field on a grid" in text and "vmin, vmax and cmap" in text
     assert "density × cell volume, electrons" in text and 'href="../01_density/01_core.html#def-Density"' in text
 
 
