@@ -9,8 +9,9 @@ the density in it and leaves the rest as it is. DENSITY is any file that tomat r
 
     tomat predict POSCAR --ecutrho 160 --out rho.xsf                           # on the grid of Quantum ESPRESSO
 
-For norm-conserving potentials without spin alone: ultrasoft and PAW potentials need the occupancies of the atoms too. The
-potentials must have as many valence electrons as the density. Tried with Quantum ESPRESSO 6.7 and ABINIT 9.6.2.
+Without spin, and for norm-conserving potentials: with PAW the program also reads occupancies of the atoms, which a density does not
+hold and which stay as they are. The potentials must have as many valence electrons as the density. Tried with Quantum ESPRESSO 6.7
+and ABINIT 9.6.2.
 """
 
 import argparse
