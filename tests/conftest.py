@@ -2,6 +2,7 @@
 
 import socket
 import socketserver
+import sys
 import threading
 from dataclasses import replace
 from urllib.parse import urlsplit
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 pytest.register_assert_rewrite("crystals")
-from crystals import noise
+from crystals import Done, noise
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -28,6 +29,29 @@ def one_thread():
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def tomat(monkeypatch, capsys):
+    "Run the command line in this process, on one thread."
+    import torch
+
+    from tomat import cli
+    threads = torch.get_num_threads()
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["tomat", *map(str, args)])
+        monkeypatch.setenv("COLUMNS", "200")
+        capsys.readouterr()
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = stop.code or 0
+        got = capsys.readouterr()
+        return Done(code, got.out, got.err)
+    torch.set_num_threads(1)
+    yield run
     torch.set_num_threads(threads)
 
 

@@ -29,6 +29,13 @@ from tomat.tokens.tokenizer import Tokenizer
 ROOT = Path(__file__).resolve().parents[1]
 
 
+class Done(NamedTuple):
+    "What a command left behind."
+    code: int
+    out: str
+    err: str
+
+
 def real_looking(rng, shape):
     "Electrons over many decades, some of them below zero."
     return rng.lognormal(0, 2.5, shape) * np.where(rng.random(shape) < 0.1, -1, 1)

@@ -3,22 +3,19 @@
 import csv
 import gzip
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pymatgen.core import Lattice, Structure
 
-from tomat import cli
-from tomat.atoms.charges import density_atoms, error_bounds, hirshfeld_charges, sphere_electrons, valence_numbers
+from tomat.atoms.charges import density_atoms, error_bounds, hirshfeld_charges, sphere_electrons
 from tomat.atoms.electrostatics import dipole, electrostatic_potential, planar_average, potential_bound, vacuum_cuts
 from tomat.atoms.hirshfeld import core_radius, hirshfeld_electrons
-from tomat.atoms.sad import FreeAtom, FreeAtoms, packaged_atoms, sad_density
+from tomat.atoms.sad import FreeAtom, FreeAtoms, packaged_atoms, sad_density, valence_numbers
 from tomat.density.core import Density
 from tomat.density.formats import read_density, write_density
 from tomat.density.metrics import COULOMB
@@ -210,25 +207,6 @@ def test_atoms_of_a_file():
 
 
 # The command
-
-
-@pytest.fixture
-def tomat(monkeypatch, capsys):
-    "Run the command line in this process, on one thread; returns its exit code, output and errors."
-    threads = torch.get_num_threads()
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["tomat", *map(str, args)])
-        monkeypatch.setenv("COLUMNS", "200")
-        capsys.readouterr()
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
-        return code, *capsys.readouterr()
-    torch.set_num_threads(1)
-    yield run
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

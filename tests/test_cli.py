@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 import zarr
-from crystals import limited
+from crystals import Done, limited
 from pymatgen.core import Lattice, Structure
 from pymatgen.io.vasp.outputs import Chgcar
 
@@ -46,34 +45,6 @@ COMMANDS = ("info", "convert", "regrid", "fetch", "tokenize", "prepare", "verify
             "show-tokens", "runs", "train", "predict", "analyze", "serve", "evaluate", "demo")
 ROWS = ("--patch-size", "3", "--pad-to", "0", "--patches-per-material", "4")  # small rows
 GRID = ("--grid", "4", "4", "4")
-
-
-@dataclass(frozen=True)
-class Done:
-    "What a command left behind."
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def tomat(monkeypatch, capsys):
-    "Run the command line in this process, on one thread."
-    threads = torch.get_num_threads()
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["tomat", *map(str, args)])
-        monkeypatch.setenv("COLUMNS", "200")
-        capsys.readouterr()
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        got = capsys.readouterr()
-        return Done(code, got.out, got.err)
-    torch.set_num_threads(1)
-    yield run
-    torch.set_num_threads(threads)
 
 
 def process(*args, **options):

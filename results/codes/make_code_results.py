@@ -84,13 +84,17 @@ def numbers(pattern: str, text: str) -> list[str]:
     return list(found.groups())
 
 
-class Espresso:
-    name, cutoff = "Quantum ESPRESSO", 8.0  # Ry, of the orbitals
-    density = "out/si.save/charge-density.dat"
+class Program:
+    "A program in its folder."
 
     def __init__(self, work: Path, potentials: str) -> None:
         self.work, self.potentials = work, potentials
         work.mkdir(parents=True, exist_ok=True)
+
+
+class Espresso(Program):
+    name, cutoff = "Quantum ESPRESSO", 8.0  # Ry, of the orbitals
+    density = "out/si.save/charge-density.dat"
 
     def run(self, cell: Structure, cutoff: float, more: str = "", mesh: int = 1) -> str:
         (self.work / "si.in").write_text(f"""&control
@@ -139,13 +143,9 @@ K_POINTS automatic
         return self.work / path
 
 
-class Abinit:
+class Abinit(Program):
     name, cutoff = "ABINIT", 4.0  # Ha, of the orbitals
     density = "sio_DEN"
-
-    def __init__(self, work: Path, potentials: str) -> None:
-        self.work, self.potentials = work, potentials
-        work.mkdir(parents=True, exist_ok=True)
 
     def run(self, cell: Structure, cutoff: float, more: str = "", mesh: int = 1, *options: str) -> str:
         (self.work / "si.abi").write_text(f"""pp_dirpath "{self.potentials}"

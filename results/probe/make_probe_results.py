@@ -254,11 +254,15 @@ def card(summary: dict[str, Any], rows: list[dict[str, Any]], elements: list[str
                       for kind, x in summary["classes"].items())
     worst = ", ".join(f"{row['formula']} ({row['nmae']:.2%})" for row in sorted(rows, key=lambda row: -row["nmae"])[:5])
     low, high = (how(row["inside_90"] for row in rows) for how in (min, max))
-    left_out = read_table(RESULTS / "folds.csv")
+    left_out, vacuum = read_table(RESULTS / "folds.csv"), read_table(RESULTS / "vacuum.csv")
+    fixed = read_table(RESULTS.parent / "gpaw" / "materials.csv")
+    bands = {start: [row[f"eigenvalues_{start}"] for row in fixed] for start in ("atoms", "predicted")}
     text = read_text(RESULTS / "card.md").format(
         summary=summary, minutes=summary["training"]["cpu_seconds"] / 60, ours=ours, sad=sad, kinds=kinds, worst=worst, low=low,
         folds=len(left_out), fold_worst=max(row["nmae"] / row["sad"] for row in left_out),
-        fold_inside=float(np.mean([row["inside_90"] for row in left_out])),
+        vacuum=", ".join(f"{row['crystal']} {row['nmae_predicted']:.1%} ({row['nmae_sad']:.1%})" for row in vacuum),
+        bands={name: float(np.median(values)) for name, values in bands.items()}, bands_worst=max(bands["predicted"]),
+        n_bands=len(fixed), fold_inside=float(np.mean([row["inside_90"] for row in left_out])),
         fold_potential=max(row["potential"] / row["potential_sad"] for row in left_out), high=high, few=RARE,
         rare=", ".join(s for s in elements if s in summary["rare_elements"]), elements=" ".join(elements))
     return text.replace("%", " %")

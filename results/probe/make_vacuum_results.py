@@ -69,15 +69,14 @@ def score(runs: Path) -> list[dict[str, Any]]:
         true_xyz = np.load(runs / f"{name}.npy") * structure.volume
         lattice, row = structure.lattice.matrix, {"crystal": name, "atoms": len(structure), "electrons": float(true_xyz.mean())}
         kept = predictor.predict(structure, true_xyz.shape)
-        assert kept.expected_error_xyz is not None
         with patch("tomat.prediction.predictors.in_reach", lambda *_: None):
             before = predictor.predict(structure, true_xyz.shape)
         for entry, total_xyz in (("sad", sad_density(structure, true_xyz.shape)), ("predicted", kept.density.total),
                                  ("before", before.density.total)):
             row |= {f"nmae_{entry}": nmae(total_xyz, true_xyz), f"potential_{entry}": potential_error(total_xyz, true_xyz, lattice)}
         row |= {"electrons_predicted": kept.electrons_before, "electrons_before": before.electrons_before,
-                "expected": float(kept.expected_error_xyz.mean() * structure.volume / true_xyz.mean()), "unlike": kept.unlike}
-        rows.append({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()})
+                "expected": kept.expected_nmae, "unlike": kept.unlike}
+        rows.append(row)
         print(rows[-1], flush=True)
     return rows
 
@@ -94,9 +93,8 @@ def main() -> None:
             if not (args.runs / f"{name}.npy").exists():
                 np.save(args.runs / f"{name}.npy", converge(atoms, args.setups).astype(np.float32))
         return
-    rows = score(args.runs)
-    lines = [",".join(rows[0]), *(",".join(map(str, row.values())) for row in rows)]
-    (RESULTS / "vacuum.csv").write_text("\n".join(lines) + "\n")
+    from tomat.study.site import write_table
+    write_table(RESULTS / "vacuum.csv", score(args.runs))
 
 
 if __name__ == "__main__":

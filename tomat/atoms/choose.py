@@ -22,11 +22,11 @@ def _usable(density: Density) -> bool:
     "Whether a density has a sum of atoms."
     return bool(density.structure.is_ordered) and density.n_electrons > 0
 
-def disagreement(id: str,  # id of a material
-                 read: Callable[[str], Density],  # id → density
+def disagreement(id: str,           # id of a material
+                 density: Density,  # of the material
                  ) -> str:
     "The disagreement of a material's electrons with the packaged atoms; empty where they agree."
-    density, atoms = read(id), packaged_atoms()
+    atoms = packaged_atoms()
     if not _usable(density):
         return ""
     if missing := sorted({site.specie.symbol for site in density.structure} - set(atoms.atoms)):
@@ -58,7 +58,7 @@ def _difference(id: str, read: Callable[[str], Density]) -> str:
     "The reason why the packaged atoms are not those of a material; empty where they may be."
     density = read(id)
     paw = any(density.augmentation.values())
-    return disagreement(id, lambda _: density) or (f"{id} has the PAW occupancies of VASP, and they are GPAW's" if paw else "")
+    return disagreement(id, density) or (f"{id} has the PAW occupancies of VASP, and they are GPAW's" if paw else "")
 
 def choose_atoms(source: Source,      # densities to train on
                  ids: Sequence[str],  # ids of the materials

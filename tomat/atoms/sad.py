@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['G_MAX', 'G_STEP', 'SLAB', 'FreeAtom', 'rounded', 'FreeAtoms', 'load_atoms', 'save_atoms', 'packaged_atoms',
            'free_atom', 'own_digest', 'wave_orders', 'wave_phases', 'wave_plane', 'SadWaves', 'sad_waves',
-           'sad_density', 'valence_electrons', 'with_sad']
+           'sad_density', 'valence_numbers', 'valence_electrons', 'with_sad']
 
 # %% ../../nbs/02_atoms/01_sad.ipynb #cae5f708
 import hashlib
@@ -262,6 +262,13 @@ def sad_density(structure: Structure,         # a crystal; ordered sites only
     return sad_waves(structure, atoms).density(shape)
 
 # %% ../../nbs/02_atoms/01_sad.ipynb #083e645b
+def valence_numbers(structure: Structure,            # a crystal with ordered sites
+                    atoms: FreeAtoms | None = None,  # None: the packaged ones
+                    ) -> np.ndarray:  # (N,) electrons
+    "The valence electrons of each atom, which are the charges of the ions."
+    atoms = atoms or packaged_atoms()
+    return np.array([atoms[site.specie.symbol].n_valence for site in structure])
+
 def valence_electrons(structure: Structure,  # a crystal
                       atoms: FreeAtoms | None = None,  # None: the packaged ones
                       ) -> float:  # electrons per cell
@@ -269,8 +276,7 @@ def valence_electrons(structure: Structure,  # a crystal
     check_structure(structure, "The structure")
     if not structure.is_ordered:
         raise TomatError(f"{formula_of(structure)} has partly occupied sites: give a structure with one element on each site.")
-    atoms = atoms or packaged_atoms()
-    return sum(atoms[site.specie.symbol].n_valence for site in structure)
+    return float(sum(valence_numbers(structure, atoms).tolist()))
 
 # %% ../../nbs/02_atoms/01_sad.ipynb #dc0ffe35
 # The registered name reads old files: data sets from before names were registered hold it, wherever the function is now.

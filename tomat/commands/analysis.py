@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .base import Json, print_result
-from .prediction import Checkpoint, Device, FromStructure, Grid, print_prediction
+from .prediction import Checkpoint, Device, FromStructure, print_prediction
 from ..io.remote import TomatError
 
 if TYPE_CHECKING:
@@ -148,7 +148,8 @@ def analyze(file: Annotated[str, typer.Argument(help="A density (CHGCAR, cube, X
             atoms: Atoms = None,
             zval: Zval = None,
             checkpoint: Checkpoint = None,
-            grid: Grid = None,
+            grid: Annotated[tuple[int, int, int] | None, typer.Option(
+                help="Points along a, b and c, as in 56,56,56; if not given, at most 0.097 Å apart.")] = None,
             from_: FromStructure = None,
             device: Device = "",
             as_json: Json = False,

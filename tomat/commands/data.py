@@ -168,7 +168,7 @@ def atoms_of_rows(choice: str | None,            # option --atoms
     if choice is not None or (target == "difference" and not separate):
         return chosen_atoms(choice, source, ids, workers)
     some = ids[::max(1, len(ids) // 16)]
-    looked = (of_readable(id, partial(disagreement, read=source.read)) for id in some)
+    looked = (of_readable(id, lambda id: disagreement(id, source.read(id))) for id in some)
     if not (why := next((str(why) for why in looked if why and not isinstance(why, UnreadableFile)), "")):
         return None
     if not separate:

@@ -10,7 +10,6 @@ __all__ = ['Strategy', 'FullGrid', 'Checkpoint', 'ExpectedError', 'FromStructure
 # %% ../../nbs/11_commands/06_prediction.ipynb #f6785120
 import os
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,11 +18,11 @@ from rich.console import Console
 from rich.table import Table
 
 from .base import From, Json, opened, part_of, passed_over, print_result
-from .grids import Grid, grid_rule
+from .grids import GridRule
 from ..io.remote import TomatError, is_remote
+from ..train.config import with_options
 
 if TYPE_CHECKING:
-    from pymatgen.core import Structure
     from tomat.atoms.sad import FreeAtoms
     from tomat.prediction.crystals import Crystal
     from tomat.prediction.starts import Start
@@ -78,7 +77,7 @@ def start_of(template: str | None,     # option --template
                  occupancies is not None, None if magmom is None else parse_magmom(magmom))
 
 def placed(found: "list[Crystal]",  # as read
-           rule: "Callable[[Structure], tuple[int, int, int]] | None",  # from `grid_rule`
+           rule: GridRule,
            start: "Start",
            given: list[Any],        # option --zval, parsed
            atoms: "FreeAtoms",      # atoms of the predictor
@@ -89,15 +88,15 @@ def placed(found: "list[Crystal]",  # as read
     for crystal in found:
         check_zval(crystal.structure, given, atoms, "--zval")
     if start.template is not None:
-        if rule or len(found) > 1:
-            raise TomatError("--template gives the grid: leave the option of the grid out." if rule else
+        if rule.is_given or len(found) > 1:
+            raise TomatError("--template gives the grid: leave the option of the grid out." if rule.is_given else
                              f"--template is for one crystal, and there are {len(found)}: predict one at a time.")
         return [on_template(found[0], start.template, atoms)]
     if start.moments is not None and len(found) > 1:
         raise TomatError(f"--magmom gives the moments of one crystal, and there are {len(found)}: predict one at a time.")
     for crystal in found:
         start.check(crystal.structure, atoms)
-    return [crystal._replace(grid=rule(crystal.structure)) if rule else crystal for crystal in found]
+    return [crystal._replace(grid=rule.of(crystal.structure) or crystal.grid) for crystal in found]
 
 def name_skipped(skipped: dict[str, str],  # file of a folder → why it was not read
                  ) -> dict[str, str]:
@@ -120,16 +119,10 @@ def print_rest(results: list[dict[str, Any]],  # from `run_tasks`
         print(f"tomat: {bare[0]} holds no PAW occupancies and VASP will begin with those of its atoms: give a CHGCAR of VASP as "
               "--template to keep its own.", file=sys.stderr)
 
+@with_options(rule=GridRule)
 def predict(structures: Annotated[list[str], typer.Argument(help="POSCAR, CIF or density files, folders of them, or mp-ids.")],
             out: Annotated[str, typer.Option(help="File to write: CHGCAR, cube, XSF, JSON or Zarr; for many structures a folder.")],
             checkpoint: Checkpoint = None,
-            grid: Grid = None,
-            encut: Annotated[float | None, typer.Option(help="VASP's ENCUT, eV: predict on VASP's fine grid.")] = None,
-            prec: Annotated[str | None, typer.Option(help="VASP's PREC beside --encut.  [default: Normal]")] = None,
-            incar: Annotated[str | None, typer.Option(help="An INCAR with ENCUT and PREC, or with NGXF, NGYF, NGZF.")] = None,
-            ecut: Annotated[float | None, typer.Option(help="GPAW's cutoff, eV: predict on the grid of its density.")] = None,
-            ecutrho: Annotated[float | None, typer.Option(help="Quantum ESPRESSO's ecutrho, Ry: predict on its grid.")] = None,
-            ecut_abinit: Annotated[float | None, typer.Option(help="ABINIT's ecut, Ha: predict on its grid.")] = None,
             template: Template = None,
             occupancies: Annotated[str | None, typer.Option(help="mean: the training data's mean PAW occupancies.")] = None,
             magmom: Annotated[str | None, typer.Option(help="Moments to start from, μB, as in an INCAR: 2*5,2*-5.")] = None,
@@ -144,10 +137,11 @@ def predict(structures: Annotated[list[str], typer.Argument(help="POSCAR, CIF or
             device: Device = "",
             workers: Annotated[int, typer.Option(min=1, help="Number of processes, for many small crystals on a CPU.")] = 1,
             as_json: Json = False,
+            rule: GridRule = GridRule(),
             ) -> None:
     """Predict densities from structures alone, on whole grids, with the exact number of electrons.
 
-    The total density is predicted, and no spin: --magmom adds a start for it.
+    Without an option, a grid is that of a density file, or its points are at most 0.097 Å apart. No spin is predicted.
 
     Example: `tomat predict POSCAR --out CHGCAR --encut 520 --prec Accurate`, `tomat predict cells/ --out densities/`
     """
@@ -156,7 +150,7 @@ def predict(structures: Annotated[list[str], typer.Argument(help="POSCAR, CIF or
     from tomat.prediction.crystals import find_crystals
     from tomat.prediction.predictors import load_predictor
     given = parse_zval(zval) if zval is not None else []
-    rule, start = grid_rule(grid, encut, prec, incar, ecut, ecutrho, ecut_abinit), start_of(template, occupancies, magmom)
+    start = start_of(template, occupancies, magmom)
     predictor = load_predictor(checkpoint, strategy=strategy, overlap=overlap, device=device, full_grid=full_grid)
     found, skipped = find_crystals(structures, predictor.atoms, from_)
     found = placed(found, rule, start, given, predictor.atoms)

@@ -222,7 +222,7 @@ def plot_slice(values_xyz: np.ndarray,     # (nx, ny, nz) any scalar field on a 
     x, y = np.moveaxis(np.stack(corners, -1) @ plane, -1, 0)
     ax.pcolormesh(x, y, values_uv, rasterized=True, **colours)
     ax.set_aspect("equal")
-    height = structure.volume / np.linalg.norm(np.cross(*structure.lattice.matrix[others]))  # Å between the cell's two faces
+    height = 1 / np.linalg.norm(structure.lattice.inv_matrix[:, axis])  # Å between the cell's two faces
     for site in structure:
         off = (site.frac_coords[axis] - index / values_xyz.shape[axis] + 0.5) % 1 - 0.5
         if abs(off) * height < 0.3:

@@ -10,25 +10,24 @@ __all__ = ['Plane', 'Analysis', 'analyze', 'atom_rows', 'plane_rows', 'analysis_
 import csv
 import json
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..atoms.charges import CHARGE_SHARE, SPHERE_SHARE, error_bounds, hirshfeld_charges, sphere_electrons, valence_numbers
+from ..atoms.charges import CHARGE_SHARE, SPHERE_SHARE, error_bounds, hirshfeld_charges, sphere_electrons
 from ..atoms.electrostatics import (DEBYE, POTENTIAL_SHARE, Dipole, dipole, electrostatic_potential, heights, planar_average,
                                         potential_bound)
 from ..atoms.hirshfeld import hirshfeld_electrons
-from ..atoms.sad import FreeAtoms, with_sad
+from ..atoms.sad import FreeAtoms, valence_numbers, with_sad
 from ..density.core import TOTAL, Density
 from ..density.formats import read_density
 from ..density.metrics import touching_radii
 from ..density.zarr_group import read_further
 from ..io.files import atomic_write, local_copy
-from ..io.remote import TomatError, kind_of, list_folder
-from .batch import png_of
+from ..io.remote import TomatError, kind_of
+from .batch import check_writable, png_of
 
 # %% ../../nbs/07_prediction/10_analysis.ipynb #64021702
 @dataclass(frozen=True, eq=False)
@@ -169,19 +168,12 @@ def analysis_png(found: Analysis,
 # %% ../../nbs/07_prediction/10_analysis.ipynb #51246c1e
 _NAMES = r"atoms\.csv|planes\.csv|analysis\.json|analysis\.png"
 
-class _Discard(Exception):
-    "Makes `atomic_write` drop its partial folder."
-
 def check_out(out: str,  # folder for the files
               ) -> None:
     "Raise `TomatError` where an analysis could not be written; leaves nothing behind."
     if kind_of(out) == "file":
         raise TomatError(f"{out} is a file: give the name of a folder.")
-    with suppress(_Discard), atomic_write(out, known=_NAMES) as partial:
-        partial.mkdir()
-        if kind_of(out) == "folder" and set(list_folder(out)) - set(_NAMES.replace("\\", "").split("|")):
-            raise TomatError(f"{out} is a folder that holds other files: give another name, or remove the folder.")
-        raise _Discard
+    check_writable(out, _NAMES)
 
 def _write_csv(rows: Sequence[dict[str, Any]],  # with the same keys; None: an empty field
                path: Path,                      # a new local file

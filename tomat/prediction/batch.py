@@ -9,6 +9,7 @@ __all__ = ['SUFFIXES', 'PredictionTask', 'check_writable', 'plan_tasks', 'tasks_
 # %% ../../nbs/07_prediction/06_batch.ipynb #6c128982
 import io
 import os
+import re
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -51,10 +52,12 @@ class PredictionTask:
 class _Discard(Exception):
     "Makes `atomic_write` drop its partial file."
 
-def check_writable(path: str,  # file or Zarr group
+def check_writable(path: str,         # file, Zarr group, or folder
+                   known: str = "",   # regular expression of files of an old folder that may be replaced
                    ) -> None:
     "Raise `TomatError` where a result could not be written; leaves nothing behind."
-    if kind_of(path) == "folder" and not (path.lower().endswith(".zarr") and exists(f"{path}/zarr.json")) and list_folder(path):
+    is_group = path.lower().endswith(".zarr") and exists(f"{path}/zarr.json")
+    if kind_of(path) == "folder" and not is_group and not all(re.fullmatch(known, name) for name in list_folder(path)):
         raise TomatError(f"{path} is a folder that holds other files: give another name, or remove the folder.")
     with suppress(_Discard), atomic_write(path) as partial:
         partial.touch()

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from pymatgen.core import Structure
 
-from ..atoms.sad import FreeAtoms, sad_density, valence_electrons
+from ..atoms.sad import FreeAtoms, sad_density, valence_electrons, valence_numbers
 from ..density.core import TOTAL, Density, formula_of
 from ..io.remote import TomatError
 from .crystals import Crystal
@@ -85,7 +85,7 @@ def _shares(structure: Structure, moments: Sequence[float], atoms: FreeAtoms | N
     "The polarised share of each atom; raises `TomatError` for other numbers of moments, and for moments too large."
     if len(moments) != len(structure):
         raise TomatError(f"{formula_of(structure)} has {len(structure)} atoms and there are {len(moments)} moments: give as many.")
-    electrons = [valence_electrons(Structure.from_sites([site]), atoms) for site in structure]
+    electrons = valence_numbers(structure, atoms).tolist()
     for i, (moment, most) in enumerate(zip(moments, electrons, strict=True)):
         if abs(moment) > most:
             raise TomatError(f"Atom {i + 1} ({structure[i].specie}) has {most:g} valence electrons and a moment of {moment:g}: "
