@@ -86,7 +86,7 @@ $(BASE): | $(VENV)/.created
 	@echo "installing $(TORCH) into $(VENV) (1-2 minutes)"
 	@$(PIP) install '$(TORCH)' || { echo "installing $(TORCH) failed: see pip's message above." >&2; exit 1; }
 	@echo "installing tomat and what it runs on (1-2 minutes)"
-	@$(PIP) install $(COMPAT) -e . || { echo "installing tomat failed: see pip's message above." >&2; exit 1; }
+	@$(PIP) install $(COMPAT) -e '.[train]' || { echo "installing tomat failed: see pip's message above." >&2; exit 1; }
 	@touch $@
 
 $(DEV): | $(BASE)

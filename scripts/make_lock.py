@@ -3,7 +3,7 @@
     python scripts/make_lock.py            # after `make install`, on Linux with Python 3.11
     python scripts/make_lock.py --check    # only compare; exit code 1 where it is not what would be written
 
-It holds what tomat[gcs,s3,wandb] runs on, nothing for development.  PyTorch's libraries for GPUs are left to PyTorch, which
+It holds what tomat[gcs,s3,serve,train,wandb] runs on, nothing for development.  PyTorch's libraries for GPUs are left to PyTorch, which
 names their versions exactly.
 """
 import argparse
@@ -15,7 +15,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-EXTRAS = ("gcs", "s3", "wandb")
+EXTRAS = ("gcs", "s3", "serve", "train", "wandb")
 ROOT = Path(__file__).resolve().parents[1]
 HEAD = """# The exact versions that tomat[{extras}] is tested with, Python {python}: written by scripts/make_lock.py.
 """

@@ -20,7 +20,7 @@ from .commands.fits import fidelity, fit_atoms, fit_codec
 from .commands.grids import regrid
 from .commands.prediction import demo, evaluate, predict, serve
 from .commands.training import runs, train
-from .io.remote import TomatError
+from .io.remote import TomatError, how_to_install
 
 # %% ../nbs/11_commands/07_cli.ipynb #672a6830
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown", add_completion=False,
@@ -43,6 +43,8 @@ def main() -> None:
         _end("stopped.", 130)
     except TomatError as err:
         _end(str(err), 2)
+    except ModuleNotFoundError as err:
+        _end(how_to_install(err), 2)
     except OSError as err:
         _end(f"{err.filename or 'the system'}: {err.strerror or err}.", 2)
     except MemoryError as err:

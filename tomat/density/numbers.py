@@ -33,11 +33,22 @@ def leading_numbers(line: bytes,  # one line of text
     return numbers
 
 # %% ../../nbs/01_density/01_numbers.ipynb #5903f50a
+def _slow_cast(text: bytes, offsets: np.ndarray) -> np.ndarray | None:
+    "`_cast` without pyarrow."
+    words = [text[begin:end] for begin, end in offsets[1:].reshape(-1, 2).tolist()]
+    try:
+        return None if b"_" in text else np.array(list(map(float, words)))
+    except ValueError:
+        return None
+
 def _cast(text: bytes | memoryview,  # words with gaps between them
           offsets: np.ndarray,       # (2 n + 1,) int64: 0, then beginning and end of each word
           ) -> np.ndarray | None:  # (n,) float64
     "Numbers of words; None if one of them is no number of a form that all languages know."
-    import pyarrow as pa  # imported here, because it takes longer than the rest of this module
+    try:
+        import pyarrow as pa  # imported here, because it takes longer than the rest of this module
+    except ModuleNotFoundError:
+        return _slow_cast(bytes(text), offsets)
     is_word = np.full(len(offsets) // 8 + 1, 0b10101010, np.uint8)  # every second element
     buffers = [pa.py_buffer(is_word), pa.py_buffer(offsets), pa.py_buffer(text)]
     try:

@@ -21,10 +21,9 @@ from typing import Any
 
 import google_crc32c
 import numpy as np
-import pyarrow as pa
 import zarr
 from monty.json import MontyEncoder
-from numcodecs import Blosc
+from numcodecs import Blosc, zstd
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from .chgcar import parsing
@@ -80,10 +79,16 @@ def _unblosc(content: bytes, n: int) -> bytes:
     stated = int.from_bytes(content[4:8], "little")  # checked before as many bytes are allocated
     return Blosc().decode(content) if stated == n else b""
 
+def _unzstd(content: bytes, n: int) -> np.ndarray | bytes:
+    zstd.decompress(content, unpacked := np.empty(n, np.uint8))  # raises an error for more than n bytes, not for fewer
+    with suppress(ValueError, RuntimeError):
+        zstd.decompress(content, np.empty(n - 1, np.uint8))
+        return b""
+    return unpacked
+
 # codec → function of a packed chunk and the number of its bytes; another number comes back where the chunk has another
 _UNPACK: dict[str, Callable[[bytes, int], Any]] = {
-    "zstd": lambda content, n: pa.decompress(content, n, codec="zstd"), "gzip": _gunzip, "blosc": _unblosc,
-    "": lambda content, n: content}
+    "zstd": _unzstd, "gzip": _gunzip, "blosc": _unblosc, "": lambda content, n: content}
 
 def _unpacked(content: bytes,         # a chunk as it is stored
               codecs: Sequence[str],  # names of its codecs after the first
@@ -97,7 +102,7 @@ def _unpacked(content: bytes,         # a chunk as it is stored
             raise TomatError(f"a chunk of the Zarr array {name} is not as it was written, its checksum differs: copy it again.")
     try:
         unpacked = _UNPACK["".join(codecs).removesuffix("crc32c")](content, n)
-    except (OSError, ValueError, RuntimeError, zlib.error):  # of Arrow, Blosc and zlib
+    except (OSError, ValueError, RuntimeError, zlib.error):  # of Zstandard, Blosc and zlib
         unpacked = b""
     if len(unpacked) != n:
         raise TomatError(f"a chunk of the Zarr array {name} does not hold the {n:,} bytes of its shape: copy it again.")

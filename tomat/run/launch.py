@@ -19,7 +19,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..io.remote import TomatError
+from ..io.remote import TomatError, how_to_install
 from ..io.untrusted import is_name
 from ..io.settings import data_set, setting
 from ..prediction.worker import ServiceLimits
@@ -250,7 +250,7 @@ W = TypeVar("W", bound=Callable[..., Any])
 def _expected() -> tuple[type[BaseException], ...]:
     "The exceptions that become a sentence."
     modal: Any = sys.modules.get("modal")
-    return (TomatError, ImportError, OSError, OverflowError, *((modal.exception.Error,) if modal else ()))
+    return (TomatError, ModuleNotFoundError, OSError, OverflowError, *((modal.exception.Error,) if modal else ()))
 
 def sentences(work: W) -> W:
     "The function, with each expected error as one sentence and exit code 2."
@@ -259,8 +259,8 @@ def sentences(work: W) -> W:
         try:
             return work(*args, **kwargs)
         except _expected() as err:
-            missing = f"{getattr(err, 'name', None)} is not installed: run pip install -e '.[modal]' in the checkout."
-            print(f"tomat: {missing if isinstance(err, ImportError) else ' '.join(str(err).split())}", file=sys.stderr)
+            sentence = how_to_install(err) if isinstance(err, ModuleNotFoundError) else " ".join(str(err).split())
+            print(f"tomat: {sentence}", file=sys.stderr)
             raise SystemExit(2) from err
     return quietly  # type: ignore[return-value]
 

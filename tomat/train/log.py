@@ -96,10 +96,7 @@ def _start_wandb(run: Path,              # folder of the run
                  metadata: dict[str, Any],  # "name" and "id"; the rest is the configuration
                  ) -> Any:  # W&B's run
     "Start a run at W&B, or resume the run of that id."
-    try:
-        import wandb
-    except ImportError as err:
-        raise TomatError("Weights & Biases is not installed: pip install 'tomat[wandb]', or train without it.") from err
+    import wandb
     mode: Any = os.environ.get("WANDB_MODE") or setting("wandb_mode", "offline")
     config = {key: value for key, value in metadata.items() if key not in ("name", "id")}
     try:
