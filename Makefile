@@ -17,7 +17,7 @@ DEV    := $(VENV)/.installed-dev-$(KEY)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test pages check lint export clean-nbs readme docs serve hooks lock marin marin-test marin-lock install clean
+.PHONY: help demo test pages check lint export clean-nbs readme docs serve dist first-hour hooks lock marin marin-test marin-lock install clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -51,6 +51,14 @@ docs: $(DEV)  ## write the site to _docs/
 
 serve: $(DEV)  ## write the site and show it on this computer, on port 8000 (PORT=... for another)
 	@$(BIN)/python scripts/build_docs.py --serve $(or $(PORT),8000)
+
+dist: $(DEV)  ## build the sdist and the wheel in dist/
+	@rm -rf build dist
+	@$(BIN)/python -m build -q --outdir dist .
+	@rm -rf build
+
+first-hour: dist  ## install dist/ in a new environment, predict, train and evaluate there; prints each step's seconds
+	@$(BIN)/python scripts/first_hour.py dist
 
 hooks: $(DEV)  ## git hooks of this clone: notebooks are committed clean and merge cell by cell
 	@VENV=$(VENV) sh scripts/install_hooks.sh

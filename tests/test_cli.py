@@ -549,6 +549,28 @@ def test_a_wrong_word_is_one_sentence(tomat, tmp_path, made, bad, monkeypatch, l
         is_one_sentence(tomat(*[word.format(**names) for word in command.split()]), *words.split())
 
 
+@pytest.mark.parametrize("package, extra, line", [
+    ("pyarrow", "train", "tokenize sample --out {out}"), ("transformers", "train", "train {rows} --out {out} --size nano"),
+    ("granian", "serve", "serve --port 1")])
+def test_a_missing_extra_is_named(tmp_path, made, package, extra, line):
+    "`pip install tomat` alone predicts; what the other commands need comes with an extra."
+    words = line.format(out=tmp_path / "out", rows=made / "rows").split()
+    code = f"import sys; sys.modules['{package}'] = None; sys.argv[1:] = {words}; from tomat.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stderr.strip()) == (
+        2, f"tomat: {package} is not installed: pip install 'tomat[{extra}]'."), done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_numbers_are_read_without_pyarrow(tmp_path):
+    "More slowly, and to the same bytes."
+    write_density(sample_store().read("gp-00545"), tmp_path / "CHGCAR")
+    code = "import tomat; from hashlib import md5; print(md5(tomat.read('CHGCAR').total.tobytes()).hexdigest())"
+    sums = [subprocess.run([sys.executable, "-c", f"import sys; {block}{code}"], capture_output=True, text=True, cwd=tmp_path).stdout
+            for block in ("", "sys.modules['pyarrow'] = None; ")]
+    assert sums[0] == sums[1] and len(sums[0]) == 33
+
+
 @pytest.mark.parametrize("line", ["paint", "info", "info a b", "info a --colour", "tokenize x", "predict x", "train x",
                                   "predict POSCAR --grid 4 4", "tokenize x --out y --patch-size three",
                                   "train x --out y --lr fast"])

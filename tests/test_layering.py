@@ -209,7 +209,8 @@ def test_nothing_heavy_is_imported_early():
 def test_a_prediction_imports_nothing_of_training(tmp_path):
     "A first prediction takes seconds, and most of them are imports."
     (tmp_path / "POSCAR").write_text("Li\n1\n3.4 0 0\n0 3.4 0\n0 0 3.4\nLi\n1\nDirect\n0 0 0\n")
-    unused = "transformers torch.distributed.fsdp pymatgen.io.vasp matplotlib polars pandas plotly scipy.signal torch._dynamo"
+    unused = ("pyarrow polars tokenizers transformers granian starlette "  # of the extras [train] and [serve]
+              "torch.distributed.fsdp pymatgen.io.vasp matplotlib pandas plotly scipy.signal torch._dynamo")
     words = ["predict", str(tmp_path / "POSCAR"), "--grid", "8,8,8", "--out", str(tmp_path / "x.cube")]
     lines = ["import sys", "from tomat.cli import app", f"app({words}, standalone_mode=False)",
              f"print('imported:', *(name for name in {unused.split()} if name in sys.modules))"]

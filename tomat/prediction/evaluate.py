@@ -24,8 +24,7 @@ from ..io.remote import TomatError, exists
 from ..io.files import atomic_write, read_json, write_json
 from ..io.progress import track
 from .batch import check_writable
-from .causal import reference, sad_of
-from .core import Prediction, Predictor
+from .core import Prediction, Predictor, reference, sad_of
 from .scores import Score, entry_name, regions, score
 from ..io.untrusted import check_name
 
