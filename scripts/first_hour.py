@@ -54,9 +54,9 @@ class Folder:
         hidden = {"PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV"}
         env = {name: value for name, value in os.environ.items() if name not in hidden and not name.startswith("TOMAT_")}
         env |= {"PATH": f"{self.bin}{os.pathsep}{os.environ['PATH']}", **variables}
-        done = subprocess.run(shlex.split(line), cwd=self.here, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        done = subprocess.run(shlex.split(line), cwd=self.here, env=env, capture_output=True, text=True)
         if done.returncode:
-            sys.exit(f"{done.stdout}\n{line[:80]} ended with code {done.returncode}.")
+            sys.exit(f"{done.stdout}{done.stderr}\n{line[:80]} ended with code {done.returncode}.")
 
     def step(self, name: str, line: str, **variables: str) -> None:
         begun = time.perf_counter()

@@ -3,8 +3,8 @@
     python scripts/make_lock.py            # after `make install`, on Linux with Python 3.11
     python scripts/make_lock.py --check    # only compare; exit code 1 where it is not what would be written
 
-It holds what tomat[gcs,s3,serve,train,wandb] runs on, nothing for development.  PyTorch's libraries for GPUs are left to PyTorch, which
-names their versions exactly.
+It holds what tomat[gcs,s3,serve,train,wandb] runs on, nothing for development.  PyTorch's libraries for GPUs are left to
+PyTorch, which names their versions exactly.
 """
 import argparse
 import sys

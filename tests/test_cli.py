@@ -566,8 +566,8 @@ def test_numbers_are_read_without_pyarrow(tmp_path):
     "More slowly, and to the same bytes."
     write_density(sample_store().read("gp-00545"), tmp_path / "CHGCAR")
     code = "import tomat; from hashlib import md5; print(md5(tomat.read('CHGCAR').total.tobytes()).hexdigest())"
-    sums = [subprocess.run([sys.executable, "-c", f"import sys; {block}{code}"], capture_output=True, text=True, cwd=tmp_path).stdout
-            for block in ("", "sys.modules['pyarrow'] = None; ")]
+    sums = [subprocess.run([sys.executable, "-c", f"import sys; {hidden}{code}"], stdout=subprocess.PIPE, text=True, cwd=tmp_path).stdout
+            for hidden in ("", "sys.modules['pyarrow'] = None; ")]
     assert sums[0] == sums[1] and len(sums[0]) == 33
 
 

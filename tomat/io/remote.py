@@ -33,8 +33,8 @@ def is_remote(path: str | Path,  # a local path or a URL
 # %% ../../nbs/10_io/01_remote.ipynb #18848de9
 _EXTRAS = {"s3": "tomat[s3]", "s3a": "tomat[s3]", "gs": "tomat[gcs]", "gcs": "tomat[gcs]", "http": "aiohttp", "https": "aiohttp"}
 _CONNECT, _ANSWER = 5, 15  # seconds
-_IN_EXTRA = {"huggingface_hub": "train", "polars": "train", "pyarrow": "train", "tokenizers": "train", "transformers": "train", "granian": "serve",
-             "starlette": "serve", "modal": "modal", "wandb": "wandb"}  # package → extra of tomat that brings it
+_IN_EXTRA = dict.fromkeys(("huggingface_hub", "polars", "pyarrow", "tokenizers", "transformers"), "train") | {
+    "granian": "serve", "starlette": "serve", "modal": "modal", "wandb": "wandb"}  # package → extra of tomat that brings it
 
 def how_to_install(err: ModuleNotFoundError) -> str:  # a sentence
     "What to install where a package is missing."
