@@ -2,7 +2,7 @@
 
     make first-hour                                              # builds, and runs this in a folder that is removed
     python scripts/first_hour.py DIST --python python3.12        # with another Python
-    python scripts/first_hour.py DIST --times 5 --out results/install.json
+    python scripts/first_hour.py DIST --times 5 --out results/install/install.json
 
 DIST holds the wheel and the sdist. Both are installed, the wheel last, into a new virtual environment that has PyTorch alone.
 Predicting runs without the extra [train] and with all proxies led nowhere; then [train] is installed. With --times, the start of

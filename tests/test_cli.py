@@ -550,11 +550,11 @@ def test_a_wrong_word_is_one_sentence(tomat, tmp_path, made, bad, monkeypatch, l
 
 
 @pytest.mark.parametrize("package, extra, line", [
-    ("pyarrow", "train", "tokenize sample --out {out}"), ("transformers", "train", "train {rows} --out {out} --size nano"),
+    ("pyarrow", "train", "tokenize {store} --out {out}"), ("transformers", "train", "train {rows} --out {out} --size nano"),
     ("granian", "serve", "serve --port 1")])
 def test_a_missing_extra_is_named(tmp_path, made, package, extra, line):
     "`pip install tomat` alone predicts; what the other commands need comes with an extra."
-    words = line.format(out=tmp_path / "out", rows=made / "rows").split()
+    words = line.format(out=tmp_path / "out", rows=made / "rows", store=made / "store").split()
     code = f"import sys; sys.modules['{package}'] = None; sys.argv[1:] = {words}; from tomat.cli import main; main()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert (done.returncode, done.stderr.strip()) == (
@@ -566,7 +566,7 @@ def test_numbers_are_read_without_pyarrow(tmp_path):
     "More slowly, and to the same bytes."
     write_density(sample_store().read("gp-00545"), tmp_path / "CHGCAR")
     code = "import tomat; from hashlib import md5; print(md5(tomat.read('CHGCAR').total.tobytes()).hexdigest())"
-    sums = [subprocess.run([sys.executable, "-c", f"import sys; {hidden}{code}"], stdout=subprocess.PIPE, text=True, cwd=tmp_path).stdout
+    sums = [subprocess.check_output([sys.executable, "-c", f"import sys; {hidden}{code}"], text=True, cwd=tmp_path)
             for hidden in ("", "sys.modules['pyarrow'] = None; ")]
     assert sums[0] == sums[1] and len(sums[0]) == 33
 

@@ -31,7 +31,7 @@ from ase.spacegroup import crystal
 RESULTS = Path(__file__).resolve().parent
 MORE = RESULTS / "more.csv"
 sys.path.insert(0, str(RESULTS.parents[1] / "scripts"))
-DRAWN, MOST = 400, 60
+DRAWN, MOST = 171, 60
 CLOSE = (0.9, 1.02)
 UNBALANCED = 0.4  # share of draws that need no balance of common oxidation states
 NONMETALS = {"H": 35, "O": 25, "F": 15, "N": 10, "S": 8, "Cl": 4, "C": 3}

@@ -10,6 +10,8 @@
     python results/probe/make_probe_results.py seeds STORE RUNS
     python results/probe/make_probe_results.py curve STORE RUNS --steps 2000
 
+STORE is a raw store. calibrate, train, package and curve of the packaged checkpoint take the one of make_more_data.py; the names of
+its runs end in -more.
 split: held_out.csv, a tenth of the chemical systems of the training split. calibrate: a run without these materials, measured on
 their whole grids. It finds the factor of the expected errors and the best way to make electrons exact: held_out.json and
 electrons.csv. train: a run on all of the training split; a stopped run is resumed. package: the run of seed 0 with the factor that
@@ -78,6 +80,11 @@ def systems(store: RawStore) -> dict[str, str]:
     return {id: store.read(id).structure.composition.chemical_system for id in track(store.split("train"), "look")}
 
 
+def named(store: RawStore, name: str) -> str:
+    "The name of a run or of its voxels, which tells whether the store holds the materials of make_more_data.py."
+    return name + "-more" * any(id.startswith("more-") for id in store.ids)
+
+
 def split(store: RawStore) -> None:
     "A tenth of the chemical systems, by a checksum of their names, which holds when the store grows."
     write_table(RESULTS / "held_out.csv", [{"id": id, "formula": store.read(id).formula} for id, system in systems(store).items()
@@ -124,7 +131,7 @@ def corrections(raw: np.ndarray,    # predicted density, e/Å³
 
 def calibrate(store: RawStore, runs: Path, steps: int) -> None:
     training, held_out = fold(store)
-    model = load_probe(train(store, runs / "calibrate", "calibrate", training, steps))
+    model = load_probe(train(store, runs / named(store, "calibrate"), named(store, "calibrate"), training, steps))
     metadata = model.training_metadata
     scores: list[dict[str, float]] = []
     ratios, below = [], Counter[str]()
@@ -294,7 +301,7 @@ def of_runs(store: RawStore, found: Sequence[Path]) -> list[dict[str, Any]]:
 
 
 def seeds(store: RawStore, runs: Path) -> None:
-    names = [f"{size}-{seed}{more}" for more in ("", "-48000") for size in PROBE_SIZES for seed in range(10)]
+    names = [f"{size}-{seed}{more}" for more in ("", "-48000", "-more") for size in PROBE_SIZES for seed in range(10)]
     write_table(RESULTS / "seeds.csv", of_runs(store, [runs / name for name in names if (runs / name / "model").exists()]))
 
 
@@ -363,10 +370,11 @@ def main() -> None:
     if args.what not in ("split", "package", "evaluate") and not args.runs:
         parser.error("name a folder for the runs")
     if args.what == "package":
-        return package(Path(args.path, "S-0"))
+        return package(Path(args.path, "S-0-more"))
     store, runs, steps = RawStore(args.path), Path(args.runs or ""), args.steps
     if args.what == "train":
-        train(store, runs / (args.name or f"{args.size}-{args.seed}"), "part-1", store.split("train"), steps, args.size, args.seed)
+        name = args.name or named(store, f"{args.size}-{args.seed}")
+        train(store, runs / name, named(store, "part-1"), store.split("train"), steps, args.size, args.seed)
     elif args.what == "folds":
         folds(store, runs, steps, args.only)
     elif args.what in ("calibrate", "curve"):
