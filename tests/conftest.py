@@ -16,9 +16,10 @@ from crystals import Done, noise
 
 @pytest.fixture(scope="session", autouse=True)
 def silent():
-    "No progress bars, in this process or its children."
+    "No progress bars, and no key of the user, in this process or its children."
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TOMAT_PROGRESS", "0")
+        patch.delenv("MP_API_KEY", raising=False)
         yield
 
 

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings, strategies as st
 
-from tomat.io.fetch import (BASE_URL, _partial, base_of, cache_folder, fetch, has_md5, is_whole_gzip, read_ids,
+from tomat.io.catalogue import read_ids
+from tomat.io.fetch import (BASE_URL, _partial, base_of, cache_folder, fetch, has_md5, is_whole_gzip,
                             stored_md5)
 from tomat.io.remote import TomatError, exists, list_folder
 from tomat.io.remote import details, remote_fs
@@ -116,7 +117,7 @@ def test_google_a_web_server_and_a_folder_are_mirrors_too(gcs, web, mirror, tmp_
 def test_ids_keep_their_order_and_a_missing_one_stops_no_other(parsed, tmp_path):
     put(parsed, "mp-2", gzip.compress(b"two"))
     assert [p.name for p in fetch(["mp-2", "mp-1", "mp-2"], tmp_path)] == ["mp-2.json.gz", "mp-1.json.gz", "mp-2.json.gz"]
-    with pytest.raises(TomatError, match=r"no density of mp-149, mp-7, mp-8 and 1 others at s3://.*id of the task"):
+    with pytest.raises(TomatError, match=r"no density of mp-149, mp-7, mp-8, mp-9 at s3://.*id of the task"):
         fetch(["mp-149", "mp-7", "mp-8", "mp-9", "mp-1"], tmp_path / "other")
     assert good(tmp_path / "other" / "mp-1.json.gz") and len(os.listdir(tmp_path / "other")) == 2
 

@@ -82,19 +82,22 @@ def convert(source: Annotated[str, typer.Argument(help="A density file, or a fol
     passed_over(faults)
 
 # %% ../../nbs/11_commands/03_data.ipynb #8ab57bed
-def fetch(ids: Annotated[list[str], typer.Argument(help="Task ids such as mp-2680643, or a file that lists them.")],
+def fetch(ids: Annotated[list[str], typer.Argument(help="Ids of materials or tasks, such as mp-149, or a file that lists them.")],
           out: Annotated[str | None, typer.Option(help="Folder for the densities; the cache if not given.")] = None,
           base_url: Annotated[str | None, typer.Option(help="Mirror to read from: s3://, gs://, https:// or a folder.")] = None,
           workers: Copies = 4,
           as_json: Json = False,
           ) -> None:
-    """Fetch densities of the Materials Project's open bucket. No account is needed; files that are already there stay.
+    """Fetch densities of the Materials Project's open bucket; files that are already there stay.
 
-    Example: `tomat fetch mp-2680643`, `tomat fetch ids.txt --out densities/`
+    No account is needed for ids of tasks. Tasks of materials are looked up with the key in MP_API_KEY, which is free.
+
+    Example: `tomat fetch mp-149`, `tomat fetch ids.txt --out densities/`
     """
     from tomat.io import fetch as fetching
-    task_ids = list(dict.fromkeys(id for text in ids for id in fetching.read_ids(text)))
-    files = [str(file) for file in fetching.fetch(task_ids, out, base_url, workers)]
+    from tomat.io.catalogue import read_ids
+    wanted = list(dict.fromkeys(id for text in ids for id in read_ids(text)))
+    files = [str(file) for file in fetching.fetch(wanted, out, base_url, workers)]
     print_result({"fetched": len(files), "files": files}, True) if as_json else print(*files, sep="\n")
 
 # %% ../../nbs/11_commands/03_data.ipynb #6a19636c

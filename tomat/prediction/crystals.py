@@ -24,8 +24,8 @@ from ..density.chgcar import plain_name
 from ..density.core import Density, formula_of
 from ..density.formats import id_of, read_structure
 from ..density.grids import fast_number
-from ..density.source import MP_IDS
 from ..density.structures import check_whole
+from ..io.catalogue import MP_IDS
 from ..io.fetch import fetch
 from ..io.limits import check_grid
 from ..io.progress import R, T, in_order, track

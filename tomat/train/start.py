@@ -20,6 +20,7 @@ from ..dataset.voxels import saved_form
 from ..density.core import Density
 from ..density.source import Source, Unsplit, open_source
 from ..density.store import is_store
+from ..io.catalogue import MP_IDS
 from ..io.remote import TomatError, entries, kind_of
 from .config import DECODERS, ProbeTrainConfig, RunConfig, TrainConfig
 
@@ -33,12 +34,9 @@ def data_kind(data: str | Path,  # a folder or file, local or remote, or ids of 
     "What the data of a run are; raises `TomatError` where there are none."
     text = str(data).rstrip("/")
     kind = kind_of(text)
-    if kind is None:
-        try:
-            open_source(text)  # ids
-        except TomatError as err:
-            raise TomatError(f"{text} does not exist: give a folder of rows or of prepared voxels, a raw store, a folder of "
-                             "densities, or ids such as mp-2680643.") from err
+    if kind is None and not MP_IDS.fullmatch(text):
+        raise TomatError(f"{text} does not exist: give a folder of rows or of prepared voxels, a raw store, a folder of "
+                         "densities, or ids such as mp-149.")
     if kind != "folder" or is_store(text):
         return "densities"
     form = form_of(text)
