@@ -15,7 +15,8 @@ import typer
 
 from .commands.analysis import analyze
 from .commands.base import Command
-from .commands.data import convert, fetch, info, prepare, show_tokens, sync, tokenize, verify
+from .commands.data import prepare, show_tokens, sync, tokenize, verify
+from .commands.densities import convert, fetch, info
 from .commands.fits import fidelity, fit_atoms, fit_codec
 from .commands.grids import regrid
 from .commands.prediction import demo, evaluate, predict, serve

@@ -12,6 +12,7 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path, PurePosixPath
 from time import sleep
 from typing import Any
@@ -31,7 +32,8 @@ def is_remote(path: str | Path,  # a local path or a URL
     return "://" in str(path)
 
 # %% ../../nbs/10_io/01_remote.ipynb #18848de9
-_EXTRAS = {"s3": "tomat[s3]", "s3a": "tomat[s3]", "gs": "tomat[gcs]", "gcs": "tomat[gcs]", "http": "aiohttp", "https": "aiohttp"}
+_EXTRAS = {"s3": "tomat[s3]", "s3a": "tomat[s3]", "gs": "tomat[gcs]", "gcs": "tomat[gcs]", "hf": "huggingface_hub",
+           "http": "aiohttp", "https": "aiohttp"}
 _CONNECT, _ANSWER = 5, 15  # seconds
 _IN_EXTRA = dict.fromkeys(("huggingface_hub", "polars", "pyarrow", "tokenizers", "transformers"), "train") | {
     "granian": "serve", "starlette": "serve", "modal": "modal", "wandb": "wandb"}  # package → extra of tomat that brings it
@@ -120,6 +122,11 @@ def _client_errors(scheme: str,  # the part of a URL before ://
         from botocore import exceptions as boto
         known = (*known, boto.BotoCoreError, boto.ClientError)
         lost = (*lost, boto.ConnectionError, boto.HTTPClientError, boto.IncompleteReadError)
+    if scheme == "hf":
+        from huggingface_hub.errors import HfHubHTTPError
+        library = import_module(HfHubHTTPError.__mro__[1].__module__.partition(".")[0])  # requests, httpx or httpx2
+        known = (*known, library.HTTPError)
+        lost = (*lost, *(getattr(library, name) for name in ("TransportError", "ConnectionError") if hasattr(library, name)))
     if scheme in ("gs", "gcs"):
         from gcsfs.retry import HttpError
         from google.auth.exceptions import GoogleAuthError, TransportError
