@@ -266,12 +266,13 @@ def open_source(name: str | Path,           # a store, a folder, a file, ids wit
         if MP_IDS.fullmatch(text):
             return _fetched(read_ids(text))
         raise TomatError(f"{text} does not exist: give a raw store, a folder or file of densities, or ids such as mp-2680643.")
-    if is_store(text):
-        return RawStore(text)
-    if table_files(text):
+    store = is_store(text)
+    if not store and table_files(text):
         return Table(text, columns or columns_from())
     if columns is not None:
         raise TomatError(f"{text} is no Parquet file and no folder of them: leave --columns out.")
+    if store:
+        return RawStore(text)
     if kind == "file" and _LIST.fullmatch(text):
         ids = read_ids(text)
         if unknown := [id for id in ids if not MP_IDS.fullmatch(id)]:

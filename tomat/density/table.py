@@ -146,8 +146,10 @@ def _parquet(path: str,  # a Parquet file, local or remote
     import pyarrow.parquet as pq
     with open_binary(path, _BUFFER) as handle:
         try:
-            yield pq.ParquetFile(handle, buffer_size=_BUFFER)
-        except pa.ArrowException as err:
+            yield pq.ParquetFile(handle, buffer_size=_BUFFER, pre_buffer=False)
+        except (pa.ArrowException, OSError) as err:
+            if isinstance(err, OSError) and (type(err) is not OSError or err.errno):  # of the disk or the network, not of Arrow
+                raise
             raise TomatError(f"{path} is no Parquet file that can be read: copy it again.") from err
 
 def _batches(path: str, group: int, columns: list[str]) -> "Iterator[pa.RecordBatch]":
