@@ -30,7 +30,7 @@ class Api:
         self.types = {"mp-149": {"mp-149": RELAXED, "mp-3001": STATIC, "mp-3002": "GGA+U Static", "mp-3003": STATIC},
                       "mp-13": {"mp-13": STATIC, "mp-3010": "R2SCAN Static"},
                       "mp-542535": {"mp-633688": RELAXED, "mp-3020": STATIC}}
-        self.dates = {"mp-3001": "2018-05-01T00:00:00", "mp-3002": {"$date": "2022-10-05T22:00:26.1Z"}, "mp-3003": "2023-01-01T00:00:00",
+        self.dates = {"mp-3001": "2018-05-01T00:00:00", "mp-3002": {"$date": "2022-10-05T22:00:26.1Z"}, "mp-3003": "2023-01-01",
                       "mp-13": "2019-01-01T00:00:00", "mp-3020": "2020-01-01T00:00:00"}
         self.questions, self.keys, self.wrong = [], [], []
         outer = self
@@ -153,7 +153,7 @@ def test_all_ids_without_a_density_are_in_one_sentence(api, bucket, tomat, tmp_p
 def test_without_a_key_nothing_is_asked_and_the_sentence_names_the_key(api, bucket, monkeypatch, tmp_path):
     monkeypatch.delenv("MP_API_KEY")
     assert fetch(["mp-3001"], tmp_path)
-    with pytest.raises(TomatError, match="no density of mp-149, mp-13 at .*: set MP_API_KEY"):
+    with pytest.raises(TomatError, match=r"no density of mp-149, mp-13 at .*: set MP_API_KEY"):
         open_source("mp-3001,mp-149,mp-13")
     assert api.questions == []
     monkeypatch.setenv("TOMAT_MP_API_KEY", "from the settings")
@@ -163,7 +163,8 @@ def test_without_a_key_nothing_is_asked_and_the_sentence_names_the_key(api, buck
 def test_a_run_that_was_interrupted_asks_for_the_rest(api, bucket, monkeypatch, tmp_path):
     monkeypatch.setattr(catalogue, "BATCH", 1)
     api.types |= {"mp-7": {"mp-3001": STATIC}, "mp-8": {"mp-3020": STATIC}}
-    monkeypatch.setattr(api, "wrong", Late([(500, {}, b"")], after=6))  # one question for a material, and one for each of its static tasks
+    wrong = Late([(500, {}, b"")], after=6)  # one question for a material, and one for each of its static tasks
+    monkeypatch.setattr(api, "wrong", wrong)
     with pytest.raises(TomatError, match="answers with status 500: run it again later"):
         fetch(["mp-7", "mp-149", "mp-8"], tmp_path)
     assert known_tasks(BASE_URL) == {"mp-7": "mp-3001", "mp-149": "mp-3002"} and api.asked_for() == ["mp-7", "mp-149", "mp-8"]

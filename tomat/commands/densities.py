@@ -35,7 +35,7 @@ def info(file: Annotated[str, typer.Argument(help="CHGCAR, cube, XSF, Materials 
     print_result(density_info(density, format) | {"class": classify(density.structure)}, as_json)
 
 # %% ../../nbs/11_commands/03_densities.ipynb #95cb3462
-def convert(source: Annotated[str, typer.Argument(help="A density file; or a folder, store, bucket, Parquet file or list of many.")],
+def convert(source: Annotated[str, typer.Argument(help="A density file; a folder, store, bucket, Parquet file or list of many.")],
             target: Annotated[str, typer.Argument(help="File to write, with the format in its name; for many densities, a raw "
                                                        "store, or with --format a folder.")],
             format: Annotated[str | None, typer.Option(help="Format of the file, if the name has no known suffix; for many: of the "
@@ -46,7 +46,7 @@ def convert(source: Annotated[str, typer.Argument(help="A density file; or a fol
                                                                             "system.")] = 0,
             workers: Workers = None,
             ) -> None:
-    """Convert a density between CHGCAR, cube, XSF, Materials Project JSON and Zarr; many to a store of Zarr groups, or back to files.
+    """Convert a density between CHGCAR, cube, XSF, Materials Project JSON and Zarr; many to a store, or back to files.
 
     A file that cannot be read is passed over, and the exit code is 1. Called again, it resumes: a material whose file has changed
     since the last call is written again. With --validation the store gets the parts train

@@ -171,8 +171,8 @@ def _check_target(source: Source,
         raise TomatError(f"{reason}, so no share can be held out: leave --validation out{', or name a folder' if zipped else ''}.")
     named = not zipped and known_format(root)
     if named and not re.search(r"(chgcar|aeccar|parchg)[a-z]", Path(root).name, re.IGNORECASE):
-        raise TomatError(f"{root} is a name for one density, and {source} makes a {'folder' if format else 'store'} of many: name a "
-                         f"folder{'' if format else ', or a .zip file'}.")
+        raise TomatError(f"{root} is a name for one density, and {source} makes a {'folder' if format else 'store'} of many: "
+                         f"name a folder{'' if format else ', or a .zip file'}.")
 
 def _write_all(source: Source,
                layout: _Layout,

@@ -12,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -185,8 +184,8 @@ def _ids_in(path: str, columns: Columns) -> list[tuple[str, int, int]]:  # id, r
         found = [(id, group, number) for group in range(file.num_row_groups)
                  for number, id in enumerate(file.read_row_group(group, [columns.id]).column(0).to_pylist())]
     if bad := [row for row, (id, _, _) in enumerate(found) if not isinstance(id, (str, int)) or not is_name(str(id))]:
-        raise TomatError(f"{path}, row {bad[0]}, has {found[bad[0]][0]!r} as its {columns.id}: ids are names of letters, digits and "
-                         ". _ + -; name another column, as in --columns id=NAME.")
+        raise TomatError(f"{path}, row {bad[0]}, has {found[bad[0]][0]!r} as its {columns.id}: ids are names of letters, digits "
+                         "and . _ + -; name another column, as in --columns id=NAME.")
     return [(str(id), group, number) for id, group, number in found]
 
 def table_files(root: str,  # a Parquet file, or a folder of them; local or remote
@@ -215,11 +214,11 @@ class ParquetRows:
             found = list(pool.map(partial(_ids_in, columns=self.columns), files))
         index: dict[str, tuple[str, int, int]] = {}
         for file, rows in zip(files, found, strict=True):
-            for id, *place in rows:
+            for id, group, number in rows:
                 if id in index:
                     raise TomatError(f"{file} and {index[id][0]} both have the id {id!r}, or one has it twice: name another column "
                                      "of ids, as in --columns id=NAME.")
-                index[id] = file, *place
+                index[id] = file, group, number
         return index
 
     @property

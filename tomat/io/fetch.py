@@ -289,8 +289,8 @@ def _fault(without: list[str],  # ids without a density
            ) -> str:
     "The sentence about all of them; \"\" where there are none."
     if without and not api_key():
-        return (f"there is no density of {_listed(without)} at {base}: set MP_API_KEY, so that the calculations of materials can be "
-                "looked up, or give the id of the task that calculated it, which may differ from the material's.")
+        return (f"there is no density of {_listed(without)} at {base}: set MP_API_KEY, so that the calculations of materials can "
+                "be looked up, or give the id of the task that calculated it, which may differ from the material's.")
     faults = ([f"there is no density of {_listed(without)} at {base}"] if without else []) \
         + ([f"the Materials Project does not know {_listed(unknown)}"] if unknown else [])
     return f"{', and '.join(faults)}: leave these ids out." if faults else ""
