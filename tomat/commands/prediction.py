@@ -120,8 +120,8 @@ def print_rest(results: list[dict[str, Any]],  # from `run_tasks`
               "--template to keep its own.", file=sys.stderr)
 
 @with_options(rule=GridRule)
-def predict(structures: Annotated[list[str], typer.Argument(help="POSCAR, CIF, XYZ or density files, ase databases, folders of them, "
-                                                             "or mp-ids.")],
+def predict(structures: Annotated[list[str], typer.Argument(help="POSCAR, CIF, XYZ or density files, ase databases, folders of "
+                                                             "them, or mp-ids.")],
             out: Annotated[str, typer.Option(help="File to write: CHGCAR, cube, XSF, JSON or Zarr; for many structures a folder.")],
             checkpoint: Checkpoint = None,
             template: Template = None,
