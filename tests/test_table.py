@@ -76,7 +76,8 @@ FORMS = {
                              "density=rho,shape=n,order=F"),
     "flat JSON": (lambda d: lemat(d, rho=json.dumps(d.total.ravel().tolist())), "density=rho,shape=charge_density_grid_shape"),
     "numbers and fractions": (lambda d: {"name": d.id, "z": [s.specie.Z for s in d.structure],
-                                         "x": d.structure.frac_coords.tolist(), "cell": d.structure.lattice.matrix.ravel().tolist(), "rho": d.total.tolist()},
+                                         "x": d.structure.frac_coords.tolist(), "rho": d.total.tolist(),
+                                         "cell": d.structure.lattice.matrix.ravel().tolist()},
                               "id=name,species=z,fractions=x,lattice=cell,density=rho"),
     "a structure": (lambda d: {"name": d.id, "s": json.dumps(d.structure.as_dict()), "rho": d.total.tolist()},
                     "id=name,structure=s,density=rho")}
