@@ -45,7 +45,8 @@ STARTS = {"python": "python -c pass", "import torch": "python -c 'import torch'"
 class Folder:
     "A virtual environment and an empty folder beside it, where commands run."
     def __init__(self, root: Path, python: str) -> None:
-        self.bin, self.here, self.seconds = root / "venv" / "bin", root / "work", {}
+        self.bin, self.here = root / "venv" / "bin", root / "work"
+        self.seconds: dict[str, float] = {}
         self.here.mkdir()
         subprocess.run([python, "-m", "venv", root / "venv"], check=True)
 

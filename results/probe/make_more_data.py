@@ -24,7 +24,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 from ase import Atoms
-from ase.data import atomic_numbers, covalent_radii
+from ase.data import covalent_radii
 from ase.geometry import get_distances
 from ase.spacegroup import crystal
 
@@ -58,13 +58,13 @@ PROTOTYPES: dict[str, tuple[str, int, list[tuple[float, float, float]], list[flo
 def draw(store: Any) -> list[dict[str, Any]]:
     "A row for each crystal."
     from pymatgen.core import Composition
-    seen, metals = set(), set()
+    seen, metals = set[str](), set[str]()
     for part in ("train", "validation"):
         for id in store.split(part):
             elements = {element.symbol for element in store.read(id).structure.composition.elements}
             seen.add("-".join(sorted(elements)))
             metals |= elements - LEFT_OUT if part == "train" else set()
-    random, rows = Random(0), []
+    random, rows = Random(0), list[dict[str, Any]]()
     while len(rows) < DRAWN:
         nonmetal = random.choices(list(NONMETALS), list(NONMETALS.values()))[0]
         prototype = random.choice(list(PROTOTYPES))
@@ -101,7 +101,8 @@ def converge(atoms: Atoms) -> np.ndarray | None:  # (nx, ny, nz), e/Å³
     from ase.units import Bohr
     from gpaw import GPAW, PW, FermiDirac, KohnShamConvergenceError
     from gpaw_start import CONVERGED, SETTINGS, kpoints, total
-    atoms.calc = GPAW(mode=PW(500), kpts=kpoints(atoms), occupations=FermiDirac(0.1), convergence=CONVERGED, maxiter=MOST, **SETTINGS)
+    atoms.calc = GPAW(mode=PW(500), kpts=kpoints(atoms), occupations=FermiDirac(0.1), convergence=CONVERGED, maxiter=MOST,
+                      **SETTINGS)
     try:
         atoms.get_potential_energy()
     except KohnShamConvergenceError:
