@@ -229,7 +229,8 @@ def evaluate(source: Annotated[str, typer.Argument(help="A raw store, a folder o
     Example: `tomat evaluate densities/ --split validation --checkpoint run/model --out scores/`
     """
     from tomat.prediction import evaluate as evaluation
-    from tomat.prediction.report import evaluation_summary, slices_png, write_report
+    from tomat.prediction.pictures import material_pictures
+    from tomat.prediction.report import evaluation_summary, write_report
     found = opened(source, from_)
     part = part_of(found, split, "validation")
     ids = list(found.split(part))
@@ -238,7 +239,7 @@ def evaluate(source: Annotated[str, typer.Argument(help="A raw store, a folder o
     if not is_remote(out) and os.path.isfile(out):
         raise TomatError(f"{out} is a file: give the name of a folder.")
     predictors = predictors_from(checkpoint or [], strategy, device, full_grid)
-    result = evaluation.evaluate(found, ids, predictors, out, slices_png, pictures)
+    result = evaluation.evaluate(found, ids, predictors, out, material_pictures, pictures)
     write_report(result, f"{source}, {part}")
     print_scores(evaluation_summary(result.scores), as_json)
     passed_over(result.skipped)

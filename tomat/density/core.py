@@ -226,9 +226,9 @@ def plot_slice(values_xyz: np.ndarray,     # (nx, ny, nz) any scalar field on a 
     for site in structure:
         off = (site.frac_coords[axis] - index / values_xyz.shape[axis] + 0.5) % 1 - 0.5
         if abs(off) * height < 0.3:
-            u, v = site.frac_coords[others] % 1 @ plane
-            ax.text(u, v, site.specie.symbol, fontsize=7, ha="center", va="center", color="white",
-                    bbox={"boxstyle": "circle,pad=0.15", "facecolor": "#0008", "edgecolor": "none"})
+            for frac in product(*([f, f + 1] if f < 1e-3 else [f - 1, f] if f > 1 - 1e-3 else [f] for f in site.frac_coords[others] % 1)):
+                ax.text(*np.array(frac) @ plane, site.specie.symbol, fontsize=7, ha="center", va="center", color="white",
+                        bbox={"boxstyle": "circle,pad=0.15", "facecolor": "#0008", "edgecolor": "none"})
     ax.set(xlabel="Å", ylabel="Å")
     return ax
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['enclosing_level', 'plot_surface']
 
-# %% ../../nbs/01_density/13_surface.ipynb #bcd10ec9
+# %% ../../nbs/01_density/13_surface.ipynb #97871580
 from itertools import product
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -18,16 +18,18 @@ from scipy.ndimage import map_coordinates
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# %% ../../nbs/01_density/13_surface.ipynb #47fd833e
+# %% ../../nbs/01_density/13_surface.ipynb #9c02e38f
 def enclosing_level(values_xyz: np.ndarray,  # (nx, ny, nz) a density, or the size of any field
                     share: float = 0.7,      # of the sum of all values, between 0 and 1
-                    ) -> float:  # in the field's unit
+                    ) -> float:  # in the field's unit; infinite: the field is zero everywhere
     "The value above which voxels hold a share of the field."
     falling_N = np.sort(np.abs(values_xyz), axis=None)[::-1]
     held_N = np.cumsum(falling_N, dtype=np.float64)
+    if not held_N[-1]:
+        return float("inf")
     return float(falling_N[np.searchsorted(held_N, share * held_N[-1])])
 
-# %% ../../nbs/01_density/13_surface.ipynb #4d9a0a33
+# %% ../../nbs/01_density/13_surface.ipynb #b678a9a2
 _EYE = (0.45, -0.8, 0.4)  # from the cell towards the viewer, in a frame whose first axis is along a and whose third is along c
 
 def _camera(lattice_3x3: np.ndarray) -> np.ndarray:  # (3, 3) rows a, b, c; columns right, up, towards the viewer, Å
@@ -69,7 +71,7 @@ def _rays(lattice_3x3: np.ndarray,  # rows a, b, c, Å
     faces = np.stack([-rays.fractions(0 * x_HxW), 1 - rays.fractions(0 * x_HxW)]) / along
     return rays._replace(near_HxW=faces.max(0).min(-1), far_HxW=faces.min(0).max(-1))
 
-# %% ../../nbs/01_density/13_surface.ipynb #f2fcd0b1
+# %% ../../nbs/01_density/13_surface.ipynb #02d1d4b3
 _LIGHT = np.array([-0.4, 0.5, 0.77])
 _STEPS = 160  # along a ray
 
@@ -108,7 +110,7 @@ def _normals(values_xyz: np.ndarray, frac: np.ndarray, rays: _Rays) -> np.ndarra
     unit: np.ndarray = normal / np.maximum(np.linalg.norm(normal, axis=-1, keepdims=True), 1e-30)
     return unit
 
-# %% ../../nbs/01_density/13_surface.ipynb #cec13e15
+# %% ../../nbs/01_density/13_surface.ipynb #9ef53153
 _BALL = 0.25  # radius of a ball, covalent radii
 
 def _with_images(structure: Structure) -> tuple[np.ndarray, np.ndarray]:  # (N, 3) fractions and (N,) atomic numbers
@@ -139,7 +141,7 @@ def _balls(structure: Structure, rays: _Rays) -> tuple[np.ndarray, np.ndarray]:
         colour_HxWx3[box] = np.where(shown[..., None], light[..., None] * jmol_colors[z], colour_HxWx3[box])
     return depth_HxW, colour_HxWx3
 
-# %% ../../nbs/01_density/13_surface.ipynb #2c57648c
+# %% ../../nbs/01_density/13_surface.ipynb #d10e0523
 _POSITIVE, _NEGATIVE = (0.95, 0.72, 0.18), (0.15, 0.55, 0.85)
 _OPAQUE = 0.68  # of a surface
 
