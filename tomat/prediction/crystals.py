@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SPACING', 'LONGEST_CELL', 'as_structure', 'Crystal', 'read_crystal', 'default_grid', 'grid_of', 'predict', 'each',
-           'predict_all', 'is_folder', 'find_crystals']
+           'predict_all', 'find_crystals']
 
 # %% ../../nbs/07_prediction/05_crystals.ipynb #4ac01942
 import re
@@ -31,6 +31,7 @@ from ..io.limits import check_grid
 from ..io.progress import R, T, in_order, track
 from ..io.remote import TomatError, entries, exists, is_remote, kind_of, list_folder
 from .core import Predictor, check_crystal
+from .outputs import is_folder
 from .predictors import load_predictor
 
 # %% ../../nbs/07_prediction/05_crystals.ipynb #e5262ce9
@@ -136,11 +137,6 @@ def predict_all(crystals: Sequence[Any],              # each as `predict` takes 
     return track(each(one, crystals, workers), "predict", len(crystals), "structures")
 
 # %% ../../nbs/07_prediction/05_crystals.ipynb #3b82b011
-def is_folder(source: Any,  # a path or another source
-              ) -> bool:
-    "Whether a source is a folder of files; a Zarr group is a density."
-    return isinstance(source, (str, Path)) and kind_of(source) == "folder" and not exists(f"{source}/zarr.json")
-
 def _first_of_calculation(names: Iterable[str],  # names of the files in a folder
                           ) -> list[str]:  # the names among them that stand for one crystal; the one to read is first
     "The files with a structure that a calculation leaves."
