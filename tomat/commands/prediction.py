@@ -127,13 +127,14 @@ def predicted(tasks: "list[PredictionTask]",
               ) -> list[dict[str, Any]]:
     "Summaries of all tasks, which were printed; the report is written after the last of them."
     from tomat.prediction.batch import run_tasks
+    if report is None:
+        return [print_prediction(result, as_json) for result in run_tasks(tasks, predictor, workers)]
     from tomat.prediction.overview import MOST_DESCRIBED, prediction_section, write_overview
-    tasks = [replace(task, described=report is not None and i < MOST_DESCRIBED) for i, task in enumerate(tasks)]
+    tasks = [replace(task, described=i < MOST_DESCRIBED) for i, task in enumerate(tasks)]
     results = [print_prediction(result, as_json) for result in run_tasks(tasks, predictor, workers, prediction_section)]
-    if report is not None:
-        write_overview(report, results)
-        if not as_json:
-            print(report)
+    write_overview(report, results)
+    if not as_json:
+        print(report)
     return [{name: value for name, value in result.items() if name != "html"} for result in results]
 
 @with_options(rule=GridRule)

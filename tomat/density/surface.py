@@ -15,6 +15,8 @@ from ase.data.colors import jmol_colors
 from pymatgen.core import Structure
 from scipy.ndimage import map_coordinates
 
+from .core import border_places
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -117,8 +119,7 @@ def _with_images(structure: Structure) -> tuple[np.ndarray, np.ndarray]:  # (N, 
     "All atoms of one cell; those on its border at every place of it."
     places, numbers = [], []
     for site in structure:
-        choices = [(f, f + 1) if f < 1e-3 else (f - 1, f) if f > 1 - 1e-3 else (f,) for f in site.frac_coords % 1]
-        found = list(product(*choices))
+        found = list(product(*map(border_places, site.frac_coords % 1)))
         places += found
         numbers += [site.specie.Z] * len(found)
     return np.array(places), np.array(numbers)
@@ -172,9 +173,9 @@ def _edges(ax: "Axes", cell: np.ndarray) -> None:
                 ends = np.array([corner, np.add(corner, np.eye(3, dtype=int)[axis])])
                 front = (ends == nearest).all(1).any()
                 ax.plot(*(ends @ cell)[:, :2].T, color="0.3", lw=0.8, alpha=0.6 if front else 1, zorder=3 if front else 1)
-    for name, axis in zip("abc", np.eye(3), strict=True):
-        ax.text(*((1 + 0.75 / np.linalg.norm(axis @ cell)) * axis @ cell)[:2], name, ha="center", va="center", style="italic",
-                fontsize=9)
+    for name, end in zip("abc", cell, strict=True):
+        x, y, _ = (1 + 0.75 / np.linalg.norm(end)) * end
+        ax.text(x, y, name, ha="center", va="center", style="italic", fontsize=9)
 
 def plot_surface(values_xyz: np.ndarray,     # (nx, ny, nz) a density, or a difference of two
                  structure: Structure,       # its crystal

@@ -146,11 +146,11 @@ def _first_of_calculation(names: Iterable[str],  # names of the files in a folde
 def _files_of(folder: str) -> tuple[list[str], dict[str, str]]:  # paths; names that are skipped → reason
     "The files of a folder to read, and those of the calculations in its folders."
     inside = entries(folder)
-    first, *others = _first_of_calculation(name for name, is_folder in inside.items() if not is_folder) or [""]
+    first, *others = _first_of_calculation(name for name, is_inner in inside.items() if not is_inner) or [""]
     skipped, paths = {name: f"it is beside a {first}" for name in others}, []
-    for name, is_folder in inside.items():
+    for name, is_inner in inside.items():
         path = f"{folder}/{name}"
-        if not is_folder or exists(f"{path}/zarr.json"):
+        if not is_inner or exists(f"{path}/zarr.json"):
             paths += [path] if name not in skipped else []
         elif found := _first_of_calculation(list_folder(path)):
             paths.append(f"{path}/{found[0]}")

@@ -126,8 +126,8 @@ def check_room(needed: Mapping[str, float],  # file → bytes; remote ones are n
         total[place.stat().st_dev] += size  # type: ignore[assignment]
         free = shutil.disk_usage(place).free
         if total[place.stat().st_dev] > free:
-            raise TomatError(f"{path} does not fit on its disk: the results need at least {total[place.stat().st_dev] / 1e9:,.2f} GB, "
-                             f"and {free / 1e9:,.2f} GB are free: free some space, or choose another place.")
+            raise TomatError(f"{path} does not fit on its disk: the results need at least {total[place.stat().st_dev] / 1e9:,.2f} "
+                             f"GB, and {free / 1e9:,.2f} GB are free: free some space, or choose another place.")
 
 # %% ../../nbs/07_prediction/01_outputs.ipynb #2f52a653
 BYTES_A_VOXEL = 40  # of memory, at least; 60 were measured with the packaged network
@@ -152,5 +152,5 @@ def check_memory(shape: Sequence[int],  # (nx, ny, nz) of the grid
     "Raise `TomatError` for a grid that needs more memory than is available."
     needed, free = BYTES_A_VOXEL * float(prod(shape)), available_memory()
     if free is not None and needed > free:
-        raise TomatError(f"The grid {' × '.join(f'{n:,}' for n in shape)} of {name} needs at least {needed / 1e9:,.1f} GB of memory, and "
-                         f"{max(free, 0) / 1e9:,.1f} GB are free: give a coarser grid, or end other programs.")
+        raise TomatError(f"The grid {' × '.join(f'{n:,}' for n in shape)} of {name} needs at least {needed / 1e9:,.1f} GB of memory, "
+                         f"and {max(free, 0) / 1e9:,.1f} GB are free: give a coarser grid, or end other programs.")

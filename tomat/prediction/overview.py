@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MOST_DESCRIBED', 'maps_png', 'shapes_png', 'warning_of', 'prediction_section', 'overview_html', 'write_overview']
 
-# %% ../../nbs/07_prediction/11_overview.ipynb #affaca7e
+# %% ../../nbs/07_prediction/11_overview.ipynb #e237189f
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
@@ -20,8 +20,9 @@ from .analysis import Analysis, analysis_png, analyze
 from .batch import png_of
 from .core import Prediction
 from .page import page_html, percent, picture_html, table_html
+from .pictures import DPI, colour_scale
 
-# %% ../../nbs/07_prediction/11_overview.ipynb #07a42418
+# %% ../../nbs/07_prediction/11_overview.ipynb #ca160c79
 def maps_png(density: Density,               # a prediction, with its SAD
              error_xyz: np.ndarray | None,   # (nx, ny, nz) expected absolute error, e/Å³; None: not known
              ) -> bytes:  # a PNG
@@ -36,25 +37,26 @@ def maps_png(density: Density,               # a prediction, with its SAD
         ("predicted density", np.maximum(rho, low), {"norm": norm}), ("SAD", np.maximum(sad, low), {"norm": norm}),
         ("predicted − SAD", rho - sad, {"vmin": -most, "vmax": most, "cmap": "RdBu_r"})]
     if error_xyz is not None:
-        views.append(("expected error", error_xyz, {"vmin": 0, "vmax": float(np.percentile(error_xyz, 99.5)) or 1.0, "cmap": "magma"}))
-    figure = Figure(figsize=(5.4, 4.9), layout="constrained", dpi=90)
+        top = float(np.percentile(error_xyz, 99.5)) or 1.0
+        views.append(("expected error", error_xyz, {"vmin": 0, "vmax": top, "cmap": "magma"}))
+    figure = Figure(figsize=(5.4, 4.9), layout="constrained", dpi=DPI)
     axes = figure.subplots(2, 2).ravel()
     plane = round(density.structure[0].frac_coords[2] * density.shape[2]) % density.shape[2]
     for ax, (title, values_xyz, colours) in zip(axes, views, strict=False):
         plot_slice(values_xyz, ax=ax, index=plane, structure=density.structure, **colours)
-        ax.set_title(title, fontsize=9)
-        figure.colorbar(ax.collections[0], ax=ax, shrink=0.8).set_label("e/Å³", fontsize=8)
+        ax.set_title(title, fontsize=9, pad=9)
+        colour_scale(ax)
     for ax in axes[len(views):]:
         ax.set_axis_off()
     return png_of(figure)
 
-# %% ../../nbs/07_prediction/11_overview.ipynb #bcf58732
+# %% ../../nbs/07_prediction/11_overview.ipynb #1755855a
 def shapes_png(density: Density,  # a prediction, with its SAD
                ) -> bytes:  # a PNG
     "Surfaces of the density and of its difference to SAD."
     from matplotlib.figure import Figure
     assert density.sad is not None
-    figure = Figure(figsize=(5.4, 2.9), layout="constrained", dpi=90)
+    figure = Figure(figsize=(5.4, 2.9), layout="constrained", dpi=DPI)
     views = (("predicted density", density.rho, 0.7, ""), ("predicted − SAD", density.rho - density.sad / density.volume, 0.5, "±"))
     for ax, (title, values_xyz, share, sign) in zip(figure.subplots(1, 2), views, strict=True):
         level = enclosing_level(values_xyz, share)
@@ -62,7 +64,7 @@ def shapes_png(density: Density,  # a prediction, with its SAD
         ax.set_title(f"{title}\n{sign}{level:.2g} e/Å³", fontsize=9)
     return png_of(figure)
 
-# %% ../../nbs/07_prediction/11_overview.ipynb #14834419
+# %% ../../nbs/07_prediction/11_overview.ipynb #e6103fdf
 def warning_of(new: Sequence[str],     # elements that were not in the training data
                distance: float | None,  # mean distance of the atoms from those of the training data; None: not known
                ) -> str:
@@ -74,22 +76,23 @@ def _facts(prediction: Prediction, found: Analysis) -> str:
     "Numbers of a prediction in sentences."
     density, expected, held = prediction.density, prediction.expected_nmae, prediction.inside_90
     n_off = prediction.electrons_before - density.n_electrons
-    parts = [f"{len(density.structure)} atoms, {density.n_electrons:.6g} valence electrons on a grid of {' × '.join(map(str, density.shape))} "
-             f"({' × '.join(f'{step:.3f}' for step in density.spacing)} Å). Before its electrons were made exact, the prediction had "
-             f"{abs(n_off):.2g} {'more' if n_off > 0 else 'fewer'}."]
+    shape, steps = " × ".join(map(str, density.shape)), " × ".join(f"{step:.3f}" for step in density.spacing)
+    parts = [f"{len(density.structure)} atoms, {density.n_electrons:.6g} valence electrons on a grid of {shape} ({steps} Å). "
+             f"Before its electrons were made exact, the prediction had {abs(n_off):.2g} {'more' if n_off > 0 else 'fewer'}."]
     if expected is not None:
-        parts.append(f"Expected NMAE: {percent(expected)}." + (f" Intervals of 90 % held {100 * held:.0f} % of the voxels that they were "
-                                                              "calibrated on." if held else ""))
+        parts.append(f"Expected NMAE: {percent(expected)}.")
+    if held:
+        parts.append(f"Intervals of 90 % held {100 * held:.0f} % of the voxels that they were calibrated on.")
     if found.dipole is not None:
         parts.append(f"Dipole: {found.dipole.debye:.3f} D along {', '.join(found.dipole.axes)}.")
     return f"<p>{escape(' '.join(parts))}</p>"
 
 _CAPTIONS = {
     "maps": "The plane across c through the first atom. SAD: sum of atomic densities, the structure's density without bonds.",
-    "shapes": "Surfaces. Left: it holds 70 % of the electrons. Right: it holds half of the change; electrons come to the yellow places and "
-              "leave the blue ones.",
-    "analysis": "Averages over planes along each axis, of the potential energy of an electron (blue) and of the density (orange); below, "
-                "Hirshfeld charges. Bands and bars are implied errors. Ions are Gaussians of 0.3 Å."}
+    "shapes": "Surfaces. Left: it holds 70 % of the electrons. Right: it holds half of the change; electrons come to the yellow "
+              "places and leave the blue ones.",
+    "analysis": "Averages over planes along each axis, of the potential energy of an electron (blue) and of the density (orange); "
+                "below, Hirshfeld charges. Bands and bars are implied errors. Ions are Gaussians of 0.3 Å."}
 
 def prediction_section(prediction: Prediction,  # with the name of its crystal
                        atoms: FreeAtoms,        # those of its predictor
@@ -101,15 +104,14 @@ def prediction_section(prediction: Prediction,  # with the name of its crystal
     warning = ""
     if prediction.unlike:
         why = warning_of(density.metadata.get("elements_never_seen", []), prediction.distance)
-        warning = (f'<p class="warning"><strong>Unlike the training data</strong> of this checkpoint ({escape(why)}): do not rely on '
-                   "this density.</p>")
+        warning = (f'<p class="warning"><strong>Unlike the training data</strong> of this checkpoint ({escape(why)}): do not rely '
+                   "on this density.</p>")
     pictures = (picture_html(maps_png(found.density, error_xyz), f"Slices of the predicted density of {name}", _CAPTIONS["maps"])
                 + picture_html(shapes_png(found.density), f"Surfaces of the predicted density of {name}", _CAPTIONS["shapes"]))
     planes = picture_html(analysis_png(found), f"Potential, density and charges of {name}", _CAPTIONS["analysis"], wide=True)
-    return (f'<h2>{escape(title)}</h2>{warning}{_facts(prediction, found)}<div class="pictures">{pictures}'
-            f'<div class="whole">{planes}</div></div>')
+    return (f'<h2>{escape(title)}</h2>{warning}{_facts(prediction, found)}<div class="pictures">{pictures}</div>{planes}')
 
-# %% ../../nbs/07_prediction/11_overview.ipynb #e62516bb
+# %% ../../nbs/07_prediction/11_overview.ipynb #a952eba6
 MOST_DESCRIBED = 24  # sections of a report: more would not fit, and each takes seconds
 
 def overview_html(results: Sequence[Mapping[str, Any]],  # from `run_tasks`
@@ -118,12 +120,12 @@ def overview_html(results: Sequence[Mapping[str, Any]],  # from `run_tasks`
     "One page for all predictions."
     head = ["crystal", "formula", "grid", "electrons", "expected NMAE", "distance", "unlike", "seconds", "file"]
     rows = [("", [r["name"], r["formula"], "×".join(map(str, r["grid"])), f"{r['electrons']:.6g}", percent(r["expected_nmae"]),
-                  r["distance"] and f"{r['distance']:.2f}", "unlike" if r["unlike"] else None, f"{r['seconds']:.1f}", str(r["out"])])
+                  r["distance"] and f"{r['distance']:.2f}", "yes" if r["unlike"] else "no", f"{r['seconds']:.1f}", str(r["out"])])
             for r in results]
     n, n_unlike = len(results), sum(bool(r["unlike"]) for r in results)
     title = f"tomat: predicted density of {results[0]['formula']}" if n == 1 else f"tomat: {n} predicted densities"
-    text = ("Predicted from structures alone. There is no converged density to compare with, and the expected error is the network's own. "
-            "Distance: of the atoms from those of the training data; from 0.7 on a crystal is unlike them.")
+    text = ("Predicted from structures alone. There is no converged density to compare with, and the expected error is the network's "
+            "own. Distance: of the atoms from those of the training data; from 0.7 on a crystal is unlike them.")
     counted = f"<p>{n_unlike} of {n} are unlike the training data.</p>" if n > 1 and n_unlike else ""
     few = f"<p>The first {len(sections)} of them are shown.</p>" if len(sections) < n else ""
     return page_html(title, [f"<p>{text}</p>{counted}", table_html("Predictions", head, rows), few], sections)

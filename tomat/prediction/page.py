@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Cell', 'MOST_BYTES', 'percent', 'table_html', 'picture_html', 'page_html']
 
-# %% ../../nbs/07_prediction/06_page.ipynb #42a01946
+# %% ../../nbs/07_prediction/06_page.ipynb #4f9ab6f1
 import base64
 import io
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from html import escape
 
 from PIL import Image
 
-# %% ../../nbs/07_prediction/06_page.ipynb #66ef30a6
+# %% ../../nbs/07_prediction/06_page.ipynb #3d97b7b4
 Cell = str | float | None
 
 def percent(value: float | None,  # a fraction
@@ -36,7 +36,7 @@ def table_html(name: str,            # of the table, for readers of screens
     return (f'<div class="scroll" role="region" tabindex="0" aria-label="{escape(name)}"><table><thead><tr>{titles}</tr></thead>'
             f"<tbody>{body}</tbody></table></div>")
 
-# %% ../../nbs/07_prediction/06_page.ipynb #7a0e513a
+# %% ../../nbs/07_prediction/06_page.ipynb #ed503cc6
 def picture_html(png: bytes,          # a picture
                  alt: str,            # what it shows, for readers of screens
                  caption: str = "",   # text below it
@@ -44,14 +44,16 @@ def picture_html(png: bytes,          # a picture
                  ) -> str:
     "A picture as a part of the page."
     packed = io.BytesIO()
-    picture = Image.open(io.BytesIO(png)).convert("RGB")
+    opened = Image.open(io.BytesIO(png))
+    picture, dots = opened.convert("RGB"), opened.info.get("dpi", (96, 96))
     picture.save(packed, "WEBP", quality=86, method=4)
-    image = (f'<img alt="{escape(alt)}" width="{picture.width}" height="{picture.height}" '
+    width, height = (round(96 * n / dpi) for n, dpi in zip(picture.size, dots, strict=True))  # in pixels of CSS
+    image = (f'<img alt="{escape(alt)}" width="{width}" height="{height}" '
              f'src="data:image/webp;base64,{base64.b64encode(packed.getvalue()).decode()}">')
     box = f'<div class="scroll wide" role="region" tabindex="0" aria-label="{escape(alt)}">{image}</div>' if wide else image
     return f"<figure>{box}{f'<figcaption>{escape(caption)}</figcaption>' if caption else ''}</figure>"
 
-# %% ../../nbs/07_prediction/06_page.ipynb #bcd859ca
+# %% ../../nbs/07_prediction/06_page.ipynb #07d91e2e
 MOST_BYTES = 5_000_000  # of a page
 
 _STYLE = """:root{color-scheme:light dark;--bg:#fff;--ink:#1c2128;--soft:#57606a;--line:#d0d7de}
@@ -66,9 +68,8 @@ th,td{padding:.3rem .7rem;text-align:right;border-bottom:1px solid var(--line);w
 thead th{font-weight:600;vertical-align:bottom;white-space:normal;min-width:5rem}
 tr>:first-child{text-align:left;position:sticky;left:0;background:var(--bg);white-space:normal;min-width:8rem;max-width:14rem}
 .truth{color:var(--soft);font-style:italic}
-.pictures{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,25rem),1fr));gap:1rem;align-items:start}
-.pictures>.whole{grid-column:1/-1}
-figure{margin:0;min-width:0}img{max-width:100%;height:auto;background:#fff;border-radius:4px;display:block}
+.pictures{columns:2 25rem;column-gap:1.5rem}figure{margin:0 0 1rem;break-inside:avoid}
+img{max-width:100%;height:auto;background:#fff;border-radius:4px;display:block}
 .wide{margin:0}.wide img{min-width:44rem}figcaption{font-size:.88rem;color:var(--soft);max-width:46rem;margin-top:.3rem}
 .warning{border-left:4px solid #bc4c00;padding-left:.8rem}summary{cursor:pointer}"""
 

@@ -20,6 +20,7 @@ from ..io.remote import exists
 from .batch import png_of
 from .evaluate import Evaluation, picture_path
 from .page import Cell, page_html, percent, picture_html, table_html
+from .pictures import DPI, log_ticks
 from .scores import Score, miscalibration
 
 # %% ../../nbs/07_prediction/08_report.ipynb #ef999409
@@ -59,7 +60,7 @@ def reliability_png(summaries: Mapping[str, Mapping[str, Any]],  # from `evaluat
     curves = {entry: np.array(s["reliability"]) for entry, s in summaries.items() if s["reliability"] is not None}
     if not curves:
         return None
-    figure = Figure(figsize=(5.2, 3.4), layout="constrained", dpi=90)
+    figure = Figure(figsize=(5.2, 3.4), layout="constrained", dpi=DPI)
     ax = figure.subplots()
     for entry, bins_Bx3 in curves.items():
         voxels, expected, observed = bins_Bx3[bins_Bx3[:, 0] >= max(1, bins_Bx3[:, 0].sum() / 1000)].T
@@ -67,6 +68,8 @@ def reliability_png(summaries: Mapping[str, Mapping[str, Any]],  # from `evaluat
     low, high = ax.get_xlim()
     ax.plot([low, high], [low, high], color="grey", lw=0.8, zorder=0)
     ax.set(xlabel="expected error, e/Å³", ylabel="observed error, e/Å³")
+    log_ticks(ax.xaxis)
+    log_ticks(ax.yaxis)
     ax.legend(fontsize=8)
     return png_of(figure)
 
@@ -75,12 +78,13 @@ def distribution_png(scores: Sequence[Score],
                      ) -> bytes:  # a PNG
     "The share of materials below each NMAE, of all entries that read the structure."
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(5.2, 3.4), layout="constrained", dpi=90)
+    figure = Figure(figsize=(5.2, 3.4), layout="constrained", dpi=DPI)
     ax = figure.subplots()
     for entry in dict.fromkeys(s.entry for s in scores if s.reads == "structure"):
         nmaes = np.sort([100 * s.nmae for s in scores if s.entry == entry])
         ax.step(nmaes, 100 * np.arange(1, len(nmaes) + 1) / len(nmaes), "o-", ms=3, where="post", label=entry)
     ax.set(xscale="log", xlabel="NMAE, %", ylabel="materials below it, %", ylim=(0, 104))
+    log_ticks(ax.xaxis)
     ax.legend(fontsize=8)
     return png_of(figure)
 
@@ -89,7 +93,8 @@ def _first_sentence(summaries: Mapping[str, Mapping[str, Any]]) -> str:
     "The best prediction, and how much better it is than SAD."
     errors = {entry: s["nmae"]["mean"] for entry, s in summaries.items() if s["reads"] == "structure"}
     best, n = min(errors, key=lambda entry: errors[entry]), max(s["materials"] for s in summaries.values())
-    text = f"{n} material{'s' if n > 1 else ''} scored. The smallest mean NMAE of a prediction is {percent(errors[best])}, by {best}"
+    text = f"{n} material{'s' if n > 1 else ''} scored. The smallest mean NMAE of a prediction is {percent(errors[best])}, by "
+    text += best
     return text + (f"; that of SAD is {percent(errors['SAD'])}." if best != "SAD" and "SAD" in errors else ".")
 
 def _entry_tables(summaries: Mapping[str, Mapping[str, Any]]) -> str:
@@ -134,8 +139,8 @@ correlation: of expected and true error over the voxels of a material. Miscalibr
 expected error, as a share of the error."""
 
 _KINDS = {"slices": ("Slices of predicted and true density of {}", ""),
-          "surfaces": ("Surfaces of density and errors of {}", "Surfaces. Density: it holds 70 % of the electrons. Errors: they hold half "
-                       "of the absolute error; too many electrons in yellow, too few in blue."),
+          "surfaces": ("Surfaces of density and errors of {}", "Surfaces. Density: it holds 70 % of the electrons. Errors: they "
+                       "hold half of the absolute error; too many electrons in yellow, too few in blue."),
           "histogram": ("Histogram of the errors of {}", "The error of the voxels."),
           "potential": ("Hartree potential of {} along its axes, and its error",
                         "Hartree potential of the electrons, averaged over planes. In the legend: its error over the electrons.")}
@@ -148,8 +153,8 @@ def _material_section(result: Evaluation, id: str, formula: str) -> str:
         if kind == "slices" or exists(path):  # reads old files: of slices alone
             with local_copy(path) as png:
                 picture = picture_html(png.read_bytes(), alt.format(formula), caption, wide=kind == "slices")
-            found.append(f'<div class="whole">{picture}</div>' if kind == "slices" else picture)
-    return f'<h3>{escape(formula)} ({escape(id)})</h3><div class="pictures">{"".join(found)}</div>'
+            found.append(picture)
+    return f'<h3>{escape(formula)} ({escape(id)})</h3>{found[0]}<div class="pictures">{"".join(found[1:])}</div>'
 
 def report_html(title: str,
                 result: Evaluation,
@@ -158,9 +163,9 @@ def report_html(title: str,
     "An HTML page that needs no other file."
     summaries, curve = evaluation_summary(result.scores), reliability_png(evaluation_summary(result.scores))
     curves = picture_html(distribution_png(result.scores), "Share of materials below each NMAE", "Materials below an NMAE.")
-    curves += picture_html(curve, "Observed against expected error", "Reliability: observed against expected error.") if curve else ""
+    curves += picture_html(curve, "Observed against expected error", "Reliability, by bins of the expected error.") if curve else ""
     skipped = "".join(f"<li>{escape(id)}: {escape(reason)}</li>" for id, reason in result.skipped.items())
-    parts = [*(f"<p>{escape(note)}</p>" for note in notes), f"<p>{escape(_first_sentence(summaries))}</p>", _entry_tables(summaries),
+    parts = [*(f"<p>{escape(note)}</p>" for note in (*notes, _first_sentence(summaries))), _entry_tables(summaries),
              f"<details><summary>Meaning of the columns</summary><p>{escape(_LEGEND)}</p></details>",
              f'<h2>Distribution and reliability</h2><div class="pictures">{curves}</div>',
              f"<h2>Skipped</h2><ul>{skipped}</ul>" if skipped else "", "<h2>Materials</h2>",
