@@ -152,5 +152,6 @@ def check_memory(shape: Sequence[int],  # (nx, ny, nz) of the grid
     "Raise `TomatError` for a grid that needs more memory than is available."
     needed, free = BYTES_A_VOXEL * float(prod(shape)), available_memory()
     if free is not None and needed > free:
-        raise TomatError(f"The grid {' × '.join(f'{n:,}' for n in shape)} of {name} needs at least {needed / 1e9:,.1f} GB of memory, "
+        grid = " × ".join(f"{n:,}" for n in shape)
+        raise TomatError(f"The grid {grid} of {name} needs at least {needed / 1e9:,.1f} GB of memory, "
                          f"and {max(free, 0) / 1e9:,.1f} GB are free: give a coarser grid, or end other programs.")

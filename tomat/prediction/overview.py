@@ -124,8 +124,8 @@ def overview_html(results: Sequence[Mapping[str, Any]],  # from `run_tasks`
             for r in results]
     n, n_unlike = len(results), sum(bool(r["unlike"]) for r in results)
     title = f"tomat: predicted density of {results[0]['formula']}" if n == 1 else f"tomat: {n} predicted densities"
-    text = ("Predicted from structures alone. There is no converged density to compare with, and the expected error is the network's "
-            "own. Distance: of the atoms from those of the training data; from 0.7 on a crystal is unlike them.")
+    text = ("Predicted from structures alone. There is no converged density to compare with, and the expected error is the "
+            "network's own. Distance: of the atoms from those of the training data; from 0.7 on a crystal is unlike them.")
     counted = f"<p>{n_unlike} of {n} are unlike the training data.</p>" if n > 1 and n_unlike else ""
     few = f"<p>The first {len(sections)} of them are shown.</p>" if len(sections) < n else ""
     return page_html(title, [f"<p>{text}</p>{counted}", table_html("Predictions", head, rows), few], sections)
