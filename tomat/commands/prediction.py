@@ -167,7 +167,7 @@ def predict(structures: Annotated[list[str], typer.Argument(help="POSCAR, CIF or
     from tomat.atoms.zval import parse_zval
     from tomat.prediction.outputs import check_names
     given = parse_zval(zval) if zval is not None else []
-    for read in (structures, [template] if template else []):
+    for read in (structures, *([[template]] if template else [])):
         check_names(read, out, expected_error, picture, format, report)
     start = start_of(template, occupancies, magmom)
     from tomat.prediction.batch import tasks_of  # late, for it imports torch
