@@ -1,10 +1,11 @@
-"""What several test files want: object stores on loopback, a line to them that can be cut, and a few densities."""
+"""What several test files want: a browser, object stores on loopback, a line to them that can be cut, and a few densities."""
 
 import socket
 import socketserver
 import sys
 import threading
 from dataclasses import replace
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -54,6 +55,20 @@ def tomat(monkeypatch, capsys):
     torch.set_num_threads(1)
     yield run
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    "Debian's Chromium, or playwright's own; without either these tests are skipped."
+    from browsing import CHROMIUM
+    with pytest.importorskip("playwright.sync_api").sync_playwright() as play:
+        path = CHROMIUM or play.chromium.executable_path
+        if not Path(path).exists():
+            pytest.skip("Chromium is not installed")
+        swiftshader = ["--no-sandbox", "--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"]
+        chromium = play.chromium.launch(executable_path=path, args=swiftshader)
+        yield chromium
+        chromium.close()
 
 
 @pytest.fixture(scope="module")

@@ -35,7 +35,8 @@ from tomat.tokens.patches import cover, cut
 from tomat.prediction.causal import CausalPredictor
 from tomat.prediction.core import Prediction
 from tomat.atoms.sad import FreeAtom, FreeAtoms, sad_density
-from tomat.prediction.report import evaluation_summary, report_html, reliability_png, scores_csv, slices_png, write_report
+from tomat.prediction.pictures import material_pictures, slices_png
+from tomat.prediction.report import evaluation_summary, report_html, reliability_png, scores_csv, write_report
 from tomat.prediction.scores import REGIONS, ERROR_BINS, miscalibration, nemd, regions, reliability, score, seam
 from tomat.density.source import InMemory
 from tomat.density.store import RawStore, write_store
@@ -326,9 +327,11 @@ def test_what_was_scored_otherwise_is_scored_anew(store, tmp_path, monkeypatch, 
 
 def test_a_report_shows_the_pictures_of_its_own_run(store, tmp_path):
     """Not those that another predictor left in the folder; and those that were not asked for before are drawn later."""
+    def draw(true, made):
+        return {"slices": slices_png(true, {"half": made["half"]})}
     def shown(share, drawn):
         calls = []
-        result = evaluate(store, store.ids, {"half": Halfway(share, calls)}, tmp_path / "out", lambda true, made: b"PNG", drawn)
+        result = evaluate(store, store.ids, {"half": Halfway(share, calls)}, tmp_path / "out", draw, drawn)
         return len(calls), result.pictures, report_html("t", result).count("<h3>")
     assert shown(0.5, 3) == (3, store.ids, 3)
     assert shown(0.25, 1) == (3, store.ids[:1], 1)
@@ -386,7 +389,7 @@ def result(tmp_path_factory):
     folder = tmp_path_factory.mktemp("scored")
     write_store([material(1), material(2, elements=("Li", "Al"))], {"validation": ["m-1", "m-2"]}, folder / "store")
     store = RawStore(folder / "store")
-    return evaluate(store, store.ids, {"half": Halfway(), "causal": causal()}, folder / "out", slices_png, drawn=1)
+    return evaluate(store, store.ids, {"half": Halfway(), "causal": causal()}, folder / "out", material_pictures, drawn=1)
 
 
 def test_a_summary_is_means_medians_and_tails(result):
@@ -412,7 +415,7 @@ def test_the_report_stands_alone_and_labels_everything(result, tmp_path):
     files = write_report(replace(result, folder=result.folder), "a <title>", ["a & b"], more=3)
     page = Path(files[0]).read_text()
     assert "a &lt;title&gt;" in page and "a &amp; b" in page and not re.search(r"""(src|href)=["'](?!data:)""", page)
-    assert page.count("<img") == 2 and page.count("<table") == 5  # one material is drawn, and one curve
+    assert page.count("<img") == 6 and page.count("<table") == 5  # one material is drawn, and two curves
     for line in result.scores:
         assert line.entry in page and line.id in page
     assert page.count('class="truth"') == 9  # three entries in three tables

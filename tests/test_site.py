@@ -6,7 +6,6 @@ import http.server
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import threading
@@ -17,11 +16,11 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
 LOADED = {"img": "src", "script": "src", "link": "href", "iframe": "src", "source": "src", "video": "src"}
 
 sys.path.insert(0, str(ROOT / "scripts"))
 from api_pages import modules_of
+from browsing import serious, watched
 
 pytest.importorskip("smalldocs")
 
@@ -165,31 +164,6 @@ def address(site):
         server.shutdown()
 
 
-@pytest.fixture(scope="module")
-def browser():
-    "Debian's Chromium, or playwright's own; without either these tests are skipped."
-    with pytest.importorskip("playwright.sync_api").sync_playwright() as play:
-        path = CHROMIUM or play.chromium.executable_path
-        if not Path(path).exists():
-            pytest.skip("Chromium is not installed")
-        swiftshader = ["--no-sandbox", "--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"]
-        chromium = play.chromium.launch(executable_path=path, args=swiftshader)
-        yield chromium
-        chromium.close()
-
-
-def watched(context, faults: list):
-    "A tab; what goes wrong in it is added to `faults`."
-    page = context.new_page()
-    page.on("console", lambda message: faults.append(f"{page.url}: {message.text}") if message.type == "error" else None)
-    page.on("pageerror", lambda error: faults.append(f"{page.url}: {error}"))
-    page.on("response", lambda answer: faults.append(f"{page.url}: {answer.status} {answer.url}") if answer.status >= 400 else None)
-    # Chromium gives up the icon of a page that is left at once; a server that does not answer is another error.
-    page.on("requestfailed", lambda request: faults.append(f"{page.url}: {request.failure} {request.url}")
-            if request.failure != "net::ERR_ABORTED" else None)
-    return page
-
-
 def open_page(page, url: str) -> None:
     "Go there, and wait until its plots are drawn."
     page.goto(url)
@@ -209,15 +183,6 @@ def test_every_page_opens(site, pages, address, browser):
             faults += [f"{name}: {broken} broken pictures"] * bool(broken)
     assert not faults, "\n".join(faults[:20])
     assert not wide
-
-
-def serious(page) -> list[str]:
-    "Serious faults that axe finds on a page."
-    import axe_playwright_python
-    page.add_script_tag(path=str(Path(axe_playwright_python.__file__).parent / "axe.min.js"))
-    found = page.evaluate("axe.run(document, {resultTypes: ['violations'], runOnly: ['wcag2a', 'wcag2aa']})")["violations"]
-    return [f"{fault['id']}: {node['target']} {node['any'][0]['message'] if node['any'] else ''}" for fault in found
-            if fault["impact"] in ("serious", "critical") for node in fault["nodes"][:3]]
 
 
 LOOKED_AT = ["index.html", "tutorial.html", "api/density.html", "03_tokens/01_codecs.html", "results/fidelity.html",

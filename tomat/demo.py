@@ -27,7 +27,8 @@ from .train.config import TrainConfig
 from .prediction.predictors import load_predictor
 from .prediction.core import Predictor
 from .io.progress import track
-from .prediction.report import evaluation_summary, slices_png, write_report
+from .prediction.pictures import material_pictures
+from .prediction.report import evaluation_summary, write_report
 from .dataset.parquet import TokenizeConfig
 from .dataset.shards import tokenize
 from .density.store import RawStore, sample_store
@@ -97,7 +98,7 @@ def demo(out: str | Path,                       # folder to write
     store, out = store or sample_store(), Path(out)
     with _threads(config.threads):
         predictors = {"probe": demo_probe(store, out, config), "causal": demo_causal(store, out, config)}
-        result = evaluate(store, store.split("validation"), predictors, out, slices_png)
+        result = evaluate(store, store.split("validation"), predictors, out, material_pictures)
         return {"summary": evaluation_summary(result.scores), "files": _write(out, result, predictors, store)}
 
 # %% ../nbs/11_commands/01_demo.ipynb #ca07d691

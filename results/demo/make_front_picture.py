@@ -9,7 +9,7 @@ from tomat.density.regrid import supercell
 from tomat.density.store import sample_store
 from tomat.io.files import atomic_write
 from tomat.prediction.predictors import load_predictor
-from tomat.prediction.report import slices_png
+from tomat.prediction.pictures import slices_png
 
 PICTURE, COPIES = "MoC", (2, 2, 1)  # a held-out material; cells that are drawn
 

@@ -95,10 +95,12 @@ export async function densities(element) {
 
   function drawSlices() {
     layer.said.textContent = `${"abc"[state.axis]} = ${state.layer} of ${now.shape[state.axis]}`;
-    const atoms = atomsWithImages(now.sites).filter((atom) => {
+    const near = atomsWithImages(now.sites).filter((atom) => {
       const gap = Math.abs(atom.frac[state.axis] - state.layer / now.shape[state.axis]);
       return Math.min(gap, 1 - gap) * now.plane.spacing < 0.15;
     });
+    const key = ({ frac }) => [now.plane.first, now.plane.second].map((n) => frac[n].toFixed(4)).join();
+    const atoms = [...new Map(near.map((atom) => [key(atom), atom])).values()]; // the image on the opposite face is at the same place
     const marks = atoms.map((atom) => now.plane.place(atom.frac[now.plane.first], atom.frac[now.plane.second]));
     for (const [kind, name] of KINDS) {
       const picture = now.plane.sample(now.fields[kind], state.layer), log = kind !== "difference", show = log ? 10 : 1;
@@ -112,10 +114,10 @@ export async function densities(element) {
             customdata: picture.z, hovertemplate: "%{customdata:.3f} e/Å³<extra></extra>",
             colorbar: { orientation: "h", thickness: 10, len: 0.9, y: -0.06, yanchor: "top", title: { text: "e/Å³", side: "bottom" },
               ...(ticks ? { tickvals: ticks.map(Math.log10), ticktext: ticks.map(String) } : { nticks: 5 }) } },
-          { type: "scatter", mode: "markers+text", x: marks.map((p) => p[0]), y: marks.map((p) => p[1]), text: atoms.map((a) => a.element), textposition: "middle center", hoverinfo: "skip",
+          { type: "scatter", mode: "markers+text", x: marks.map((p) => p[0]), y: marks.map((p) => p[1]), text: atoms.map((a) => a.element), textposition: "middle center", hoverinfo: "skip", cliponaxis: false,
             marker: { size: 18, color: atoms.map((a) => a.colour), line: { color: "#000000", width: 1 } }, textfont: { size: 10, color: "#000000" }, showlegend: false },
         ],
-        layout: { title: { text: name, font: { size: 14 }, y: 0.98, yanchor: "top" }, height: 360, margin: { l: 4, r: 4, t: 30, b: 4 }, shapes: shapes(), dragmode: false,
+        layout: { title: { text: name, font: { size: 14 }, y: 0.98, yanchor: "top" }, height: 360, margin: { l: 12, r: 12, t: 30, b: 4 }, shapes: shapes(), dragmode: false,
           xaxis: { visible: false, range: [x0, x1], fixedrange: true }, yaxis: { visible: false, range: [y0, y1], scaleanchor: "x", fixedrange: true } },
       }));
     }

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Strategy', 'FullGrid', 'Checkpoint', 'ExpectedError', 'FromStructure', 'Template', 'Zval', 'Device',
-           'print_prediction', 'start_of', 'placed', 'name_skipped', 'print_rest', 'predict', 'serve',
+           'print_prediction', 'start_of', 'placed', 'name_skipped', 'print_rest', 'predicted', 'predict', 'serve',
            'predictors_from', 'print_scores', 'evaluate', 'demo']
 
 # %% ../../nbs/11_commands/06_prediction.ipynb #f6785120
@@ -25,6 +25,7 @@ from ..train.config import with_options
 if TYPE_CHECKING:
     from tomat.atoms.sad import FreeAtoms
     from tomat.prediction.crystals import Crystal
+    from tomat.prediction.batch import PredictionTask
     from tomat.prediction.starts import Start
     from tomat.prediction.core import Predictor
 
@@ -57,10 +58,9 @@ def print_prediction(result: dict[str, Any],  # metadata of a prediction, from `
     if not quiet:
         print(f"{result['out']}: {', '.join(parts)}")
     if result["unlike"]:
-        new, far = ", ".join(result["elements_never_seen"]), result["distance"]
-        why = [f"there was no {new} in it"] if new else []
-        why += [] if far is None else [f"the distance of its atoms is {far:.2f}"]
-        print(f"tomat: {result['name']} is unlike the training data of this checkpoint ({' and '.join(why)}): do not rely on its "
+        from tomat.prediction.overview import warning_of
+        why = warning_of(result["elements_never_seen"], result["distance"])
+        print(f"tomat: {result['name']} is unlike the training data of this checkpoint ({why}): do not rely on its "
               "density.", file=sys.stderr)
     return result
 
@@ -119,6 +119,24 @@ def print_rest(results: list[dict[str, Any]],  # from `run_tasks`
         print(f"tomat: {bare[0]} holds no PAW occupancies and VASP will begin with those of its atoms: give a CHGCAR of VASP as "
               "--template to keep its own.", file=sys.stderr)
 
+def predicted(tasks: "list[PredictionTask]",
+              predictor: "Predictor",
+              workers: int,
+              report: str | None,  # option --report
+              as_json: bool,
+              ) -> list[dict[str, Any]]:
+    "Summaries of all tasks, which were printed; the report is written after the last of them."
+    from tomat.prediction.batch import run_tasks
+    if report is None:
+        return [print_prediction(result, as_json) for result in run_tasks(tasks, predictor, workers)]
+    from tomat.prediction.overview import MOST_DESCRIBED, prediction_section, write_overview
+    tasks = [replace(task, described=i < MOST_DESCRIBED) for i, task in enumerate(tasks)]
+    results = [print_prediction(result, as_json) for result in run_tasks(tasks, predictor, workers, prediction_section)]
+    write_overview(report, results)
+    if not as_json:
+        print(report)
+    return [{name: value for name, value in result.items() if name != "html"} for result in results]
+
 @with_options(rule=GridRule)
 def predict(structures: Annotated[list[str], typer.Argument(help="POSCAR, CIF, XYZ or density files, ase databases, folders of "
                                                              "them, or mp-ids.")],
@@ -129,6 +147,7 @@ def predict(structures: Annotated[list[str], typer.Argument(help="POSCAR, CIF, X
             magmom: Annotated[str | None, typer.Option(help="Moments to start from, μB, as in an INCAR: 2*5,2*-5.")] = None,
             expected_error: ExpectedError = None,
             picture: Annotated[str | None, typer.Option(help="File (.png; a folder for many) for slices of the density.")] = None,
+            report: Annotated[str | None, typer.Option(help="File (.html) for one page with pictures of the predictions.")] = None,
             format: Annotated[str | None, typer.Option(help="Format of many densities.  [default: chgcar]")] = None,
             from_: FromStructure = None,
             strategy: Strategy = None,
@@ -147,20 +166,24 @@ def predict(structures: Annotated[list[str], typer.Argument(help="POSCAR, CIF, X
     Example: `tomat predict POSCAR --out CHGCAR --encut 520 --prec Accurate`, `tomat predict cells/ --out densities/`
     """
     from tomat.atoms.zval import parse_zval
-    from tomat.prediction.batch import run_tasks, tasks_of
-    from tomat.prediction.crystals import find_crystals
-    from tomat.prediction.predictors import load_predictor
+    from tomat.prediction.outputs import check_names
     given = parse_zval(zval) if zval is not None else []
+    for read in (structures, *([[template]] if template else [])):
+        check_names(read, out, expected_error, picture, format, report)
     start = start_of(template, occupancies, magmom)
+    from tomat.prediction.batch import tasks_of  # late, for it imports torch
+    from tomat.prediction.crystals import find_crystals
+    from tomat.prediction.predictors import checkpoint_atoms, load_predictor
+    atoms = checkpoint_atoms(checkpoint)
+    found, skipped = find_crystals(structures, atoms, from_)
+    found = placed(found, rule, start, given, atoms)
+    tasks = [replace(task, start=start) for task in tasks_of(found, structures, out, None, expected_error, picture, format)]
     predictor = load_predictor(checkpoint, strategy=strategy, overlap=overlap, device=device, full_grid=full_grid)
-    found, skipped = find_crystals(structures, predictor.atoms, from_)
-    found = placed(found, rule, start, given, predictor.atoms)
-    read = [*structures, *([template] if template else [])]
-    tasks = [replace(task, start=start) for task in tasks_of(found, read, out, None, expected_error, picture, format)]
     unread = name_skipped(skipped)
-    results = [print_prediction(result, as_json) for result in run_tasks(tasks, predictor, workers)]
+    results = predicted(tasks, predictor, workers, report, as_json)
     print_rest(results, skipped, as_json)
     passed_over(unread)
+
 
 # %% ../../nbs/11_commands/06_prediction.ipynb #5e7e0002
 def serve(checkpoint: Annotated[str, typer.Option(
@@ -229,17 +252,20 @@ def evaluate(source: Annotated[str, typer.Argument(help="A raw store, a folder o
 
     Example: `tomat evaluate densities/ --split validation --checkpoint run/model --out scores/`
     """
-    from tomat.prediction import evaluate as evaluation
-    from tomat.prediction.report import evaluation_summary, slices_png, write_report
+    from tomat.prediction.outputs import check_writable
+    if not is_remote(out) and os.path.isfile(out):
+        raise TomatError(f"{out} is a file: give the name of a folder.")
+    check_writable(f"{out}/materials/a.json")
+    from tomat.prediction import evaluate as evaluation  # late, for it imports torch
+    from tomat.prediction.pictures import material_pictures
+    from tomat.prediction.report import evaluation_summary, write_report
     found = opened(source, from_)
     part = part_of(found, split, "validation")
     ids = list(found.split(part))
     if not ids:
         raise TomatError(f"{source} has no material in its part {part!r}: set --split to another part.")
-    if not is_remote(out) and os.path.isfile(out):
-        raise TomatError(f"{out} is a file: give the name of a folder.")
     predictors = predictors_from(checkpoint or [], strategy, device, full_grid)
-    result = evaluation.evaluate(found, ids, predictors, out, slices_png, pictures)
+    result = evaluation.evaluate(found, ids, predictors, out, material_pictures, pictures)
     write_report(result, f"{source}, {part}")
     print_scores(evaluation_summary(result.scores), as_json)
     passed_over(result.skipped)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..atoms.sad import FreeAtoms, load_atoms, own_digest, packaged_atoms
-from ..io.remote import TomatError
+from ..io.remote import TomatError, exists
 from ..io.files import md5_of, read_json, write_json
 from ..io.untrusted import has_form
 
@@ -99,11 +99,12 @@ def model_atoms(model: Any,  # a network of either decoder
     "The atoms whose electrons a network predicts; the packaged ones where it names none."
     return getattr(model, "atoms", None) or packaged_atoms()
 
-def read_model_atoms(folder: Path,      # folder of the checkpoint, local
-                     path: str | Path,  # path or URL that it was copied from, for errors
+def read_model_atoms(folder: str | Path,  # folder of the checkpoint, local or remote
+                     path: str | Path,    # path or URL that it was copied from, for errors
                      ) -> FreeAtoms:
     "The atoms of a checkpoint; the packaged ones where it has none."
-    if not (folder / "atoms.json").is_file():
+    if not exists(f"{folder}/atoms.json"):
         return packaged_atoms()  # reads old files
-    found = load_atoms(folder / "atoms.json")
+    found = load_atoms(f"{folder}/atoms.json")
     return packaged_atoms() if own_digest(found) is None else replace(found, name=f"the atoms of {path}")
+

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SPACING', 'LONGEST_CELL', 'as_structure', 'Crystal', 'read_crystal', 'default_grid', 'grid_of', 'predict', 'each',
-           'predict_all', 'is_folder', 'find_crystals']
+           'predict_all', 'find_crystals']
 
 # %% ../../nbs/07_prediction/05_crystals.ipynb #4ac01942
 import re
@@ -32,6 +32,7 @@ from ..io.limits import check_grid
 from ..io.progress import R, T, in_order, track
 from ..io.remote import TomatError, entries, exists, is_remote, kind_of, list_folder
 from .core import Predictor, check_crystal
+from .outputs import is_folder
 from .predictors import load_predictor
 
 # %% ../../nbs/07_prediction/05_crystals.ipynb #e5262ce9
@@ -165,11 +166,6 @@ def predict_all(crystals: Sequence[Any],              # each as `predict` takes 
     return track(each(one, crystals, workers), "predict", len(crystals), "structures")
 
 # %% ../../nbs/07_prediction/05_crystals.ipynb #3b82b011
-def is_folder(source: Any,  # a path or another source
-              ) -> bool:
-    "Whether a source is a folder of files; a Zarr group is a density."
-    return isinstance(source, (str, Path)) and kind_of(source) == "folder" and not exists(f"{source}/zarr.json")
-
 def _first_of_calculation(names: Iterable[str],  # names of the files in a folder
                           ) -> list[str]:  # the names among them that stand for one crystal; the one to read is first
     "The files with a structure that a calculation leaves."
@@ -179,11 +175,11 @@ def _first_of_calculation(names: Iterable[str],  # names of the files in a folde
 def _files_of(folder: str) -> tuple[list[str], dict[str, str]]:  # paths; names that are skipped → reason
     "The files of a folder to read, and those of the calculations in its folders."
     inside = entries(folder)
-    first, *others = _first_of_calculation(name for name, is_folder in inside.items() if not is_folder) or [""]
+    first, *others = _first_of_calculation(name for name, is_inner in inside.items() if not is_inner) or [""]
     skipped, paths = {name: f"it is beside a {first}" for name in others}, []
-    for name, is_folder in inside.items():
+    for name, is_inner in inside.items():
         path = f"{folder}/{name}"
-        if not is_folder or exists(f"{path}/zarr.json"):
+        if not is_inner or exists(f"{path}/zarr.json"):
             paths += [path] if name not in skipped else []
         elif found := _first_of_calculation(list_folder(path)):
             paths.append(f"{path}/{found[0]}")
