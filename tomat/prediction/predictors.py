@@ -17,6 +17,7 @@ from pymatgen.core import Structure
 from ..atoms.sad import FreeAtoms, sad_waves
 from ..io.remote import TomatError, exists
 from ..io.files import read_json
+from ..io.hub import hub_copy, is_hub, pinned
 from ..models.device import pick_device
 from ..models.interpolation import APART, predict_smooth
 from ..models.probe import ProbeNet, load_probe, predict_field
@@ -82,8 +83,9 @@ def load_predictor(path: str | Path | None = None,  # folder or URL of a checkpo
     folder = str(files("tomat") / "data" / "probe") if path is None else str(path)
     if path is None and not exists(f"{folder}/tomat.json"):
         raise TomatError("This copy of tomat comes without a packaged checkpoint: name one, such as RUN/model of `tomat train`.")
-    where = pick_device(device)
-    metadata = read_json(f"{folder}/tomat.json") if exists(f"{folder}/tomat.json") else {}
+    where, folder = pick_device(device), pinned(folder)
+    file = f"{hub_copy(folder) if is_hub(folder) else folder}/tomat.json"
+    metadata = read_json(file) if exists(file) else {}
     metadata = metadata if isinstance(metadata, dict) else {}
     if metadata.get("decoder") in ("probe", "parallel"):  # reads old files: "parallel"
         for name, value in {"strategy": strategy, "overlap": overlap}.items():
