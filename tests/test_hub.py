@@ -5,19 +5,17 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import huggingface_hub
 import pytest
 import torch
-from crystals import CODECS
+from crystals import CODECS, ROOT
 from hub_server import TOKEN, serving
 from huggingface_hub import ModelCard, constants
 from pymatgen.core import Lattice, Structure
 from small_models import attentive_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tomat.density.formats import read_density
 from tomat.density.store import sample_store
 from tomat.io.files import read_json
 from tomat.io.hub import HubModel, hub_copy, kept_copy, parse_hub, pinned
@@ -31,6 +29,7 @@ from tomat.prediction.worker import ServiceLimits, WorkerQueue
 from tomat.tokens.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # huggingface_hub to its own client
+PACKAGED = ROOT / "tomat/data/probe"
 DECODERS = ("probe", "causal")
 SALT = Structure.from_spacegroup("Fm-3m", Lattice.cubic(5.6), ["Na", "Cl"], [[0, 0, 0], [0.5, 0.5, 0.5]]).get_primitive_structure()
 
@@ -152,6 +151,7 @@ def test_from_pretrained_of_both_decoders(there, models, tmp_path):
     ids_BxL = torch.arange(12)[None]
     own, _ = load_checkpoint(models / "causal")
     assert torch.equal(AutoModelForCausalLM.from_pretrained("ana/causal").eval()(ids_BxL).logits, own(ids_BxL).logits)
+    assert len(AutoTokenizer.from_pretrained("ana/causal")) == own.config.vocab_size
     net = ProbeNet.from_pretrained("ana/probe")
     assert not net.training and net.training_metadata["elements"] == ["Na", "Cl"]
     net.save_pretrained(tmp_path / "copy")
@@ -307,7 +307,10 @@ def test_all_processes_of_a_service_have_one_commit(there, models):
     assert queue.identity["weights"] == load_predictor(models / "probe").identity()["weights"]
 
 
-def test_a_grid_of_the_packaged_network_from_a_hub(there, models):
-    "The packaged checkpoint can be shared as it is, with its own card."
-    push_checkpoint(Path(read_density.__code__.co_filename).parents[1] / "data/probe", "hf://ana/packaged")
+def test_the_packaged_network_can_be_shared_with_its_own_card(there):
+    push_checkpoint(PACKAGED, "hf://ana/packaged")
     assert load_predictor("hf://ana/packaged").identity() == load_predictor().identity()
+    scores = {r.metric_type: r.metric_value for r in ModelCard((PACKAGED / "README.md").read_text()).data.eval_results}
+    measured = read_json(ROOT / "results/probe/validation.json")
+    assert scores == pytest.approx({"nmae": 100 * measured["nmae_mean"], "nmae-median": 100 * measured["nmae_median"],
+                                    "potential": measured["potential_mean"]}, rel=1e-3)
