@@ -1,6 +1,7 @@
 """A hub on loopback with a folder behind it: the requests that huggingface_hub makes to read a model and to write one.
 
-`ROOT/USER/MODEL/commits/COMMIT/` holds the files of a commit, `refs/BRANCH` its name, and `ROOT/large/` large files by their SHA-256.
+`ROOT/USER/MODEL/commits/COMMIT/` holds the files of a commit, `refs/BRANCH` its name, and `ROOT/large/` large files
+by their SHA-256.
 """
 
 import base64
@@ -145,7 +146,7 @@ class _Handler(BaseHTTPRequestHandler):
         digest = entry["lfs"]["sha256"]
         (store := self.hub.root / "large").mkdir(exist_ok=True)
         (store / digest).write_bytes(content)
-        other_host = f"http://localhost:{self.headers['Host'].rpartition(':')[2]}"  # large files come from elsewhere, without the token
+        other_host = f"http://localhost:{self.headers['Host'].rpartition(':')[2]}"  # as of large files
         self.send(302, b"", X_Repo_Commit=commit, X_Linked_Etag=f'"{digest}"', X_Linked_Size=str(len(content)),
                   Location=f"{other_host}/large/{digest}/{path}")
 
@@ -176,7 +177,7 @@ class _Handler(BaseHTTPRequestHandler):
     def create(self, wish: dict[str, Any]) -> None:
         repo = f"{wish['organization']}/{wish['name']}"
         if (self.hub.root / repo).exists():
-            return self.send(409, {"error": "You already created this model repo", "url": f"http://{self.headers['Host']}/{repo}"})
+            return self.send(409, {"error": "You already created it", "url": f"http://{self.headers['Host']}/{repo}"})
         (self.hub.root / repo).mkdir(parents=True)
         if wish.get("private") or wish.get("visibility") == "private":
             self.hub.private.add(repo)

@@ -214,7 +214,7 @@ def print_scores(entries: dict[str, dict[str, Any]],  # summary from `tomat.pred
 def evaluate(source: Annotated[str, typer.Argument(help="A raw store, a folder or a file of true densities.")],
              out: Annotated[str, typer.Option(help="Folder for the report, the tables and the scores of each material.")],
              checkpoint: Annotated[list[str] | None, typer.Option(
-                 help="Checkpoint, [NAME=]FOLDER or [NAME=]hf://USER/MODEL; may be repeated; the packaged one if not given.")] = None,
+                 help="Checkpoint, [NAME=]FOLDER or [NAME=]hf://USER/MODEL; repeatable; the packaged one if not given.")] = None,
              from_: From = None,
              split: Annotated[str | None, typer.Option(help="Part of the store.  [default: validation, or all]")] = None,
              strategy: Strategy = None,

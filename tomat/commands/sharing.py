@@ -16,7 +16,7 @@ from ..io.remote import TomatError
 # %% ../../nbs/11_commands/06_sharing.ipynb #7636eeb7
 def push(checkpoint: Annotated[str, typer.Argument(help="Folder of a checkpoint that `tomat train` wrote, RUN/model.")],
          url: Annotated[str, typer.Argument(help="Name on the Hugging Face Hub: hf://USER/MODEL.")],
-         scores: Annotated[str | None, typer.Option(help="Folder that `tomat evaluate` wrote with this checkpoint, for the card.")] = None,
+         scores: Annotated[str | None, typer.Option(help="Folder that `tomat evaluate` wrote with it, for the card.")] = None,
          private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
          as_json: Json = False,
          ) -> None:
@@ -24,7 +24,7 @@ def push(checkpoint: Annotated[str, typer.Argument(help="Folder of a checkpoint 
 
     The account is that of `hf auth login`, or of the token in HF_TOKEN.
 
-    Example: `tomat push run/model hf://ana/oxides --scores scores/`, then `tomat predict POSCAR --checkpoint hf://ana/oxides --out CHGCAR`
+    Example: `tomat push run/model hf://ana/oxides --scores scores/`
     """
     from tomat.io.files import read_json
     from tomat.io.hub import parse_hub
@@ -34,7 +34,7 @@ def push(checkpoint: Annotated[str, typer.Argument(help="Folder of a checkpoint 
     from tomat.prediction.predictors import load_predictor
     parse_hub(url)
     if is_remote(checkpoint):
-        raise TomatError(f"{checkpoint} is remote, and a checkpoint is pushed from a disk: copy it with `tomat sync` and give the folder.")
+        raise TomatError(f"{checkpoint} is remote, and a checkpoint is pushed from a disk: copy it with `tomat sync`.")
     weights, file = load_predictor(checkpoint, device="cpu").identity()["weights"], f"{scores}/scores.json"
     metrics = evaluation_metrics(read_json(file), weights, file) if scores else ()
     print_result({"pushed": push_checkpoint(checkpoint, url, metrics, private)}, as_json)

@@ -64,8 +64,9 @@ def training_metrics(metadata: dict[str, Any],  # content of tomat.json
     "The scores on validation materials in the metadata of a training; none where there were no such materials."
     found = metadata.get("training", {}).get("held_out") or {}
     probe, data = metadata.get("decoder") == "probe", "validation materials of the run"
-    known = {"loss": ("nmae", "mean NMAE on drawn voxels, %", 100), "median": ("nmae-median", "median NMAE on drawn voxels, %", 100),
-             "inside_90": ("coverage-90", "share of voxels inside of 90 % intervals, %", 100)} if probe else \
+    known = {"loss": ("nmae", "mean NMAE on drawn voxels, %", 100),
+             "median": ("nmae-median", "median NMAE on drawn voxels, %", 100),
+             "inside_90": ("coverage-90", "voxels in intervals of 90 %, %", 100)} if probe else \
             {"loss": ("loss", "loss of a token, nat", 1), "nmae": ("nmae", "mean NMAE of whole grids, %", 100)}
     return [Metric(kind, name, scale * found[key], data) for key, (kind, name, scale) in known.items() if key in found]
 
@@ -74,10 +75,11 @@ def card_of(metadata: dict[str, Any],  # content of tomat.json
     "The README.md of a checkpoint, from the metadata of its training."
     training, metrics = metadata.get("training") or {}, training_metrics(metadata)
     network = "probe network" if metadata.get("decoder") == "probe" else "language model over tokens"
-    lines = [f"# A {network} for electron densities\n", "A checkpoint of tomat. It predicts the valence electron density of a crystal "
-             "from its structure alone:\n", "    tomat predict POSCAR --checkpoint hf://USER/MODEL --out CHGCAR\n",
-             "It predicts densities like those that it was trained on, with their valence electrons. Other data may differ near the "
-             "nuclei by more than its error.\n"]
+    lines = [f"# A {network} for electron densities\n",
+             "A checkpoint of tomat. It predicts the valence electron density of a crystal from its structure alone:\n",
+             "    tomat predict POSCAR --checkpoint hf://USER/MODEL --out CHGCAR\n",
+             "It predicts densities like those that it was trained on, with their valence electrons. Other data may differ near "
+             "the nuclei by more than its error.\n"]
     facts = {"Elements in the training data": " ".join(training.get("elements") or ()),
              "Training materials": f"{len(training['materials']):,}" if isinstance(training.get("materials"), list) else "",
              "Steps": f"{training['steps']:,}" if "steps" in training else f"{training['step']:,}" if "step" in training else ""}

@@ -37,7 +37,8 @@ _OTHERS = {"s3_endpoint": "AWS_ENDPOINT_URL", "gcs_project": "GOOGLE_CLOUD_PROJE
 def shared_env(checkpoint: str = "") -> dict[str, str]:  # checkpoint: the one that a job reads, if any
     "The settings that jobs need, as variables."
     names = {key: f"TOMAT_{key.upper()}" for key in _SHARED} | _OTHERS
-    return {name: setting(key) for key, name in names.items() if setting(key)} | offline_unless_hub(checkpoint or setting("checkpoint"))
+    found = {name: setting(key) for key, name in names.items() if setting(key)}
+    return found | offline_unless_hub(checkpoint or setting("checkpoint"))
 
 # %% ../../nbs/09_run/03_launch.ipynb #5ffc42ce
 @dataclass(frozen=True, kw_only=True)
