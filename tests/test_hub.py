@@ -62,7 +62,7 @@ def there(tmp_path, monkeypatch):
                    "HF_TOKEN_PATH": str(tmp_path / "no-token"), "HF_HUB_OFFLINE": "0"}
         for name, value in hub.env.items():
             monkeypatch.setenv(name, value)
-        for name, value in {"ENDPOINT": hub.url, 
+        for name, value in {"ENDPOINT": hub.url,
                             "HUGGINGFACE_CO_URL_TEMPLATE": hub.url + "/{repo_id}/resolve/{revision}/{filename}",
                             "HF_HUB_CACHE": hub.env["HF_HUB_CACHE"],
                             "HF_TOKEN_PATH": hub.env["HF_TOKEN_PATH"], "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}.items():
