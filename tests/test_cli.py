@@ -42,7 +42,7 @@ from tomat.tokens.tokenizer import tokenizer_from_dict
 NACL = Path(__file__).parent / "files" / "CHGCAR.NaCl.gz"
 TOMAT = Path(sys.executable).parent / "tomat"
 COMMANDS = ("info", "convert", "regrid", "fetch", "tokenize", "prepare", "verify", "sync", "fit-codec", "fit-atoms", "fidelity",
-            "show-tokens", "runs", "train", "predict", "analyze", "serve", "evaluate", "demo")
+            "show-tokens", "runs", "train", "predict", "analyze", "serve", "evaluate", "push", "demo")
 ROWS = ("--patch-size", "3", "--pad-to", "0", "--patches-per-material", "4")  # small rows
 GRID = ("--grid", "4", "4", "4")
 

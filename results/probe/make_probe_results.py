@@ -51,6 +51,7 @@ from tomat.dataset.voxels import PrepareConfig
 from tomat.train.config import ProbeTrainConfig, RunConfig
 from tomat.train.probe import train_voxels
 from tomat.density.metrics import nmae, potential_error
+from tomat.models.card import Metric, with_metrics
 from tomat.models.messages import PROBE_SIZES
 from tomat.models.trust import Trust
 from tomat.models.probe import ProbeNet, load_probe, predict_field, save_probe
@@ -272,7 +273,11 @@ def card(summary: dict[str, Any], rows: list[dict[str, Any]], elements: list[str
         n_bands=len(fixed), fold_inside=float(np.mean([row["inside_90"] for row in left_out])),
         fold_potential=max(row["potential"] / row["potential_sad"] for row in left_out), high=high, few=RARE,
         rare=", ".join(s for s in elements if s in summary["rare_elements"]), elements=" ".join(elements))
-    return text.replace("%", " %")
+    data = f"{len(rows)} materials of GPAW, validation: whole grids"
+    scores = [Metric("nmae", "mean NMAE, %", 100 * summary["nmae_mean"], data),
+              Metric("nmae-median", "median NMAE, %", 100 * summary["nmae_median"], data),
+              Metric("potential", "mean error of the potential, meV", summary["potential_mean"], data)]
+    return with_metrics(text.replace("%", " %"), "tomat-probe", scores)
 
 
 def measured(store: RawStore, checkpoint: Path, ids: Sequence[str], scale: float) -> list[dict[str, Any]]:

@@ -34,7 +34,7 @@ Strategy = Annotated[str | None, typer.Option(help="Decoding strategy of causal 
 FullGrid = Annotated[bool, typer.Option("--full-grid", help="Let a probe network predict every voxel. If not given, voxels are "
                                         "interpolated where that costs less than 0.01 % of the density.")]
 Checkpoint = Annotated[str | None, typer.Option(
-    help="Folder that `tomat train` wrote, RUN/model; the packaged checkpoint if not given.")]
+    help="Folder that `tomat train` wrote, RUN/model, or hf://USER/MODEL; the packaged checkpoint if not given.")]
 ExpectedError = Annotated[str | None, typer.Option(
     help="File (a folder for many) for the expected error of each voxel, or the Zarr group of --out.")]
 FromStructure = Annotated[str | None, typer.Option(
@@ -187,7 +187,7 @@ def predict(structures: Annotated[list[str], typer.Argument(help="POSCAR, CIF, X
 
 # %% ../../nbs/11_commands/06_prediction.ipynb #5e7e0002
 def serve(checkpoint: Annotated[str, typer.Option(
-              help="Folder that `tomat train` wrote, RUN/model; TOMAT_CHECKPOINT or the packaged checkpoint if not given.")] = "",
+              help="Folder that `tomat train` wrote, or hf://USER/MODEL; TOMAT_CHECKPOINT or the packaged one if not given.")] = "",
           host: Annotated[str, typer.Option(help="Address of this machine to listen at; 0.0.0.0: all of them.")] = "127.0.0.1",
           port: Annotated[int, typer.Option(help="Port of the service.")] = 8000,
           device: Device = "",
@@ -212,7 +212,8 @@ def predictors_from(checkpoints: list[str],  # [NAME=]FOLDER; empty: the package
     found: dict[str, Predictor] = {}
     texts: list[str | None] = [*checkpoints] or [None]
     for text in texts:
-        name, _, path = text.rpartition("=") if text and not os.path.exists(text) and not is_remote(text) else ("", "", text)
+        named = text and not os.path.exists(text) and not is_remote(text.partition("=")[0])
+        name, _, path = text.partition("=") if text and named and "=" in text else ("", "", text)
         predictor = load_predictor(path, strategy, device=device, full_grid=full_grid)
         name = name or predictor.kind
         if name in found:
@@ -237,7 +238,7 @@ def print_scores(entries: dict[str, dict[str, Any]],  # summary from `tomat.pred
 def evaluate(source: Annotated[str, typer.Argument(help="A raw store, a folder or a file of true densities.")],
              out: Annotated[str, typer.Option(help="Folder for the report, the tables and the scores of each material.")],
              checkpoint: Annotated[list[str] | None, typer.Option(
-                 help="Checkpoint, as [NAME=]FOLDER; may be repeated; the packaged checkpoint if not given.")] = None,
+                 help="Checkpoint, [NAME=]FOLDER or [NAME=]hf://USER/MODEL; repeatable; the packaged one if not given.")] = None,
              from_: From = None,
              split: Annotated[str | None, typer.Option(help="Part of the store.  [default: validation, or all]")] = None,
              strategy: Strategy = None,

@@ -29,6 +29,7 @@ LIMITS = {
     "largest_images": Limit(2_000_000, "periodic images of atoms to search", "correct the lattice"),
     "largest_waves": Limit(1 << 26, "waves in the sum of its atoms", "correct the lattice"),
     "largest_unpacked": Limit(1 << 32, "bytes", "give a smaller file"),
+    "largest_checkpoint": Limit(1 << 34, "bytes", "use a smaller model"),
 }
 
 def limit(key: str,  # a key of LIMITS

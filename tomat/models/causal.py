@@ -15,7 +15,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from safetensors import SafetensorError
 
 from ..io.remote import TomatError
-from ..io.files import atomic_write, local_copy, read_json
+from ..io.files import atomic_write, read_json
+from ..io.hub import checkpoint_copy
 from .sizes import ModelSize
 from ..atoms.sad import FreeAtoms, save_atoms
 from .weights import bounded, one_line, model_atoms, read_metadata, read_model_atoms, read_weights, save_weights
@@ -134,7 +135,7 @@ def _read_model(folder: Path,       # folder with config.json and model.safetens
 def load_checkpoint(path: str | Path,  # folder or URL of a checkpoint that `save_checkpoint` wrote
                     ) -> tuple[Qwen3ForCausalLM, Tokenizer]:
     "The model in evaluation mode, with its atoms, and its tokenizer; raises `TomatError` for a damaged checkpoint or none."
-    with local_copy(path) as folder:
+    with checkpoint_copy(path) as folder:
         metadata = read_metadata(folder, path)
         try:
             tokenizer = tokenizer_from_dict(metadata["tokenizer"])

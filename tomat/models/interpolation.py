@@ -16,7 +16,8 @@ from scipy.interpolate import make_interp_spline
 from torch import Tensor
 
 from ..atoms.sad import SadWaves
-from .probe import CrystalField, ProbeNet, in_threads, predict_field
+from .device import in_threads
+from .probe import CrystalField, ProbeNet, predict_field
 
 # %% ../../nbs/05_models/09_interpolation.ipynb #9a83417d
 APART = 0.19  # Å, longest distance of neighbouring points along an axis

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from ..atoms.sad import FreeAtoms, load_atoms, own_digest, packaged_atoms
 from ..io.remote import TomatError, exists
-from ..io.files import md5_of, read_json, write_json
+from ..io.files import md5_of, read_json, write_json, write_text
 from ..io.untrusted import has_form
+from .card import card_of
 
 # %% ../../nbs/05_models/02_weights.ipynb #0ca99789
 def one_line(err: Exception,  # an error of tomat or of another package
@@ -36,13 +37,14 @@ def save_weights(weights: Mapping[str, Tensor],  # weights by their names
                  metadata: dict[str, Any],  # content for tomat.json
                  path: str | Path,          # final path of the checkpoint, for errors
                  ) -> None:
-    "Write model.safetensors and tomat.json; raises `TomatError` for a full disk."
+    "Write model.safetensors, tomat.json and README.md; raises `TomatError` for a full disk."
     try:
         save_file({name: x.contiguous() for name, x in weights.items()}, folder / "model.safetensors", metadata={"format": "pt"})
     except SafetensorError as err:
         raise TomatError(f"{path} cannot be written, free some space or choose another place: {one_line(err)}.") from err
     md5 = {name: md5_of(folder / name) for name in _FILES if (folder / name).is_file()}
     write_json(folder / "tomat.json", metadata | {"md5": md5}, seal=True)
+    write_text(folder / "README.md", card_of(metadata))
 
 # %% ../../nbs/05_models/02_weights.ipynb #49fc77c1
 def read_metadata(folder: Path,      # folder of the checkpoint, local

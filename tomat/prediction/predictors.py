@@ -17,6 +17,7 @@ from pymatgen.core import Structure
 from ..atoms.sad import FreeAtoms, sad_waves
 from ..io.remote import TomatError, exists
 from ..io.files import read_json
+from ..io.hub import hub_copy, is_hub, pinned
 from ..models.device import pick_device
 from ..models.interpolation import APART, predict_smooth
 from ..models.probe import ProbeNet, load_probe, predict_field
@@ -76,15 +77,19 @@ def _folder_of(path: str | Path | None) -> str:
     folder = str(files("tomat") / "data" / "probe") if path is None else str(path)
     if path is None and not exists(f"{folder}/tomat.json"):
         raise TomatError("This copy of tomat comes without a packaged checkpoint: name one, such as RUN/model of `tomat train`.")
-    return folder
+    return pinned(folder)
+
+def _copy_of(folder: str) -> str:
+    "The folder to read: of a model on a hub, its copy."
+    return str(hub_copy(folder)) if is_hub(folder) else folder
 
 def checkpoint_atoms(path: str | Path | None = None,  # folder or URL of a checkpoint; None: the packaged probe network
                      ) -> FreeAtoms:
     "The atoms of a checkpoint, whose weights are not read; raises `TomatError` for a folder without a checkpoint."
     folder = _folder_of(path)
-    if not exists(f"{folder}/tomat.json"):
+    if not exists(f"{_copy_of(folder)}/tomat.json"):
         raise TomatError(f"{folder} is no tomat checkpoint, it has no tomat.json: give the folder that `tomat train` wrote.")
-    return read_model_atoms(folder, folder)
+    return read_model_atoms(_copy_of(folder), folder)
 
 def load_predictor(path: str | Path | None = None,  # folder or URL of a checkpoint; None: the packaged probe network
                    strategy: str | None = None,     # decoding strategy of a causal checkpoint, one of STRATEGIES; None: the best
@@ -94,9 +99,9 @@ def load_predictor(path: str | Path | None = None,  # folder or URL of a checkpo
                    full_grid: bool = False,         # of a probe network: predict every voxel, and interpolate none
                    ) -> "CausalPredictor | ProbePredictor":
     "A predictor for a checkpoint of either decoder."
-    folder = _folder_of(path)
-    where = pick_device(device)
-    metadata = read_json(f"{folder}/tomat.json") if exists(f"{folder}/tomat.json") else {}
+    folder, where = _folder_of(path), pick_device(device)
+    file = f"{_copy_of(folder)}/tomat.json"
+    metadata = read_json(file) if exists(file) else {}
     metadata = metadata if isinstance(metadata, dict) else {}
     if metadata.get("decoder") in ("probe", "parallel"):  # reads old files: "parallel"
         for name, value in {"strategy": strategy, "overlap": overlap}.items():

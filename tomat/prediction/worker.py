@@ -22,6 +22,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ..io.hub import pinned
 from ..io.limits import LIMITS
 from ..io.remote import TomatError
 from ..io.settings import setting
@@ -231,7 +232,9 @@ class WorkerQueue:
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         "The processes inside the `with` block; raises `TomatError` for a checkpoint that cannot be loaded."
-        self.workers, self._free = [Worker(*self._args) for _ in range(self.limits.workers)], asyncio.Queue()
+        checkpoint, *args = self._args
+        same = pinned(checkpoint)  # for all processes, also those that replace others
+        self.workers, self._free = [Worker(same, *args) for _ in range(self.limits.workers)], asyncio.Queue()
         try:
             for worker in self.workers:
                 self.identity = await worker.load()

@@ -19,6 +19,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ..io.hub import offline_unless_hub
 from ..io.remote import TomatError, how_to_install
 from ..io.untrusted import is_name
 from ..io.settings import data_set, setting
@@ -33,10 +34,11 @@ _SHARED = ("volume", "modal_app", "modal_secrets", "checkpoint", "mp_base_url", 
            *(f"service_{one.name}" for one in fields(ServiceLimits)))  # not service_token: a secret holds it
 _OTHERS = {"s3_endpoint": "AWS_ENDPOINT_URL", "gcs_project": "GOOGLE_CLOUD_PROJECT"}  # names that clients of stores read
 
-def shared_env() -> dict[str, str]:
+def shared_env(checkpoint: str = "") -> dict[str, str]:  # checkpoint: the one that a job reads, if any
     "The settings that jobs need, as variables."
     names = {key: f"TOMAT_{key.upper()}" for key in _SHARED} | _OTHERS
-    return {name: setting(key) for key, name in names.items() if setting(key)} | {"HF_HUB_OFFLINE": "1"}
+    found = {name: setting(key) for key, name in names.items() if setting(key)}
+    return found | offline_unless_hub(checkpoint or setting("checkpoint"))
 
 # %% ../../nbs/09_run/03_launch.ipynb #5ffc42ce
 @dataclass(frozen=True, kw_only=True)
@@ -220,8 +222,8 @@ def serve_job(checkpoint: str = "",  # folder or URL; "": TOMAT_CHECKPOINT, or t
               cores: int = 4,         # number of cores
               ) -> Job:
     "The job of a service that predicts densities."
-    settings = {"checkpoint": checkpoint or setting("checkpoint"), "device": device}
-    return Job("serve", settings, Resources(cores, 16, hours=0.25), shared_env())
+    settings = {"checkpoint": (checkpoint := checkpoint or setting("checkpoint")), "device": device}
+    return Job("serve", settings, Resources(cores, 16, hours=0.25), shared_env(checkpoint))
 
 @dataclass(frozen=True)
 class ServeLaunch:

@@ -62,6 +62,7 @@ class CausalTask:
 
     def __post_init__(self) -> None:
         self.rows, self.context, self.model = iter(self.batches), self.wrapped.context, self.wrapped.loss_module.model
+        self.held_out = dict[str, float]()  # the last scores, for the model card
 
     def _losses(self, block: Block,  # rows of this process
                 learn: bool,         # whether to add up gradients
@@ -113,7 +114,8 @@ class CausalTask:
     def scores(self) -> dict[str, float]:
         "The loss on validation rows, and the scores of the callback."
         with torch.compiler.set_stance("force_eager"):  # other shapes than in training
-            return self._scores()
+            self.held_out = self._scores()
+        return self.held_out
 
     def _scores(self) -> dict[str, float]:
         found: dict[str, float] = {}
@@ -158,7 +160,7 @@ class CausalTask:
         "Write a checkpoint for `tomat predict` and for transformers."
         model = self.whole_model()
         if self.context.rank == 0:
-            save_checkpoint(model, self.tokenizer, path, {**self.metadata, **counters})
+            save_checkpoint(model, self.tokenizer, path, {**self.metadata, **counters, "held_out": self.held_out})
 
 # %% ../../nbs/06_train/08_causal.ipynb #ae417493
 def _metadata(data: str | Path,         # a folder of rows
