@@ -71,7 +71,7 @@ class ProbePredictor:
                 **({} if self.full_grid else {"apart": APART}), **named_atoms(self.atoms)}
 
 # %% ../../nbs/07_prediction/04_predictors.ipynb #2fe26556
-def load_predictor(path: str | Path | None = None,  # folder or URL of a checkpoint; None: the packaged probe network
+def load_predictor(path: str | Path | None = None,  # folder or URL of a checkpoint, or a run; None: the packaged network
                    strategy: str | None = None,     # decoding strategy of a causal checkpoint, one of STRATEGIES; None: the best
                    overlap: int = 0,                # of a causal checkpoint: voxels that neighbouring patches share and average
                    batch_size: int = 256,           # of a causal checkpoint: patches written together
@@ -82,6 +82,11 @@ def load_predictor(path: str | Path | None = None,  # folder or URL of a checkpo
     folder = str(files("tomat") / "data" / "probe") if path is None else str(path)
     if path is None and not exists(f"{folder}/tomat.json"):
         raise TomatError("This copy of tomat comes without a packaged checkpoint: name one, such as RUN/model of `tomat train`.")
+    if Path(folder, "config.json").is_file() and not exists(f"{folder}/tomat.json"):  # the folder of a run
+        from tomat.train.unfinished import checkpoint_of, is_run
+        if is_run(folder):
+            with checkpoint_of(folder) as model_folder:
+                return load_predictor(model_folder, strategy, overlap, batch_size, device, full_grid)
     where = pick_device(device)
     metadata = read_json(f"{folder}/tomat.json") if exists(f"{folder}/tomat.json") else {}
     metadata = metadata if isinstance(metadata, dict) else {}
