@@ -13,9 +13,10 @@ import sys
 
 import typer
 
+from .commands.about import info
 from .commands.analysis import analyze
 from .commands.base import Command
-from .commands.data import convert, fetch, info, prepare, show_tokens, sync, tokenize, verify
+from .commands.data import convert, fetch, prepare, show_tokens, sync, tokenize, verify
 from .commands.fits import fidelity, fit_atoms, fit_codec
 from .commands.grids import regrid
 from .commands.prediction import demo, evaluate, predict, serve

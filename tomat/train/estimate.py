@@ -23,7 +23,7 @@ from .config import ProbeTrainConfig, RunConfig, TrainConfig
 from .cost import (VOXEL_BYTES, expected_seconds, n_probe, peak_of, plan_memory, probe_flops, probe_memory, row_flops,
                               sphere_atoms)
 from .distributed import DistributedContext, distributed_context
-from .machines import PEAKS, Machine, Measured, bill, named_device, nearest_mfu
+from .machines import PEAKS, Machine, bill, check_mfu, expected_efficiency, named_device
 
 # %% ../../nbs/06_train/04_estimate.ipynb #1cc55da6
 @dataclass(frozen=True)
@@ -34,8 +34,7 @@ class Where:
     pad: bool | None = None         # whether `mfu` counts operations on PAD; None: as the nearest measured one does
 
     def __post_init__(self) -> None:
-        if self.mfu is not None and not 0 < self.mfu <= 1:
-            raise TomatError(f"mfu must be above 0 and at most 1, got {self.mfu:g}: 12.4 % is 0.124.")
+        check_mfu(self.mfu)
 
 class _Place(NamedTuple):
     "A machine with its peak."
@@ -55,12 +54,6 @@ def _place(where: Where, run_config: RunConfig) -> _Place:
         return _Place(Machine(named_device(name) or name, context.ranks), context, peak, source, None)
     context = DistributedContext(torch.device("cuda"), ranks=machine.devices)
     return _Place(machine, context, PEAKS[machine.kind] * 1e12, f"{machine.kind}, stated", int(0.8e9 * machine.memory_gb))
-
-def _speed(where: Where, near: Measured | None, machine: Machine) -> tuple[float | None, bool, dict[str, Any]]:
-    "The MFU to expect, whether it counts PAD, and both as a dry run prints them."
-    mfu, pad = where.mfu or (near.value if near else None), (near.pad if near else False) if where.pad is None else where.pad
-    source = f"{near.what} on {near.machine}, {near.source}" if near else f"nothing was measured on {machine.kind}: give --mfu"
-    return mfu, pad, {"MFU expected": mfu or "unknown", "MFU from": "given" if where.mfu else source}
 
 # %% ../../nbs/06_train/04_estimate.ipynb #7103e0c1
 def _on_devices(place: _Place, name: str, n: int) -> None:
@@ -88,9 +81,9 @@ def dry_run(data: str | Path | Mapping[str, Any],  # a folder of rows, or the me
     if not place.machine.is_tpu:
         micro_batch, memory = plan_memory(meta, config, run_config, place.context, place.budget)
         found |= {"micro batch": micro_batch} | {f"memory, {part}, GB": n / 1e9 for part, n in memory.items()}
-    mfu, pad, lines = _speed(where, nearest_mfu("causal", config.size, place.machine), place.machine)
-    found |= {"peak of a device, TFLOP/s": place.peak / 1e12, "peak from": place.peak_from, **lines,
-              "MFU counts": "PAD too" if pad else "real tokens"}
+    mfu, pad, source = expected_efficiency("causal", config.size, place.machine, where.mfu, where.pad)
+    found |= {"peak of a device, TFLOP/s": place.peak / 1e12, "peak from": place.peak_from, "MFU expected": mfu or "unknown",
+              "MFU from": source, "MFU counts": "PAD too" if pad else "real tokens"}
     if mfu is None:
         return found | {"hours expected": "unknown"}
     hours = expected_seconds(flops_padded if pad else flops, place.peak, mfu, place.machine.devices) / 3600
@@ -130,8 +123,9 @@ def probe_dry_run(data: VoxelData,
     if data.per_s and where == Where():
         found |= {"voxels a second": data.per_s, "voxels a second from": data.per_s_from}
         return found | bill(voxels / data.per_s / 3600, place.machine.kind, ranks)
-    mfu, _, lines = _speed(where, nearest_mfu("probe", config.size, place.machine), place.machine)
-    found |= {"peak of a device, TFLOP/s": place.peak / 1e12, "peak from": place.peak_from, **lines}
+    mfu, _, source = expected_efficiency("probe", config.size, place.machine, where.mfu)
+    found |= {"peak of a device, TFLOP/s": place.peak / 1e12, "peak from": place.peak_from, "MFU expected": mfu or "unknown",
+              "MFU from": source}
     if mfu is None:
         return found | {"voxels a second": "unknown", "hours expected": "unknown"}
     per_s = mfu * place.peak * ranks / flops

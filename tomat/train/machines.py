@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PEAKS', 'MEMORY_GB', 'named_device', 'Machine', 'machine_of', 'Measured', 'measured_rates', 'measured_seconds',
-           'nearest_mfu', 'price_key', 'price_of', 'bill']
+           'nearest_mfu', 'Efficiency', 'check_mfu', 'mfu_setting', 'expected_efficiency', 'price_key', 'price_of',
+           'bill']
 
 # %% ../../nbs/06_train/03_machines.ipynb #e52adc0c
 import csv
@@ -114,6 +115,38 @@ def nearest_mfu(decoder: str,      # causal or probe
     lines = [line for line in measured_rates() if line.work == decoder and line.what in order
              and machine_of(line.machine).kind == machine.kind]
     return min(lines, key=distance, default=None)
+
+# %% ../../nbs/06_train/03_machines.ipynb #6f079005
+class Efficiency(NamedTuple):
+    "The share of the peak that a run is expected to reach."
+    mfu: float | None  # None: unknown
+    pad: bool          # whether operations on PAD count
+    source: str        # where the number comes from
+
+def check_mfu(mfu: float | None) -> float | None:
+    "The same MFU; raises `TomatError` for one that is no share."
+    if mfu is not None and not 0 < mfu <= 1:
+        raise TomatError(f"mfu must be above 0 and at most 1, got {mfu:g}: 12.4 % is 0.124.")
+    return mfu
+
+def mfu_setting() -> float | None:
+    "The setting `mfu`; None where it is not set."
+    try:
+        return check_mfu(float(text)) if (text := setting("mfu")) else None
+    except ValueError as err:
+        raise TomatError(f"The setting mfu is {setting('mfu')!r}: give the share of the peak, such as 0.4, or unset it.") from err
+
+def expected_efficiency(decoder: str,      # causal or probe
+                        size: str,         # size of the network
+                        machine: Machine,
+                        mfu: float | None = None,  # given; None: the nearest measured one
+                        pad: bool | None = None,   # whether it counts PAD; None: as the nearest measured one does
+                        ) -> Efficiency:
+    "The given or the nearest measured efficiency."
+    near = nearest_mfu(decoder, size, machine)
+    source = f"{near.what} on {near.machine}, {near.source}" if near else f"nothing was measured on {machine.kind}: give --mfu"
+    return Efficiency(mfu or (near.value if near else None), bool(near and near.pad) if pad is None else pad,
+                      "given" if mfu else source)
 
 # %% ../../nbs/06_train/03_machines.ipynb #d94b6a4e
 def price_key(kind: str,  # a key of PEAKS, cpu or core
