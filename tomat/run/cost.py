@@ -101,7 +101,7 @@ def train_cost(job: Job) -> dict[str, Any]:
     else:
         store, materials = sample_store(), data_set(Path(settings["data"]).name).materials
         data = estimate.VoxelData([store.read(id).structure for id in store.ids[:_SOME]], materials,
-                                  materials * config.kept)  # type: ignore[attr-defined]
+                                  materials * config.kept)  # type: ignore[union-attr]
     return estimate.probe_dry_run(data, network_of(config), config, setup, where)  # type: ignore[arg-type]
 
 # %% ../../nbs/09_run/03_cost.ipynb #a9bad222

@@ -53,7 +53,8 @@ def _loss_at(log: Sequence[dict[str, Any]], key: str, place: int) -> float:
 def _held_out_at(log: Sequence[dict[str, Any]], key: str, place: int) -> float | None:
     return next((line["val"]["loss"] for line in reversed(log) if line[key] <= place and "loss" in line.get("val", {})), None)
 
-_LOSS = ("config.loss_on", "config.emd", "config.soft", "config.noise", "config.width_loss", "data.tokenizer")  # decide what a loss is
+# settings that decide what a loss is
+_LOSS = ("config.loss_on", "config.emd", "config.soft", "config.noise", "config.width_loss", "data.tokenizer")
 
 def compare_runs(folders: Sequence[str | Path],  # of runs, or of several runs
                  by_steps: bool = False,         # compare after the same number of steps, and not of tokens or voxels
@@ -61,18 +62,20 @@ def compare_runs(folders: Sequence[str | Path],  # of runs, or of several runs
     "Settings that differ, losses at the same places, and last scores; raises `TomatError` for fewer than two runs."
     found = [(str(Path(folder, run.run)), run) for folder in folders for run in list_runs(folder)]
     if len(found) < 2:
-        raise TomatError(f"{', '.join(map(str, folders))} hold {len(found)} runs, and two are needed: give the folders of two runs.")
+        raise TomatError(f"{', '.join(map(str, folders))} hold {len(found)} runs, and two are needed: give two folders of runs.")
     (paths, runs), logs = zip(*found, strict=True), [read_log(path) for path, _ in found]
     unit = "steps" if by_steps else runs[0].unit
     key = "step" if by_steps else "voxels" if all("voxels" in line for log in logs for line in log[:1]) else "tokens"
     settings, empty = different_settings(paths), next((path for path, log in zip(paths, logs, strict=True) if not log), None)
-    other = "decoders" if len({run.decoder for run in runs}) > 1 else next((name for name in settings if name.startswith(_LOSS)), "")
+    mixed = len({run.decoder for run in runs}) > 1
+    other = "decoders" if mixed else next((name for name in settings if name.startswith(_LOSS)), "")
     note = f"{empty} has no step yet" if empty else f"the losses mean different things, since {other} differ" if other else ""
-    end = 0 if empty or other == "decoders" else min(log[-1][key] for log in logs)
+    end = 0 if empty or mixed else min(log[-1][key] for log in logs)
     places = [end * part // 4 for part in (1, 2, 3, 4)] if end >= 4 else [end] if end else []
     last = {"steps": [run.steps for run in runs], "read": [f"{run.count:,} {run.unit}" for run in runs],
             "finished": [run.finished for run in runs], "lowest held-out": [run.best for run in runs]}
-    scores = [next((line["val"] for line in reversed(log) if line.get("val")), {}) for log in logs]
-    last |= {f"held-out {name}": [one.get(name) for one in scores] for name in dict.fromkeys(name for one in scores for name in one)}
+    scores: list[dict[str, float]] = [next((line["val"] for line in reversed(log) if line.get("val")), {}) for log in logs]
+    names = dict.fromkeys(name for one in scores for name in one)
+    last |= {f"held-out {name}": [one.get(name) for one in scores] for name in names}
     return Comparison(list(paths), unit, settings, {place: [_loss_at(log, key, place) for log in logs] for place in places},
                       {place: [_held_out_at(log, key, place) for log in logs] for place in places}, last, note)

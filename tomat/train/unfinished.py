@@ -59,7 +59,7 @@ def _save_probe(run: Path, metadata: dict[str, Any], state: dict[str, Any], coun
     values = {name: value for name, value in now["config"].items() if name != "model"}
     config = replace(config_from(ProbeTrainConfig, values), network=ProbeConfig(**now["network"]))
     log = read_log(run)[:counters["step"]]
-    scores = next((line["val"] for line in reversed(log) if line.get("val")), {})
+    scores: dict[str, float] = next((line["val"] for line in reversed(log) if line.get("val")), {})
     if (run / "voxels" / "meta.json").is_file():
         task = probe.ProbeTask(config, VoxelSet(run / "voxels"), None, run, RunConfig(compiled=False),
                                DistributedContext(torch.device("cpu")))
