@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from tomat import cli
 from tomat.density.formats import read_density, write_density
@@ -17,18 +16,18 @@ from tomat.density.store import sample_store
 from tomat.io.remote import TomatError
 from tomat.models.causal import load_checkpoint
 from tomat.models.probe import load_probe
-from tomat.run.jobs import Job, Resources
 from tomat.run.launch import PrepareLaunch, ServeLaunch, SyncLaunch, TokenizeLaunch, TrainLaunch, serve_here, submit
 from tomat.tokens.codecs import PUBLISHED_DENSITY
 from tomat.tokens.tokenizer import Tokenizer
 from tomat.train.compare import compare_runs
 from tomat.train.config import TrainConfig
 from tomat.train.estimate import Where, dry_run
-from tomat.train.machines import Machine, machine_of, measured_rates, price_of
+from tomat.train.machines import Machine, machine_of, measured_rates
 
 ROOT = Path(__file__).resolve().parents[1]
 PUBLISHED = list(csv.DictReader((ROOT / "results/scaling/published_runs.csv").read_text().splitlines()))
-ROWS = {"tokenizer": Tokenizer("anchored", PUBLISHED_DENSITY).to_dict(), "rows": 1000, "tokens": 5_540_000, "tokens_padded": 8_192_000}
+ROWS = {"tokenizer": Tokenizer("anchored", PUBLISHED_DENSITY).to_dict(), "rows": 1000, "tokens": 5_540_000,
+        "tokens_padded": 8_192_000}
 
 
 @pytest.fixture(autouse=True)
@@ -126,7 +125,8 @@ def test_a_table_of_rates_of_my_own(tmp_path, monkeypatch):
     (tmp_path / "rates.csv").write_text(head + line)
     monkeypatch.setenv("TOMAT_RATES", str(tmp_path / "rates.csv"))
     assert dry_run(ROWS, TrainConfig(), where=Where(machine_of("L4:2")))["MFU from"] == "30M on L4:1, my own run"
-    for number, wrong in enumerate((line.replace("0.3", "30"), line.replace("my own run", ""), line.replace("L4:1", "abacus"), "a,b\n")):
+    wrongs = line.replace("0.3", "30"), line.replace("my own run", ""), line.replace("L4:1", "abacus"), "a,b\n"
+    for number, wrong in enumerate(wrongs):
         path = tmp_path / f"rates-{number}.csv"
         path.write_text(head + line + wrong)
         monkeypatch.setenv("TOMAT_RATES", str(path))
@@ -185,11 +185,12 @@ def test_two_runs_are_compared(made, capsys):
 def test_a_stopped_run_predicts_as_the_run_that_ended_there(made, tmp_path, capsys):
     cell = sample_store().read(next(iter(sample_store().split("validation"))))
     write_density(cell, tmp_path / "CHGCAR")
-    for decoder, options in (("causal", ()), ("probe", ())):
+    for decoder in ("causal", "probe"):
         found = {}
-        for name, checkpoint in (("whole", made / f"{decoder}-4/model"), ("run", made / f"{decoder}-4"), ("stopped", made / f"{decoder}-6")):
-            run("predict", tmp_path / "CHGCAR", "--grid", 6, 6, 6, "--checkpoint", checkpoint, "--out", tmp_path / f"{name}.cube", *options)
-            found[name] = read_density(tmp_path / f"{name}.cube").values
+        for name, folder in (("whole", f"{decoder}-4/model"), ("run", f"{decoder}-4"), ("stopped", f"{decoder}-6")):
+            out = tmp_path / f"{name}.cube"
+            run("predict", tmp_path / "CHGCAR", "--grid", 6, 6, 6, "--checkpoint", made / folder, "--out", out)
+            found[name] = read_density(out).values
             said = capsys.readouterr().err
             assert (f"{decoder}-6 is unfinished: the model is that of step 4 of 6." in said) == (name == "stopped")
         assert (found["run"] == found["whole"]).all()

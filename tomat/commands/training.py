@@ -69,7 +69,7 @@ class DryRun:
     "Options of a dry run."
     dry_run: bool = option(False, "Print parameters, FLOPs, memory, hours and money; do not train.")
     on: str = option("", "Dry run: machine, such as A100:8, H100:1 or v6e-8; this one if not given.")
-    mfu: float = option(0.0, "Dry run: share of the peak that is reached, such as 0.4; 0: the nearest measured one.", least=0, most=1)
+    mfu: float = option(0.0, "Dry run: share of the peak that is reached, such as 0.4; 0: the nearest measured.", least=0, most=1)
     mfu_pad: bool | None = option(None, "Dry run: whether --mfu counts PAD; if not given, as the nearest measured one does.")
     json: bool = option(False, "Dry run: print JSON instead of a table.")
 

@@ -22,7 +22,6 @@ from ..train.machines import bill, machine_of, measured_rates, measured_seconds,
 
 if TYPE_CHECKING:
     from tomat.density.source import Source
-    from tomat.train.estimate import Where
 
 # %% ../../nbs/09_run/03_cost.ipynb #1c9c956f
 @dataclass(frozen=True)
@@ -57,7 +56,8 @@ def making_cost(work: str,        # tokenize or prepare
     "Materials, seconds of each, hours and money of tokenizing or preparing."
     of, tables = measured_seconds(work), measured_seconds("tokenize")
     read = tables["material"].value + tables["voxel"].value * reading.voxels
-    seconds = sum(of[name].value * n for name, n in (("material", 1.0), ("voxel", reading.voxels), ("row", float(rows))) if name in of)
+    amounts = {"material": 1.0, "voxel": reading.voxels, "row": float(rows)}
+    seconds = sum(line.value * amounts[what] for what, line in of.items())
     if reading.seconds is not None:
         seconds = reading.seconds + max(0.0, seconds - read)
     sources = dict.fromkeys(line.source for line in of.values())

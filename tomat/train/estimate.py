@@ -59,8 +59,8 @@ def _place(where: Where, run_config: RunConfig) -> _Place:
 def _on_devices(place: _Place, name: str, n: int) -> None:
     "Raise `TomatError` for a batch that the devices cannot share."
     if n % place.machine.devices:
-        raise TomatError(f"{name} must be a multiple of {place.machine.devices}, the number of devices of {place.machine.name}, got "
-                         f"{n}: give another {name}, or another machine.")
+        raise TomatError(f"{name} must be a multiple of {place.machine.devices}, the number of devices of {place.machine.name}, "
+                         f"got {n}: give another {name}, or another machine.")
 
 def dry_run(data: str | Path | Mapping[str, Any],  # a folder of rows, or the meta.json of rows
             config: TrainConfig,

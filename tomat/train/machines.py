@@ -94,7 +94,7 @@ def _read(path: str) -> tuple[Measured, ...]:
         for line in reader:
             value = float(line["value"])
             if line["unit"] == "MFU":
-                value, _ = check_mfu(value), machine_of(line["machine"])
+                _ = check_mfu(value), machine_of(line["machine"])
             if not 0 < value < math.inf or not line["source"]:
                 raise ValueError(f"{line['value']!r} is no value with a source")
             lines.append(Measured(**line | {"value": value, "pad": line["pad"] == "yes"}))
