@@ -1021,10 +1021,10 @@ def test_a_dry_run_of_a_probe_network(tomat, tmp_path, made):
     parameters = str(sum(p.numel() for p in ProbeNet(PROBE_SIZES["M"]).parameters()))
     with nothing_changes(tmp_path, made):
         done = tomat("train", made / "store", "--dry-run", "--size", "M", "--out", tmp_path / "run")
-    assert done.code == 0 and all(word in done.out for word in (parameters, "FLOPs per voxel", "prepared voxels, GB", "unknown"))
+    assert done.code == 0 and all(word in done.out for word in (parameters, "FLOPs per voxel", "prepared voxels, GB", "M on cpu"))
     assert tomat("train", made / "store", "--out", tmp_path / "first", *PROBE).code == 0
     done = tomat("train", made / "store", "--dry-run", "--out", tmp_path / "run")
-    assert done.code == 0 and f"the run in {tmp_path}/first" in done.out and "unknown" not in done.out
+    assert done.code == 0 and f"the run in {tmp_path}/first" in done.out and "MFU" not in done.out
 
 
 def test_a_dry_run_writes_nothing(tomat, tmp_path, made):

@@ -28,7 +28,8 @@ import tomat.train.log
 from tomat.train import loop
 from tomat.tokens.codecs import PUBLISHED_DENSITY
 from tomat.tokens.levels import fit_levels
-from tomat.train.cost import Placement, Rate, dry_run, largest_micro_batch, memory_estimate, plan_full, read_rates
+from tomat.train.cost import Placement, Rate, largest_micro_batch, memory_estimate, plan_full, read_rates
+from tomat.train.estimate import Where, dry_run
 from tomat.dataset.held_out import validation_rows, micro_batches, train_and_val
 from tomat.io.remote import TomatError
 from tomat.train.probe import ProbeTrainConfig, train_probe
@@ -586,7 +587,7 @@ def test_wrong_options_are_refused(options, word):
 
 def test_a_dry_run_writes_nothing_and_counts_right(rows, tmp_path, whole):
     before = tree(rows)
-    facts = dry_run(rows, CONFIG, RunConfig(device="cpu"), mfu=0.5)
+    facts = dry_run(rows, CONFIG, RunConfig(device="cpu"), Where(mfu=0.5))
     assert tree(rows) == before and facts["rows"] == 80 and facts["devices"] == 1
     assert facts["parameters"] == make_model(SMALL, TOKENIZER.vocab).num_parameters()
     assert facts["tokens"] == pytest.approx(read_log(whole)[-1]["tokens"], rel=0.15)
@@ -634,9 +635,9 @@ def test_a_plan_follows_from_measured_rates(tmp_path):
     assert set(rates) == {("one thread of a CPU", "S"), ("NVIDIA H100 80GB HBM3", "S")}
     rate = rates["NVIDIA H100 80GB HBM3", "S"]
     assert rate == Rate(4e6, True, "measured on NVIDIA H100 80GB HBM3")
-    plan = plan_full(77_498, 20_000, 10, rate, "H100:2")
+    plan = plan_full(77_498, 20_000, 10, rate, "H100:2", 4)
     assert (plan.bytes, plan.hours) == (77_498 * 20_000 * 12, 77_498 * 20_000 * 10 / 8e6 / 3600)
-    assert plan.dollars == pytest.approx(2 * plan.hours * 3.9492)
+    assert plan.money == pytest.approx(2 * plan.hours * 4)
 
 
 def test_a_device_is_picked(monkeypatch):

@@ -14,10 +14,11 @@ from contextlib import suppress
 
 import typer
 
+from .commands.about import info
 from .commands.analysis import analyze
 from .commands.base import Command
 from .commands.data import prepare, show_tokens, sync, tokenize, verify
-from .commands.densities import convert, fetch, info
+from .commands.densities import convert, fetch
 from .commands.fits import fidelity, fit_atoms, fit_codec
 from .commands.grids import regrid
 from .commands.prediction import demo, evaluate, predict, serve

@@ -162,6 +162,10 @@ def test_a_dry_run_describes_the_run(runs, whole):
     about = json.loads(runs.run("whole", "--dry-run"))
     assert {key: about[key] for key in ("config", "data")} == json.loads((runs.place / "runs" / "whole" / "run.json").read_text())
     assert f"{about['parameters']:,} parameters" in whole
+    told = json.loads(runs.run("whole", "--dry-run", TPU_TYPE="v6e-16", MFU=0.05, PRICE_V6E=2))
+    hours = told["FLOPs"] / (918e12 * 0.05 * 16) / 3600
+    assert told["hours expected"] == pytest.approx(hours) and told["device hours"] == pytest.approx(16 * hours)
+    assert told["money expected"].endswith("at 2 an hour") and told["machine"] == "v6e-16"
 
 
 def test_an_error_is_one_sentence(runs):

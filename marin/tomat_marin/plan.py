@@ -18,6 +18,7 @@ from tomat.models.objective import Objective, objective_of
 from tomat.models.sizes import OTHER_NAMES, ModelSize, flops_per_token, model_size, n_parameters
 from tomat.tokens.tokenizer import Tokenizer
 from tomat.train.config import RunConfig, TrainConfig, check_options, config_from, from_variables, option
+from tomat.train.machines import PEAKS, bill, expected_efficiency, machine_of, mfu_setting
 
 LANES = 128  # the number of tokens of a row is rounded up to a multiple of this, for the attention of TPUs
 
@@ -148,6 +149,16 @@ class Plan:
         return {"step": step, "tokens": round(rows * self.meta["tokens"] / self.meta["rows"]), "padded": rows * self.length,
                 "flops": rows * self.row_flops}
 
+    def cost(self) -> dict[str, Any]:
+        "Hours and money of the run on the TPUs of the settings; TOMAT_MFU replaces the nearest measured MFU."
+        machine = machine_of(setting("tpu_type", "v6e-8"))
+        found = expected_efficiency("causal", self.config.size, machine, mfu_setting())
+        about = {"machine": machine.name, "MFU expected": found.mfu, "MFU from": found.source.replace("--mfu", "TOMAT_MFU")}
+        if not found.mfu or machine.kind not in PEAKS:
+            return about | {"hours expected": None}
+        seconds = self.counters(self.config.steps)["flops"] / (PEAKS[machine.kind] * 1e12 * found.mfu * machine.devices)
+        return about | bill(seconds / 3600, machine.kind, machine.devices)
+
     def about(self) -> dict[str, Any]:
         "The run in numbers, as the dry run prints it."
         n_ids, last, counts = self.tokenizer.vocab.size, self.counters(self.config.steps), self.index.counts
@@ -156,7 +167,7 @@ class Plan:
                 "parameters": n_parameters(self.size, n_ids), "training rows": rows, "held-out rows": held_out,
                 "validation rows": min(self.config.val_seqs, held_out), "tokens a row": self.length,
                 "FLOPs per token": self.row_flops / self.length, "tokens": last["tokens"], "tokens, padded": last["padded"],
-                "FLOPs": last["flops"], "epochs": self.config.steps * self.config.batch_size / rows}
+                "FLOPs": last["flops"], "epochs": self.config.steps * self.config.batch_size / rows, **self.cost()}
 
 
 def check_share(config: TrainConfig, run_config: RunConfig,

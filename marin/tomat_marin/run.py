@@ -61,7 +61,7 @@ def _local(plan: Plan) -> Path:
 
 def device_name(kind: str,  # name of the device in JAX, such as `TPU v6 lite`
                 ) -> str:
-    "The short name of a device, as in `tomat.train.cost.PEAKS`: `v6e` for `TPU v6 lite`, `H100` for `NVIDIA H100 80GB HBM3`."
+    "The short name of a device, as in `tomat.train.machines.PEAKS`: `v6e` for `TPU v6 lite`, `H100` for `NVIDIA H100 80GB HBM3`."
     name = re.split(r"-| \d+ ?GB", re.sub(r"^(TPU|NVIDIA) (GeForce )?", "", kind).replace(" lite", "e"))[0]
     return {"v5": "v5p"}.get(name, name)
 

@@ -34,7 +34,7 @@ Strategy = Annotated[str | None, typer.Option(help="Decoding strategy of causal 
 FullGrid = Annotated[bool, typer.Option("--full-grid", help="Let a probe network predict every voxel. If not given, voxels are "
                                         "interpolated where that costs less than 0.01 % of the density.")]
 Checkpoint = Annotated[str | None, typer.Option(
-    help="Folder that `tomat train` wrote, RUN/model, or hf://USER/MODEL; the packaged checkpoint if not given.")]
+    help="Folder that `tomat train` wrote, RUN/model or RUN, also unfinished, or hf://USER/MODEL; the packaged if not given.")]
 ExpectedError = Annotated[str | None, typer.Option(
     help="File (a folder for many) for the expected error of each voxel, or the Zarr group of --out.")]
 FromStructure = Annotated[str | None, typer.Option(

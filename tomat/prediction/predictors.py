@@ -83,15 +83,25 @@ def _copy_of(folder: str) -> str:
     "The folder to read: of a model on a hub, its copy."
     return str(hub_copy(folder)) if is_hub(folder) else folder
 
-def checkpoint_atoms(path: str | Path | None = None,  # folder or URL of a checkpoint; None: the packaged probe network
+def _is_run(folder: str) -> bool:
+    "Whether a folder holds a run of `tomat train`, and no checkpoint itself."
+    if not Path(folder, "config.json").is_file() or exists(f"{folder}/tomat.json"):
+        return False
+    from tomat.train.unfinished import is_run
+    return is_run(folder)
+
+def checkpoint_atoms(path: str | Path | None = None,  # folder or URL of a checkpoint, or a run; None: the packaged network
                      ) -> FreeAtoms:
     "The atoms of a checkpoint, whose weights are not read; raises `TomatError` for a folder without a checkpoint."
     folder = _folder_of(path)
+    if _is_run(folder):
+        from tomat.train.unfinished import run_atoms
+        return run_atoms(Path(folder))
     if not exists(f"{_copy_of(folder)}/tomat.json"):
         raise TomatError(f"{folder} is no tomat checkpoint, it has no tomat.json: give the folder that `tomat train` wrote.")
     return read_model_atoms(_copy_of(folder), folder)
 
-def load_predictor(path: str | Path | None = None,  # folder or URL of a checkpoint; None: the packaged probe network
+def load_predictor(path: str | Path | None = None,  # folder or URL of a checkpoint, or a run; None: the packaged network
                    strategy: str | None = None,     # decoding strategy of a causal checkpoint, one of STRATEGIES; None: the best
                    overlap: int = 0,                # of a causal checkpoint: voxels that neighbouring patches share and average
                    batch_size: int = 256,           # of a causal checkpoint: patches written together
@@ -99,8 +109,12 @@ def load_predictor(path: str | Path | None = None,  # folder or URL of a checkpo
                    full_grid: bool = False,         # of a probe network: predict every voxel, and interpolate none
                    ) -> "CausalPredictor | ProbePredictor":
     "A predictor for a checkpoint of either decoder."
-    folder, where = _folder_of(path), pick_device(device)
-    file = f"{_copy_of(folder)}/tomat.json"
+    folder = _folder_of(path)
+    if _is_run(folder):
+        from tomat.train.unfinished import checkpoint_of
+        with checkpoint_of(folder) as model_folder:
+            return load_predictor(model_folder, strategy, overlap, batch_size, device, full_grid)
+    where, file = pick_device(device), f"{_copy_of(folder)}/tomat.json"
     metadata = read_json(file) if exists(file) else {}
     metadata = metadata if isinstance(metadata, dict) else {}
     if metadata.get("decoder") in ("probe", "parallel"):  # reads old files: "parallel"

@@ -24,6 +24,7 @@ from ..io.remote import TomatError, how_to_install
 from ..io.untrusted import is_name
 from ..io.settings import data_set, setting
 from ..prediction.worker import ServiceLimits
+from .cost import print_costs
 from .jobs import Job, Resources, carry_out, reported
 from ..train.config import (DECODERS, ProbeTrainConfig, RunConfig, TrainConfig, check_names, check_options, check_variables,
                                 from_variables, option, with_options)
@@ -45,7 +46,7 @@ def shared_env(checkpoint: str = "") -> dict[str, str]:  # checkpoint: the one t
 class Launch:
     "Options of a launch; `stages` returns its jobs."
     here: str = option("", "Local folder for the jobs, which then need no account; if not given, they run on Modal.")
-    dry_run: bool = option(False, "Print the jobs without running them.")
+    dry_run: bool = option(False, "Print the jobs, and what they will cost, without running them.")
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -242,7 +243,8 @@ def serve_here(options: ServeLaunch) -> None:
     from tomat.run.service import serve
     job = serve_job(options.checkpoint, options.device)
     if options.dry_run:
-        return print(job.text)
+        print(job.text)
+        return print_costs([[job]])
     os.environ.update(job.env)  # for the processes of the service
     serve(partial(carry_out, job.text), options.host, options.port)
 
@@ -252,7 +254,7 @@ W = TypeVar("W", bound=Callable[..., Any])
 def _expected() -> tuple[type[BaseException], ...]:
     "The exceptions that become a sentence."
     modal: Any = sys.modules.get("modal")
-    return (TomatError, ModuleNotFoundError, OSError, OverflowError, *((modal.exception.Error,) if modal else ()))
+    return (TomatError, ModuleNotFoundError, OSError, OverflowError, *([modal.exception.Error] if modal else []))
 
 def sentences(work: W) -> W:
     "The function, with each expected error as one sentence and exit code 2."
@@ -261,8 +263,7 @@ def sentences(work: W) -> W:
         try:
             return work(*args, **kwargs)
         except _expected() as err:
-            sentence = how_to_install(err) if isinstance(err, ModuleNotFoundError) else " ".join(str(err).split())
-            print(f"tomat: {sentence}", file=sys.stderr)
+            print("tomat:", *[how_to_install(err)] if isinstance(err, ModuleNotFoundError) else str(err).split(), file=sys.stderr)
             raise SystemExit(2) from err
     return quietly  # type: ignore[return-value]
 
@@ -314,12 +315,12 @@ def submit(stages: Sequence[Sequence[Job]],
            app: Any = None,       # Modal app
            run: Any = None,       # `reported` as a function of the app
            here: str = "",        # local folder of the jobs; "": they run on Modal
-           dry_run: bool = False,  # print the jobs without running them
+           dry_run: bool = False,  # print the jobs and their cost without running them
            ) -> list[Any]:  # results of the jobs
     "Print jobs, or carry them out; raises `TomatError` after a stage with failed jobs."
     if dry_run:
         print(*(job.text for jobs in stages for job in jobs), sep="\n")
-        return []
+        return print_costs(stages) or []
     results: list[Any] = []
     with nullcontext() if here else _running(app):
         for jobs in stages:

@@ -17,7 +17,8 @@ from scipy.optimize import least_squares, nnls
 
 from ..io.remote import TomatError
 from ..models.sizes import ModelSize, flops_per_token, n_parameters
-from ..train.cost import PEAKS, expected_seconds
+from ..train.cost import expected_seconds
+from ..train.machines import PEAKS
 
 # %% ../../nbs/08_study/05_forecast.ipynb #4823aa81
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ def best_allocation(flops: float,                # of the run
 
 # %% ../../nbs/08_study/05_forecast.ipynb #8c4fcb58
 def wall_hours(flops: float,  # of the run
-               device: str,   # a key of tomat.train.cost.PEAKS
+               device: str,   # a key of tomat.train.machines.PEAKS
                devices: int,  # number of them
                mfu: float,    # share of their peak speed, above 0 and up to 1
                ) -> float:

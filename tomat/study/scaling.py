@@ -20,7 +20,7 @@ from scipy.stats import t
 from ..io.files import read_text, write_text
 from ..io.remote import TomatError
 from ..models.sizes import flops_per_token, model_size, n_parameters
-from ..train.cost import PEAKS
+from ..train.machines import PEAKS
 
 # %% ../../nbs/08_study/04_scaling.ipynb #dd3c7ffa
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class RunRecord:
     "One training run, a line of a table."
     run: str                    # its name
     model: str                  # a key of tomat.models.sizes.MODELS
-    device: str                 # a key of tomat.train.cost.PEAKS, or "" if unknown
+    device: str                 # a key of tomat.train.machines.PEAKS, or "" if unknown
     devices: int                # number of them
     batch_size: int             # rows a step
     data: str                   # label of its rows

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, Protocol
 from torch import nn
 from torch.optim import Optimizer
 
+from ..atoms.sad import save_atoms
 from ..io.remote import TomatError
 from ..io.files import read_json, write_json
 from .checkpoints import ShutdownRequest, load_state, open_run_dir, run_lock, save_state, shutdown_on_signal
@@ -177,6 +178,8 @@ def run_task(make_task: Callable[[], Task],  # makes the task, after the folder 
         log = _resume(run, state)
         if state is None and context.rank == 0:
             write_json(out / "config.json", metadata)
+            if atoms := getattr(run.task.model, "atoms", None):  # so that a state becomes a model without the data
+                save_atoms(atoms, out / "states" / "atoms.json")
         context.gathered(None)  # no process writes before all have read
         if run.counters["step"] < run.task.config.steps or not (out / "model").is_dir():
             _steps(run, log, request)

@@ -25,7 +25,7 @@ from ..io.remote import TomatError, entries, kind_of
 from .config import DECODERS, ProbeTrainConfig, RunConfig, TrainConfig
 
 if TYPE_CHECKING:
-    from tomat.train.cost import VoxelData
+    from tomat.train.estimate import VoxelData, Where
     from tomat.train.causal import EvalCallback
 
 # %% ../../nbs/06_train/11_start.ipynb #92eb3c47
@@ -198,7 +198,7 @@ def known_rate(out: str | Path,  # folder of the run
 
 def _voxel_data(data: str | Path | Source, out: str | Path, config: ProbeTrainConfig, selection: Selection) -> "VoxelData":
     "What a dry run needs to know about densities or prepared voxels."
-    from tomat.train.cost import VoxelData
+    from tomat.train.estimate import VoxelData
     per_s, origin = known_rate(out, config.size)
     if isinstance(data, str | Path) and data_kind(data) == "voxels":
         from tomat.dataset.prepare import VoxelSet
@@ -216,10 +216,12 @@ def dry_run(data: str | Path | Source,
             config: TrainConfig | ProbeTrainConfig,
             run_config: RunConfig = RunConfig(),
             selection: Selection = Selection(),
+            where: "Where | None" = None,  # machine and MFU; None: this machine
             ) -> dict[str, Any]:
-    "Parameters, FLOPs, memory and time of a run that is not started, as a table."
-    from tomat.train import cost
+    "Parameters, FLOPs, memory, time and money of a run that is not started, as a table."
+    from tomat.train import estimate
+    where = where or estimate.Where()
     if isinstance(config, TrainConfig):
-        return cost.dry_run(str(data), config, run_config)
+        return estimate.dry_run(str(data), config, run_config, where)
     from tomat.train.probe import network_of
-    return cost.probe_dry_run(_voxel_data(data, out, config, selection), network_of(config), config, run_config)
+    return estimate.probe_dry_run(_voxel_data(data, out, config, selection), network_of(config), config, run_config, where)
