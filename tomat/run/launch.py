@@ -320,10 +320,10 @@ def submit(stages: Sequence[Sequence[Job]],
     "Print jobs, or carry them out; raises `TomatError` after a stage with failed jobs."
     if dry_run:
         print(*(job.text for jobs in stages for job in jobs), sep="\n")
-        return print_costs(stages) or []
+        print_costs(stages)
     results: list[Any] = []
-    with nullcontext() if here else _running(app):
-        for jobs in stages:
+    with nullcontext() if here or dry_run else _running(app):
+        for jobs in stages if not dry_run else ():
             texts, errors = [job.text for job in jobs], list[str]()
             remote = None if here else run.with_options(**modal_needs(jobs[0].resources))
             for result in remote.map(texts, return_exceptions=True) if remote else map(reported, texts):
