@@ -217,13 +217,8 @@ def verify(path: str | Path,  # a folder that `tokenize` or `prepare` wrote, or 
 # %% ../../nbs/04_dataset/11_verify.ipynb #3db3db45
 def counts_of(path: str | Path,  # any path
               ) -> dict[str, Any]:
-    "Counts of a raw store, of rows of tokens or of drawn voxels; empty for anything else, and for what is not on this machine."
-    if is_remote(path) or not Path(path).exists():
-        return {}
-    if is_store(path):
-        store = RawStore(path)
-        return {"content": "densities", "materials": len(store.ids), **{part: len(ids) for part, ids in store.splits.items()}}
-    names = list_folder(path) if Path(path).is_dir() else []
+    "Counts of rows of tokens or of drawn voxels; empty for anything else, and for what is not on this machine."
+    names = [] if is_remote(path) or not Path(path).is_dir() else list_folder(path)
     if not any(re.fullmatch(form.own_files, name) for form in (ROWS, VOXELS) for name in names):
         return {}
     form = form_of(path)
