@@ -103,7 +103,7 @@ def first_hour(folder: Folder, dist: Path, times: int) -> dict[str, Any]:
     folder.step("install [train]", f"{pip} '{wheel}[train]'")
     found["megabytes"]["tomat[train]"] = folder.megabytes()
     folder.step("write twenty CHGCARs", f"python -c {shlex.quote(WRITE)}")
-    folder.step("convert them, four held out", "tomat convert calculations densities --validation 4", **OFFLINE)
+    folder.step("convert them, a fifth held out", "tomat convert calculations densities --validation 0.2", **OFFLINE)
     folder.step("train S, 100 steps", "tomat train densities --out run --size S --steps 100 --kept 4000 --materials 8", **OFFLINE)
     folder.step("evaluate, with a report", "tomat evaluate densities --checkpoint run/model --out scores --pictures 1", **OFFLINE)
     if not (folder.here / "scores" / "report.html").stat().st_size:

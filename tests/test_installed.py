@@ -33,7 +33,8 @@ def test_the_folder_above_a_checkout_called_tomat(tmp_path):
 def test_what_is_installed_is_what_is_required():
     "An environment that was not installed again would test other versions than users get."
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    required = [Requirement(text) for text in project["dependencies"]]
+    extras = project["optional-dependencies"]
+    required = [Requirement(text) for text in [*project["dependencies"], *extras["train"], *extras["serve"]]]
     found = [f"{one} is required, {version(one.name)} is installed" for one in required if version(one.name) not in one.specifier]
     assert not found and any(one.name == "pymatgen-core" for one in required)
 

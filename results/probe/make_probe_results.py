@@ -16,10 +16,10 @@ split: held_out.csv, a tenth of the chemical systems of the training split. cali
 their whole grids. It finds the factor of the expected errors and the best way to make electrons exact: held_out.json and
 electrons.csv. train: a run on all of the training split; a stopped run is resumed. package: the run of seed 0 with the factor that
 calibrate found, copied to tomat/data/probe. evaluate: the packaged checkpoint on the whole grids of the validation split, as a user
-predicts them: validation.csv, validation.json, calibration.csv and the card. seeds: the runs of all sizes and seeds there are:
-seeds.csv. curve: short runs on growing parts of the training split: curve.csv. folds: for each element in FOLDS a run without the
-materials that have it, measured on these: folds.csv. trust: the runs of folds with other shares of the difference kept, near the
-unknown atoms or in the whole crystal, on every second point along each axis: trust.csv.
+predicts them: validation.csv, validation.json, calibration.csv and the card. seeds: the runs of all sizes and seeds there are that
+the table lacks: seeds.csv. curve: short runs on growing parts of the training split: curve.csv. folds: for each element in FOLDS a
+run without the materials that have it, measured on these: folds.csv. trust: the runs of folds with other shares of the difference
+kept, near the unknown atoms or in the whole crystal, on every second point along each axis: trust.csv.
 """
 
 import os
@@ -307,7 +307,11 @@ def of_runs(store: RawStore, found: Sequence[Path]) -> list[dict[str, Any]]:
 
 def seeds(store: RawStore, runs: Path) -> None:
     names = [f"{size}-{seed}{more}" for more in ("", "-48000", "-more") for size in PROBE_SIZES for seed in range(10)]
-    write_table(RESULTS / "seeds.csv", of_runs(store, [runs / name for name in names if (runs / name / "model").exists()]))
+    table = RESULTS / "seeds.csv"
+    known = {row["run"]: row for row in read_table(table)}
+    new = [runs / name for name in names if name not in known and (runs / name / "model").exists()]
+    known |= {row["run"]: row for row in of_runs(store, new)}
+    write_table(table, [known[name] for name in names if name in known])
 
 
 def curve(store: RawStore, runs: Path, steps: int) -> None:
@@ -321,7 +325,7 @@ def curve(store: RawStore, runs: Path, steps: int) -> None:
 def folds(store: RawStore, runs: Path, steps: int, only: Sequence[str]) -> None:
     ids, scale, table = store.split("train"), read_json(RESULTS / "held_out.json")["calibration_scale"], RESULTS / "folds.csv"
     elements = {id: system.split("-") for id, system in systems(store).items()}
-    rows = [row for row in read_table(table) if row["element"] not in only] if table.exists() else []
+    rows = [row for row in read_table(table) if row["element"] not in only]
     for element in only:
         left_out = [id for id in ids if element in elements[id]]
         others, name = [id for id in ids if element not in elements[id]], f"without-{element}"
