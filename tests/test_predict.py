@@ -657,11 +657,14 @@ def test_the_option_device_reaches_the_network(decoder, command, tmp_path, monke
     assert asked == ["cuda:1"] and found.exit_code and "meta" in str(found.exception), found.output
 
 
-def test_a_vacuum_stays_empty():
-    "A molecule in a box: nothing is added where no atom is near, and the electrons come out before they are made exact."
+def test_a_vacuum_stays_empty(monkeypatch):
+    "A molecule in a box: nothing is added where no atom is near, where the network alone would add most of its excess."
     water = Structure(Lattice.cubic(10), ["O", "H", "H"], np.array([[5, 5, 5], [5.76, 5.59, 5], [4.24, 5.59, 5]]) / 10)
     found = load_predictor().predict(water, (40, 40, 40))
     known = sad_density(water, (40, 40, 40)) / water.volume
     far = known < 1e-5
-    assert far.mean() > 0.3 and found.electrons_before == pytest.approx(8, abs=0.3)
+    assert far.mean() > 0.3
     np.testing.assert_allclose(found.density.rho[far], known[far], atol=1e-7)
+    monkeypatch.setattr(tomat.prediction.predictors, "in_reach", lambda *_: None)
+    alone = load_predictor().predict(water, (40, 40, 40))
+    assert abs(found.electrons_before - 8) < abs(alone.electrons_before - 8) / 2

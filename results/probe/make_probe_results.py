@@ -8,18 +8,20 @@
     python results/probe/make_probe_results.py package RUNS
     python results/probe/make_probe_results.py evaluate STORE
     python results/probe/make_probe_results.py seeds STORE RUNS
+    python results/probe/make_probe_results.py more STORE RUNS
     python results/probe/make_probe_results.py curve STORE RUNS --steps 2000
 
-STORE is a raw store. calibrate, train, package and curve of the packaged checkpoint take the one of make_more_data.py; the names of
-its runs end in -more.
+STORE is a raw store. The packaged checkpoint is trained on the one of make_more_data.py, and the names of such runs end in -more;
+all else is that of the data set.
 split: held_out.csv, a tenth of the chemical systems of the training split. calibrate: a run without these materials, measured on
 their whole grids. It finds the factor of the expected errors and the best way to make electrons exact: held_out.json and
 electrons.csv. train: a run on all of the training split; a stopped run is resumed. package: the run of seed 0 with the factor that
 calibrate found, copied to tomat/data/probe. evaluate: the packaged checkpoint on the whole grids of the validation split, as a user
 predicts them: validation.csv, validation.json, calibration.csv and the card. seeds: the runs of all sizes and seeds there are that
-the table lacks: seeds.csv. curve: short runs on growing parts of the training split: curve.csv. folds: for each element in FOLDS a
-run without the materials that have it, measured on these: folds.csv. trust: the runs of folds with other shares of the difference
-kept, near the unknown atoms or in the whole crystal, on every second point along each axis: trust.csv.
+the table lacks: seeds.csv. more: the first run with and without the materials of make_more_data.py: more_scores.csv. curve: short
+runs on growing parts of the training split: curve.csv. folds: for each element in FOLDS a run without the materials that have it,
+measured on these: folds.csv. trust: the runs of folds with other shares of the difference kept, near the unknown atoms or in the
+whole crystal, on every second point along each axis: trust.csv.
 """
 
 import os
@@ -132,7 +134,7 @@ def corrections(raw: np.ndarray,    # predicted density, e/Å³
 
 def calibrate(store: RawStore, runs: Path, steps: int) -> None:
     training, held_out = fold(store)
-    model = load_probe(train(store, runs / named(store, "calibrate"), named(store, "calibrate"), training, steps))
+    model = load_probe(train(store, runs / "calibrate", "calibrate", training, steps))
     metadata = model.training_metadata
     scores: list[dict[str, float]] = []
     ratios, below = [], Counter[str]()
@@ -314,6 +316,15 @@ def seeds(store: RawStore, runs: Path) -> None:
     write_table(table, [known[name] for name in names if name in known])
 
 
+def more(store: RawStore, runs: Path) -> None:
+    ids, scale = store.split("validation"), read_json(RESULTS / "held_out.json")["calibration_scale"]
+    before, after = (measured(store, runs / name / "model", ids, scale) for name in ("S-0", "S-0-more"))
+    write_table(RESULTS / "more_scores.csv", [
+        {"id": a["id"], "formula": a["formula"], **{f"{key}_{name}": row[key] for name, row in (("before", b), ("after", a))
+                                                    for key in ("nmae", "potential", "charges")}}
+        for b, a in zip(before, after, strict=True)])
+
+
 def curve(store: RawStore, runs: Path, steps: int) -> None:
     ids = store.split("train")
     drawn = [ids[i] for i in np.random.default_rng(1).permutation(len(ids))]
@@ -367,7 +378,7 @@ def trust(store: RawStore, runs: Path) -> None:
 @sentences
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["split", "calibrate", "train", "package", "evaluate", "seeds", "curve", "folds", "trust"])
+    parser.add_argument("what", choices=["split", "calibrate", "train", "package", "evaluate", "seeds", "more", "curve", "folds", "trust"])
     parser.add_argument("path", help="a raw store; for package the folder of the runs")
     parser.add_argument("runs", nargs="?", help="folder of the runs")
     parser.add_argument("--steps", type=int, default=STEPS)
@@ -388,8 +399,8 @@ def main() -> None:
         folds(store, runs, steps, args.only)
     elif args.what in ("calibrate", "curve"):
         {"calibrate": calibrate, "curve": curve}[args.what](store, runs, steps)
-    elif args.what in ("seeds", "trust"):
-        {"seeds": seeds, "trust": trust}[args.what](store, runs)
+    elif args.what in ("seeds", "more", "trust"):
+        {"seeds": seeds, "more": more, "trust": trust}[args.what](store, runs)
     else:
         {"split": split, "evaluate": evaluate}[args.what](store)
 
