@@ -6,12 +6,12 @@
     python results/probe/make_probe_results.py folds STORE RUNS --steps 1500 [--only H F]
     python results/probe/make_probe_results.py trust STORE RUNS
     python results/probe/make_probe_results.py package RUNS
-    python results/probe/make_probe_results.py evaluate STORE
+    python results/probe/make_probe_results.py evaluate MORE
     python results/probe/make_probe_results.py seeds STORE RUNS
     python results/probe/make_probe_results.py more STORE RUNS
     python results/probe/make_probe_results.py curve STORE RUNS --steps 2000
 
-STORE is a raw store. The packaged checkpoint is trained on the one of make_more_data.py, and the names of such runs end in -more;
+STORE is a raw store, MORE that of make_more_data.py. The packaged checkpoint is trained on MORE: such runs have names in -more;
 all else is that of the data set.
 split: held_out.csv, a tenth of the chemical systems of the training split. calibrate: a run without these materials, measured on
 their whole grids. It finds the factor of the expected errors and the best way to make electrons exact: held_out.json and
@@ -75,7 +75,7 @@ FOLDS = ("Ne", "H", "F", "La", "Bi")
 NOMINAL = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 NEWER = "gp-06000"  # from this id on, training materials are of another kind than the validation materials
 RARE = 5  # an element in fewer materials is named in the card
-COMMAND = "python results/probe/make_probe_results.py evaluate STORE"
+COMMAND = "python results/probe/make_probe_results.py evaluate MORE"
 
 
 def systems(store: RawStore) -> dict[str, str]:
@@ -378,7 +378,7 @@ def trust(store: RawStore, runs: Path) -> None:
 @sentences
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["split", "calibrate", "train", "package", "evaluate", "seeds", "more", "curve", "folds", "trust"])
+    parser.add_argument("what", choices="split calibrate train package evaluate seeds more curve folds trust".split())
     parser.add_argument("path", help="a raw store; for package the folder of the runs")
     parser.add_argument("runs", nargs="?", help="folder of the runs")
     parser.add_argument("--steps", type=int, default=STEPS)

@@ -46,7 +46,7 @@ def error_bounds(error_N: np.ndarray,  # (N,) expected absolute error of the den
     return np.maximum(np.minimum(error_N, whole - error_N), 0)
 
 # %% ../../nbs/02_atoms/08_charges.ipynb #0c42f0a9
-CHARGE_SHARE, SPHERE_SHARE = 0.35, 0.51  # error ÷ bound, means over the atoms of the validation materials
+CHARGE_SHARE, SPHERE_SHARE = 0.31, 0.43  # error ÷ bound, means over the atoms of the validation materials
 
 # %% ../../nbs/02_atoms/08_charges.ipynb #b95f3b34
 def _counted(density: Density) -> list[tuple[str, float]]:  # symbol and valence electrons of each element

@@ -127,4 +127,4 @@ def potential_bound(error_n: np.ndarray,  # (n,) planar average of the expected 
     return 4 * np.pi * COULOMB * np.maximum(bound_n, 0)
 
 # %% ../../nbs/02_atoms/09_electrostatics.ipynb #e01a348a
-POTENTIAL_SHARE = 0.23  # error ÷ bound, means over axes, planes and validation materials
+POTENTIAL_SHARE = 0.17  # error ÷ bound, means over axes, planes and validation materials

@@ -13,7 +13,6 @@ from typing import Annotated, Any
 import typer
 
 from .base import From, Json, print_result
-from ..density.store import RawStore, is_store
 from ..io.remote import is_remote, list_folder
 
 # %% ../../nbs/11_commands/03_about.ipynb #afb0e501
@@ -37,6 +36,7 @@ def run_about(path: str,  # any path
 def store_about(path: str,  # any path
                 ) -> dict[str, Any]:  # {}: no raw store on this machine
     "How many densities a raw store has, in all and in each part."
+    from tomat.density.store import RawStore, is_store
     if is_remote(path) or not is_store(path):
         return {}
     store = RawStore(path)

@@ -232,9 +232,9 @@ class WorkerQueue:
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         "The processes inside the `with` block; raises `TomatError` for a checkpoint that cannot be loaded."
-        checkpoint, *args = self._args
+        checkpoint, device, limits = self._args
         same = pinned(checkpoint)  # for all processes, also those that replace others
-        self.workers, self._free = [Worker(same, *args) for _ in range(self.limits.workers)], asyncio.Queue()
+        self.workers, self._free = [Worker(same, device, limits) for _ in range(self.limits.workers)], asyncio.Queue()
         try:
             for worker in self.workers:
                 self.identity = await worker.load()
