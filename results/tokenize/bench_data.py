@@ -40,7 +40,7 @@ TARGET_ROWS_PER_S, TARGET_SHARE = 8000, 0.7
 def disk_and_zstd(job: tuple[int, list[str]], root: str, tokens: list[bytes], out: str) -> int:
     "What no tokenizer can avoid, for one shard's materials: returns the bytes written."
     number, ids = job
-    read_zstd, write_zstd, packed = Zstd(), Zstd(level=1), []
+    read_zstd, write_zstd, packed = Zstd(), Zstd(level=3), []
     for id, rows in zip(ids, cycle(tokens)):
         for path in Path(f"{root}/label/{id}.zarr/charge_density_total").rglob("*"):
             if path.is_file() and path.name == "0":

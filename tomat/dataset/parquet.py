@@ -164,7 +164,7 @@ def write_shard(tables: Sequence[pa.Table],  # one per material, at least one; i
     assert isinstance(frame, polars.DataFrame)
     metadata = {_FOOTER: json.dumps(footer, sort_keys=True), "ARROW:schema": base64.b64encode(SCHEMA.serialize()).decode()}
     content = io.BytesIO()
-    frame.write_parquet(content, compression="zstd", compression_level=1, statistics=False, metadata=metadata,
+    frame.write_parquet(content, compression="zstd", compression_level=3, statistics=False, metadata=metadata,
                         row_group_size=tables[0].num_rows)
     with atomic_write(path, durable=durable) as aside:
         aside.write_bytes(content.getbuffer())
