@@ -37,6 +37,7 @@ def test_what_is_installed_is_what_is_required():
     required = [Requirement(text) for text in [*project["dependencies"], *extras["train"], *extras["serve"]]]
     found = [f"{one} is required, {version(one.name)} is installed" for one in required if version(one.name) not in one.specifier]
     assert not found and any(one.name == "pymatgen-core" for one in required)
+    assert not {text for extra in extras.values() for text in extra} - {*extras["dev"]}
 
 
 def test_occupancies_have_the_lines_that_vasp_reads(tmp_path):
