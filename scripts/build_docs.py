@@ -171,11 +171,13 @@ def smaller(match: re.Match[str]) -> str:
     return min(f"data:image/webp;base64,{base64.b64encode(out.getvalue()).decode()}", match[0], key=len)
 
 
+PLAIN = re.compile(r'<span class="(?:op|dv)">([^<]*)</span>')
 TWINS = re.compile(r'(<span class="(\w+)">[^<]*)</span><span class="\2">')
 
 
 def joined(page: str) -> str:
-    "A page whose code has no two neighbouring marks of one kind: a string comes as three, and the second pass joins the third."
+    "A page whose code has no marks of operators and numbers, a twentieth of the site, and no two neighbouring ones of one kind."
+    page = PLAIN.sub(r"\1", page)
     return TWINS.sub(r"\1", TWINS.sub(r"\1", page))
 
 

@@ -446,7 +446,6 @@ predict {made}/POSCAR --checkpoint {run}/model --out {tmp}/x.cube --grid 4 4 4 -
 predict {made}/POSCAR --checkpoint {run}/model --out {tmp}/x.xyz --grid 4 4 4 | x.xyz format
 predict {made}/POSCAR --checkpoint {made}/store --out {tmp}/x.cube --grid 4 4 4 | store checkpoint
 predict {made}/POSCAR --checkpoint {made}/rows --out {tmp}/x.cube --grid 4 4 4 | rows checkpoint
-predict {made}/POSCAR --checkpoint {run} --out {tmp}/x.cube --grid 4 4 4 | run checkpoint
 predict {made}/POSCAR --checkpoint {made}/nowhere --out {tmp}/x.cube --grid 4 4 4 | nowhere
 predict {made}/POSCAR {made}/CHGCAR.salt --checkpoint {run}/model --out {tmp}/x.cube --grid 4 4 4 | x.cube folder
 predict {made}/POSCAR --checkpoint {run}/model --out {tmp}/x.cube --spread {tmp}/x.cube --grid 4 4 4 | x.cube Zarr
@@ -754,7 +753,8 @@ def test_a_file_that_cannot_grow_is_one_sentence(tomat, tmp_path, made, limit):
         with limited(resource.RLIMIT_FSIZE, limit):
             done = tomat(*line)
         is_one_sentence(done, place)
-    assert {p.relative_to(place).as_posix() for p in place.rglob("*")} <= {"run", "run/config.json", "run/log.jsonl"}
+    assert {p.relative_to(place).as_posix() for p in place.rglob("*")} <= {
+        "run", "run/config.json", "run/log.jsonl", "run/states", "run/states/atoms.json"}
 
 
 def test_weights_that_do_not_fit_are_one_sentence(tmp_path, made):

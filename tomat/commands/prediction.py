@@ -172,8 +172,10 @@ def predict(structures: Annotated[list[str], typer.Argument(help="POSCAR, CIF, X
         check_names(read, out, expected_error, picture, format, report)
     start = start_of(template, occupancies, magmom)
     from tomat.prediction.batch import tasks_of  # late, for it imports torch
+    from tomat.io.hub import pinned
     from tomat.prediction.crystals import find_crystals
     from tomat.prediction.predictors import checkpoint_atoms, load_predictor
+    checkpoint = None if checkpoint is None else pinned(checkpoint)  # a branch of a hub is asked for once
     atoms = checkpoint_atoms(checkpoint)
     found, skipped = find_crystals(structures, atoms, from_)
     found = placed(found, rule, start, given, atoms)
