@@ -58,8 +58,8 @@ WRITERS = {
     "fit-atoms STORE --out disk/x.json --workers 1 --voxels 500": "",
     "fidelity STORE --out disk/x.csv --only coarse --workers 1 --materials 2": r"x\.csv\.parts(/.*)?",
     "predict POSCAR --out disk/x.cube --expected-error disk/e.cube --grid 20 20 20": r"x\.cube",
-    "evaluate STORE --split train --out disk/x --pictures 1": r"x|x/(materials|pictures)(/[\w.-]+)?",
-    "train ROWS --out disk/x --steps 2 --batch-size 2": r"x|x/config\.json|x/log\.jsonl|x/states",
+    "evaluate STORE --split train --out disk/x --pictures 1": r"x|x/(materials|pictures)(/[\w.-]+)*",
+    "train ROWS --out disk/x --steps 2 --batch-size 2": r"x|x/config\.json|x/log\.jsonl|x/states(/atoms\.json)?",
 }
 VOLATILE = (".jsonl", "scores.csv", "scores.json", "report.html", "state.pt", "md5.json", "x.csv")  # hold seconds
 

@@ -113,9 +113,9 @@ def test_a_template_of_another_crystal_is_refused(nickel_oxide, tmp_path):
     own.to(filename=str(tmp_path / "POSCAR.2"), fmt="poscar")
     for words, sentence in ((["--grid", "8,8,8"], "leave the option of the grid out"), (["--magmom", "1,1,1,1"], "of its own"),
                             (["--occupancies", "mean"], "of its own"), ([tmp_path / "POSCAR.2"], "one at a time")):
-        done = run("predict", tmp_path / "POSCAR.1", "--template", nickel_oxide, "--out", tmp_path / "out/", *words)
+        done = run("predict", tmp_path / "POSCAR.1", "--template", nickel_oxide, "--out", f"{tmp_path}/out/" if len(words) == 1 else tmp_path / "out.CHGCAR", *words)
         assert isinstance(done.exception, TomatError) and sentence in str(done.exception)
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.CHGCAR").exists()
 
 
 def test_mean_occupancies_travel_from_chgcars_to_a_file(tmp_path):
@@ -139,7 +139,7 @@ def test_mean_occupancies_travel_from_chgcars_to_a_file(tmp_path):
     assert "mean PAW occupancies of the training data" in text.splitlines()[0]
     for i, symbol in enumerate(site.specie.symbol for site in tomat.read(tmp_path / "CHGCAR").structure):
         np.testing.assert_allclose(tomat.read(tmp_path / "CHGCAR").augmentation["total"][i + 1], means[symbol], atol=1e-7)
-    done = run("predict", tmp_path / "POSCAR", "--occupancies", "mean", "--out", tmp_path / "other")
+    done = run("predict", tmp_path / "POSCAR", "--occupancies", "mean", "--out", tmp_path / "other.CHGCAR")
     assert isinstance(done.exception, TomatError) and "it has those of no element" in str(done.exception)
     done = run("predict", tmp_path / "POSCAR", "--grid", "20,20,20", "--out", tmp_path / "CHGCAR.2")
     assert "holds no PAW occupancies" in done.stderr and done.exit_code == 0

@@ -19,6 +19,7 @@ from rich.table import Table
 
 from .base import From, Json, opened, part_of, passed_over, print_result
 from .grids import GridRule
+from ..io.hub import pinned
 from ..io.remote import TomatError, is_remote
 from ..train.config import with_options
 
@@ -172,11 +173,9 @@ def predict(structures: Annotated[list[str], typer.Argument(help="POSCAR, CIF, X
         check_names(read, out, expected_error, picture, format, report)
     start = start_of(template, occupancies, magmom)
     from tomat.prediction.batch import tasks_of  # late, for it imports torch
-    from tomat.io.hub import pinned
     from tomat.prediction.crystals import find_crystals
     from tomat.prediction.predictors import checkpoint_atoms, load_predictor
-    checkpoint = None if checkpoint is None else pinned(checkpoint)  # a branch of a hub is asked for once
-    atoms = checkpoint_atoms(checkpoint)
+    atoms = checkpoint_atoms(checkpoint := checkpoint and pinned(checkpoint))  # a branch of a hub is asked for once
     found, skipped = find_crystals(structures, atoms, from_)
     found = placed(found, rule, start, given, atoms)
     tasks = [replace(task, start=start) for task in tasks_of(found, structures, out, None, expected_error, picture, format)]

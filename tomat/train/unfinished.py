@@ -29,6 +29,13 @@ from .distributed import DistributedContext
 from .log import decoder_of_run, read_log
 
 # %% ../../nbs/06_train/12_unfinished.ipynb #f47f4951
+def _last_state(run: Path) -> Path:
+    "The last saved state of an unfinished run."
+    if not (states := states_in(run)):
+        best = ", or give its folder best" if (run / "best").is_dir() else ""
+        raise TomatError(f"{run} is unfinished and has no saved state: start the run again{best}.")
+    return states[-1]
+
 def run_atoms(run: Path,  # folder of a run
               ) -> FreeAtoms:
     "The atoms of a finished run's model, or those that an unfinished run was begun with."
@@ -37,6 +44,7 @@ def run_atoms(run: Path,  # folder of a run
     for folder in ("states", "voxels", "best"):
         if (run / folder / "atoms.json").is_file():
             return load_atoms(run / folder / "atoms.json")
+    _last_state(run)
     raise TomatError(f"{run} is unfinished and does not name its atoms, since an earlier version began it: start it again to "
                      "its end, with the same data.")
 
@@ -93,10 +101,7 @@ def checkpoint_of(run: str | Path,  # folder of a run
     if (run / "model" / "tomat.json").is_file():
         yield run / "model"
         return
-    if not (states := states_in(run)):
-        best = ", or give its folder best" if (run / "best").is_dir() else ""
-        raise TomatError(f"{run} is unfinished and has no saved state: start the run again{best}.")
-    metadata, (state, counters) = read_json(run / "config.json"), load_state(states[-1])
+    metadata, (state, counters) = read_json(run / "config.json"), load_state(_last_state(run))
     with tempfile.TemporaryDirectory(prefix="tomat-") as folder:
         try:
             save = _save_probe if decoder_of_run(metadata) == "probe" else _save_causal
