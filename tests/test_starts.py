@@ -113,7 +113,8 @@ def test_a_template_of_another_crystal_is_refused(nickel_oxide, tmp_path):
     own.to(filename=str(tmp_path / "POSCAR.2"), fmt="poscar")
     for words, sentence in ((["--grid", "8,8,8"], "leave the option of the grid out"), (["--magmom", "1,1,1,1"], "of its own"),
                             (["--occupancies", "mean"], "of its own"), ([tmp_path / "POSCAR.2"], "one at a time")):
-        done = run("predict", tmp_path / "POSCAR.1", "--template", nickel_oxide, "--out", f"{tmp_path}/out/" if len(words) == 1 else tmp_path / "out.CHGCAR", *words)
+        out = f"{tmp_path}/out/" if len(words) == 1 else tmp_path / "out.CHGCAR"
+        done = run("predict", tmp_path / "POSCAR.1", "--template", nickel_oxide, "--out", out, *words)
         assert isinstance(done.exception, TomatError) and sentence in str(done.exception)
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.CHGCAR").exists()
 
