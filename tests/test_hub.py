@@ -9,6 +9,7 @@ import sys
 import huggingface_hub
 import pytest
 import torch
+from multiprocessing import forkserver
 from crystals import CODECS, ROOT
 from hub_server import TOKEN, serving
 from huggingface_hub import ModelCard, constants
@@ -296,6 +297,7 @@ def test_a_card_that_the_hub_refuses_is_one_sentence(there, models, tmp_path):
 
 
 def test_all_processes_of_a_service_have_one_commit(there, models):
+    forkserver._forkserver._stop()  # one that an earlier test has started would hand on its variables
     name = pushed(models)
     queue = WorkerQueue("hf://ana/probe", "cpu", ServiceLimits(workers=1))
 
