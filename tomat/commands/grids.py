@@ -6,7 +6,6 @@
 __all__ = ['LARGEST_CUTOFF', 'GridRule', 'regrid']
 
 # %% ../../nbs/11_commands/05_grids.ipynb #b27dd6e8
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
@@ -77,11 +76,11 @@ def regrid(file: Annotated[str, typer.Argument(help="A density: CHGCAR, cube, XS
     from tomat.density.formats import density_info, format_of, read_density
     from tomat.density.regrid import regrid as interpolated
     from tomat.density.regrid import supercell as repeated
+    from tomat.prediction.outputs import check_unread, real_path
     format = format_of(out)
     if not rule.is_given and supercell is None:
         raise TomatError("Nothing says which grid: give --grid, the settings of a code, or --supercell.")
-    if os.path.exists(out) and os.path.realpath(file) == os.path.realpath(out):
-        raise TomatError(f"{out} is read here, and the result would replace it: give another name.")
+    check_unread(out, {real_path(file)})
     density = read_density(file, from_)
     before = density.n_electrons
     density = density if supercell is None else repeated(density, supercell)

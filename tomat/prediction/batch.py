@@ -22,15 +22,15 @@ from pymatgen.core import Structure
 
 from ..atoms.sad import FreeAtoms
 from ..density.core import plot_slice
-from ..density.formats import known_format, write_density
+from ..density.formats import write_density
 from ..density.zarr_group import pack_folder, write_group
 from ..io.files import atomic_write
 from ..io.progress import track
 from ..io.remote import TomatError, is_remote, kind_of, list_folder
 from .core import Prediction, Predictor
 from .crystals import Crystal, each, find_crystals, grid_of
-from .outputs import (SUFFIXES, check_memory, check_names, check_room, check_writable, disk_bytes, is_folder,
-                                      real_path, writes_many)
+from .outputs import (SUFFIXES, check_memory, check_names, check_pair, check_room, check_unread, check_writable,
+                                      disk_bytes, is_folder, real_path, writes_many)
 from .starts import NO_START, Start
 
 # %% ../../nbs/07_prediction/06_batch.ipynb #506ff83f
@@ -87,13 +87,11 @@ def _check_paths(tasks: Sequence[PredictionTask], sources: Sequence[Any]) -> Non
     owner: dict[str, str] = {}  # path → name of its crystal
     names = Counter(task.name for task in tasks)
     for task in tasks:
-        if task.expected_error == task.out and known_format(task.out) != "zarr":
-            raise TomatError(f"{task.out} cannot hold the density and its expected error, as only Zarr can: name two files.")
+        check_pair(task.out, task.expected_error)
         check_memory(task.shape, task.name)
-        for path in {task.out, task.expected_error, task.picture} - {None}:
-            if real_path(path) in read:
-                raise TomatError(f"{path} is read here, and the result would replace it: give another name.")
-            if owner.setdefault(str(path), task.name) != task.name or names[task.name] > 1:
+        for path in filter(None, {task.out, task.expected_error, task.picture}):
+            check_unread(path, read)
+            if owner.setdefault(path, task.name) != task.name or names[task.name] > 1:
                 raise TomatError(f"Two structures are called {task.name!r}, and both would be written to {path}: rename one.")
     folders = {str(Path(path).parent): path for path in owner if not is_remote(path)}
     for path in {*folders.values(), *(path for path in owner if kind_of(path) == "folder")}:
