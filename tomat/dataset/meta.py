@@ -4,24 +4,25 @@
 
 # %% auto #0
 __all__ = ['ROWS', 'VOXELS', 'is_part', 'FolderForm', 'read_meta', 'form_of', 'tokenizer_of', 'recipe_of', 'row_atoms',
-           'data_atoms', 'check_intact', 'row_of']
+           'data_atoms', 'check_intact', 'row_of', 'counts_of']
 
 # %% ../../nbs/04_dataset/02_meta.ipynb #ed3de67c
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..atoms.sad import FreeAtoms, load_atoms, packaged_atoms
-from .parquet import is_intact, read_shard
 from ..io.remote import TomatError, exists, is_remote, list_folder
 from ..io.files import local_copy, read_json
 from ..io.progress import track
 from ..io.untrusted import has_form
-from ..tokens.tokenizer import Tokenizer, tokenizer_from_dict
+
+if TYPE_CHECKING:
+    from tomat.tokens.tokenizer import Tokenizer
 
 # %% ../../nbs/04_dataset/02_meta.ipynb #7143b0af
 def is_part(worker: Any,  # the entry `worker` of a JSON file
@@ -129,8 +130,9 @@ def form_of(path: str | Path,  # folder of a data set, local or remote, finished
 # %% ../../nbs/04_dataset/02_meta.ipynb #96aa9b4c
 def tokenizer_of(path: str | Path,      # folder of a data set, for errors
                  meta: dict[str, Any],  # content of its meta.json
-                 ) -> Tokenizer:
+                 ) -> "Tokenizer":
     "The tokenizer that wrote a data set."
+    from tomat.tokens.tokenizer import tokenizer_from_dict
     try:
         tokenizer = tokenizer_from_dict(meta["tokenizer"])
         tokenizer.vocab.names  # noqa: B018
@@ -174,6 +176,7 @@ def check_intact(path: str | Path,      # folder of a data set, local or remote
                  form: FolderForm = ROWS,
                  ) -> None:
     "Raise `TomatError` unless the data set has shards, each with the size and the MD5 that `meta.json` gives."
+    from tomat.dataset.parquet import is_intact
     if not meta["shards"]:
         raise TomatError(f"{path} holds no {form.unit}: write them again with `tomat {form.command}`.")
     for name, entry in track(meta["shards"].items(), "check", len(meta["shards"]), "shards"):
@@ -183,8 +186,9 @@ def check_intact(path: str | Path,      # folder of a data set, local or remote
 # %% ../../nbs/04_dataset/02_meta.ipynb #0acc5380
 def row_of(path: str | Path,  # a folder that `tokenize` wrote, or one of its shards
            number: int,       # number of the row in the data set or the shard, from 0
-           ) -> tuple[Tokenizer, np.ndarray]:  # tokenizer of the data set; (L,) int32 ids of the row, PAD included
+           ) -> "tuple[Tokenizer, np.ndarray]":  # tokenizer of the data set; (L,) int32 ids of the row, PAD included
     "One row and the tokenizer that wrote it; raises `TomatError` for a number that is too large."
+    from tomat.dataset.parquet import read_shard
     is_shard = str(path).endswith(".parquet")
     folder = str(path).rpartition("/")[0] or "." if is_shard else str(path)
     meta, left = read_meta(folder), number
@@ -197,3 +201,15 @@ def row_of(path: str | Path,  # a folder that `tokenize` wrote, or one of its sh
                 return tokenizer_of(folder, meta), np.array(table["input_ids"][left].as_py(), np.int32)
         left -= n
     raise TomatError(f"{path} has no row {number}: the data set holds {meta['rows']}, counted from 0.")
+
+# %% ../../nbs/04_dataset/02_meta.ipynb #3db3db45
+def counts_of(path: str | Path,  # any path
+              ) -> dict[str, Any]:
+    "Counts of rows of tokens or of drawn voxels; empty for anything else, and for what is not on this machine."
+    names = [] if is_remote(path) or not Path(path).is_dir() else list_folder(path)
+    if not any(re.fullmatch(form.own_files, name) for form in (ROWS, VOXELS) for name in names):
+        return {}
+    form = form_of(path)
+    meta = read_meta(path, form)
+    return {"content": form.content, "label": meta["label"], "materials": len(meta["materials"]), "shards": len(meta["shards"]),
+            **{name: meta[name] for name in form.sums}}
