@@ -96,12 +96,15 @@ def atoms_of(row: dict[str, Any]) -> Atoms:
     return atoms
 
 
-def converge(atoms: Atoms) -> np.ndarray | None:  # (nx, ny, nz), e/Å³
-    "The density of a crystal, or None."
+def converge(atoms: Atoms, setups: str | None, most: int) -> np.ndarray | None:  # (nx, ny, nz), e/Å³
+    "The density of a crystal; None where it takes more iterations than `most`."
+    import gpaw
     from ase.units import Bohr
     from gpaw import GPAW, PW, FermiDirac, KohnShamConvergenceError
     from gpaw_start import CONVERGED, SETTINGS, kpoints, total
-    atoms.calc = GPAW(mode=PW(500), kpts=kpoints(atoms), occupations=FermiDirac(0.1), convergence=CONVERGED, maxiter=MOST,
+    if setups:
+        gpaw.setup_paths[:] = [setups]
+    atoms.calc = GPAW(mode=PW(500), kpts=kpoints(atoms), occupations=FermiDirac(0.1), convergence=CONVERGED, maxiter=most,
                       **SETTINGS)
     try:
         atoms.get_potential_energy()
@@ -113,9 +116,6 @@ def converge(atoms: Atoms) -> np.ndarray | None:  # (nx, ny, nz), e/Å³
 
 
 def run(runs: Path, setups: str | None) -> None:
-    import gpaw
-    if setups:
-        gpaw.setup_paths[:] = [setups]
     runs.mkdir(parents=True, exist_ok=True)
     for row in rows_of_table():
         if (runs / "stop").exists():
@@ -125,7 +125,7 @@ def run(runs: Path, setups: str | None) -> None:
         except FileExistsError:
             continue
         atoms = atoms_of(row)
-        rho_xyz = converge(atoms)
+        rho_xyz = converge(atoms, setups, MOST)
         if rho_xyz is not None:
             aside = runs / f"{row['id']}.part.npz"
             np.savez(aside, numbers=atoms.numbers, cell=atoms.cell.array, positions=atoms.get_scaled_positions(),

@@ -20,9 +20,10 @@ import numpy as np
 from ase import Atoms
 from ase.build import bulk, molecule, surface
 
-RESULTS = Path(__file__).resolve().parent
-sys.path.insert(0, str(RESULTS.parents[1] / "scripts"))
-SIDE, ECUT = 8.0, 500.0  # Å, eV
+from make_more_data import RESULTS, converge
+
+SIDE = 8.0  # Å
+MOST = 333  # iterations, as GPAW has it
 
 
 def structures() -> dict[str, Any]:  # name → ase Atoms
@@ -38,22 +39,6 @@ def structures() -> dict[str, Any]:  # name → ase Atoms
     cell = [[a, 0, 0], [-a / 2, a * 3**0.5 / 2, 0], [0, 0, 10]]
     sheet = Atoms("BN", cell=cell, scaled_positions=[[0, 0, .5], [1 / 3, 2 / 3, .5]])
     return found | {"MgO slab": slab, "BN sheet": sheet}
-
-
-def converge(atoms: Any, setups: str | None) -> np.ndarray:
-    "The converged valence density, e/Å³."
-    import gpaw
-    from ase.units import Bohr
-    from gpaw import GPAW, PW, FermiDirac
-    from gpaw_start import CONVERGED, SETTINGS, kpoints, total
-    if setups:
-        gpaw.setup_paths[:] = [setups]
-    atoms.pbc = True
-    atoms.calc = GPAW(mode=PW(ECUT), kpts=kpoints(atoms), occupations=FermiDirac(0.1), convergence=CONVERGED, **SETTINGS)
-    atoms.get_potential_energy()
-    density = atoms.calc.density
-    rho_xyz: np.ndarray = total(density, density.nt_sG[0], density.D_asp) / Bohr**3
-    return rho_xyz
 
 
 def score(runs: Path) -> list[dict[str, Any]]:
@@ -90,8 +75,12 @@ def main() -> None:
     if args.what == "gpaw":
         args.runs.mkdir(parents=True, exist_ok=True)
         for name, atoms in structures().items():
-            if not (args.runs / f"{name}.npy").exists():
-                np.save(args.runs / f"{name}.npy", converge(atoms, args.setups).astype(np.float32))
+            if (args.runs / f"{name}.npy").exists():
+                continue
+            atoms.pbc = True
+            if (rho_xyz := converge(atoms, args.setups, MOST)) is None:
+                sys.exit(f"{name} does not converge in {MOST} iterations.")
+            np.save(args.runs / f"{name}.npy", rho_xyz.astype(np.float32))
         return
     from tomat.study.site import write_table
     write_table(RESULTS / "vacuum.csv", score(args.runs))
