@@ -74,6 +74,7 @@ PARTS = (0.25, 0.5, 1.0)
 FOLDS = ("Ne", "H", "F", "La", "Bi")
 NOMINAL = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 NEWER = "gp-06000"  # from this id on, training materials are of another kind than the validation materials
+MORE = "more-"  # how the ids of make_more_data.py begin
 RARE = 5  # an element in fewer materials is named in the card
 COMMAND = "python results/probe/make_probe_results.py evaluate MORE"
 
@@ -85,7 +86,7 @@ def systems(store: RawStore) -> dict[str, str]:
 
 def named(store: RawStore, name: str) -> str:
     "The name of a run or of its voxels, which tells whether the store holds the materials of make_more_data.py."
-    return name + "-more" * any(id.startswith("more-") for id in store.ids)
+    return name + "-more" * any(id.startswith(MORE) for id in store.ids)
 
 
 def split(store: RawStore) -> None:
@@ -249,6 +250,7 @@ def evaluate(store: RawStore) -> None:
         "training": {key: metadata[key] for key in ("steps", "seconds", "cpu_seconds", "threads", "seed", "parameters",
                                                     "calibration_scale")},
         "materials_learned": len(metadata["materials"]), "elements_learned": len(metadata["elements"]),
+        "materials_drawn": sum(id.startswith(MORE) for id in metadata["materials"]),
         "most_atoms": max(map(len, learned)),
         "rare_elements": {symbol: counts[symbol] for symbol in metadata["elements"] if counts[symbol] < RARE}}
     write_json(RESULTS / "validation.json", summary)
